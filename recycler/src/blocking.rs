@@ -1,0 +1,227 @@
+//! The synchronous face of the library, for C, Python and plain Rust threads.
+//!
+//! Calls run on the caller's thread. With a device whose operations complete at once (a host file), a call is nothing
+//! but its own system calls; otherwise the thread sleeps until the device answers. The recycler runs on a runtime that
+//! the library owns.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use once_cell::sync::Lazy;
+use parking_lot::Mutex;
+
+use crate::buf::{IoBuf, IoBufMut};
+use crate::check::CheckReport;
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::image::{Extent, Image, Info};
+use crate::options::{LogLevel, Options};
+use crate::recycler::{CompactReport, Control, Progress};
+use crate::stats::Stats;
+
+/// Drives the timers of all recyclers in the process; each recycler borrows one thread of its blocking pool, so that one
+/// image's slow device never holds up another's.
+static RUNTIME: Lazy<std::io::Result<tokio::runtime::Runtime>> = Lazy::new(|| {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("qcowrecycle")
+        .enable_time()
+        .build()
+});
+
+fn runtime() -> Result<&'static tokio::runtime::Runtime> {
+    RUNTIME.as_ref().map_err(|e| Error::Io {
+        action: "starting the recycler's runtime",
+        offset: 0,
+        source: std::io::Error::new(e.kind(), e.to_string()),
+    })
+}
+
+/// Runs a future on this thread: at once if it is ready, sleeping between wake-ups otherwise.
+pub fn block_on<F: Future>(future: F) -> F::Output {
+    let mut future = pin!(future);
+    // The common case: no waker is needed, so none is made.
+    if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        return output;
+    }
+    pollster::block_on(future)
+}
+
+/// An open image with its recycler; shared by any number of threads.
+pub struct Disk<D: BlockDevice> {
+    image: Arc<Image<D>>,
+    worker: Mutex<Option<Worker>>,
+}
+
+struct Worker {
+    control: Control,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl<D: BlockDevice> Disk<D> {
+    /// Opens the image on `device`. The recycler is not running yet: see [`start`](Self::start).
+    ///
+    /// # Errors
+    /// See [`Image::open`].
+    pub fn open(device: D, options: Options) -> Result<Self> {
+        let image = Arc::new(block_on(Image::open(device, options))?);
+        Ok(Disk { image, worker: Mutex::new(None) })
+    }
+
+    /// The image itself, for its asynchronous calls.
+    #[must_use]
+    pub fn image(&self) -> &Arc<Image<D>> {
+        &self.image
+    }
+
+    /// What the image is.
+    #[must_use]
+    pub fn info(&self) -> Info {
+        self.image.info()
+    }
+
+    /// Fills `buf` from byte `offset` of the virtual disk.
+    ///
+    /// # Errors
+    /// See [`Image::read`].
+    pub fn read(&self, offset: u64, buf: IoBufMut<'_>) -> Result<()> {
+        block_on(self.image.read(offset, buf))
+    }
+
+    /// Stores `buf` at byte `offset` of the virtual disk.
+    ///
+    /// # Errors
+    /// See [`Image::write`].
+    pub fn write(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        block_on(self.image.write(offset, buf))
+    }
+
+    /// Frees a range of the virtual disk.
+    ///
+    /// # Errors
+    /// See [`Image::discard`].
+    pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        block_on(self.image.discard(offset, length))
+    }
+
+    /// Makes a range of the virtual disk read as zeroes.
+    ///
+    /// # Errors
+    /// See [`Image::write_zeroes`].
+    pub fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<()> {
+        block_on(self.image.write_zeroes(offset, length, may_unmap))
+    }
+
+    /// Makes every completed write durable.
+    ///
+    /// # Errors
+    /// See [`Image::flush`].
+    pub fn flush(&self) -> Result<()> {
+        block_on(self.image.flush())
+    }
+
+    /// Changes the size of the virtual disk, in bytes.
+    ///
+    /// # Errors
+    /// See [`Image::resize`].
+    pub fn resize(&self, size: u64, shrink: bool) -> Result<()> {
+        block_on(self.image.resize(size, shrink))
+    }
+
+    /// How the bytes from `offset` on are stored: see [`Image::extent`].
+    ///
+    /// # Errors
+    /// See [`Image::extent`].
+    pub fn extent(&self, offset: u64, length: u64) -> Result<Extent> {
+        block_on(self.image.extent(offset, length))
+    }
+
+    /// Checks the image while it is open.
+    ///
+    /// # Errors
+    /// See [`Image::check`].
+    pub fn check(&self) -> Result<CheckReport> {
+        block_on(self.image.check())
+    }
+
+    /// What the image and its recycler are doing.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.image.stats();
+        stats.recycler_running = u64::from(self.worker.lock().as_ref().is_some_and(|w| w.control.is_running()));
+        stats
+    }
+
+    /// Starts the recycler; does nothing if it runs already.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], [`Error::Closed`], or no thread could be started.
+    pub fn start(&self) -> Result<()> {
+        self.image.ensure_writable()?;
+        let runtime = runtime()?;
+        let mut worker = self.worker.lock();
+        if worker.is_none() {
+            let control = Control::new();
+            let (image, remote, handle) = (self.image.clone(), control.clone(), runtime.handle().clone());
+            let task = runtime.spawn_blocking(move || handle.block_on(crate::recycler::run(image, remote)));
+            *worker = Some(Worker { control, task });
+        }
+        Ok(())
+    }
+
+    /// Lets the recycler finish the step it is at, then rest. Does nothing if it is not running.
+    pub fn pause(&self) {
+        if let Some(worker) = &*self.worker.lock() {
+            worker.control.pause();
+        }
+    }
+
+    /// Lets a paused recycler go on.
+    pub fn resume(&self) {
+        if let Some(worker) = &*self.worker.lock() {
+            worker.control.resume();
+        }
+    }
+
+    /// Stops the recycler and waits until it has ended; what it was moving stays where it was.
+    pub fn stop(&self) {
+        let worker = self.worker.lock().take();
+        if let Some(worker) = worker {
+            worker.control.stop();
+            if let Err(e) = block_on(worker.task) {
+                self.image.logger().log(LogLevel::Error, || format!("the recycler ended abnormally: {e}"));
+            }
+        }
+    }
+
+    /// Compacts the image now, on this thread, while guests go on; `progress` is called between batches and cancels the
+    /// work by returning `false`, which leaves a consistent image and gives [`Error::Cancelled`].
+    ///
+    /// # Errors
+    /// See [`crate::recycler::compact`].
+    pub fn compact(&self, mut progress: impl FnMut(Progress) -> bool + Send) -> Result<CompactReport> {
+        let _timers = runtime()?.enter();
+        block_on(crate::recycler::compact(&self.image, &mut progress))
+    }
+
+    /// Stops the recycler, writes everything back and closes the image. Later calls fail with [`Error::Closed`]; closing
+    /// twice does nothing.
+    ///
+    /// # Errors
+    /// See [`Image::close`]. The handle is closed even then.
+    pub fn close(&self) -> Result<()> {
+        self.stop();
+        block_on(self.image.close())
+    }
+}
+
+impl<D: BlockDevice> Drop for Disk<D> {
+    /// Closes the image; an error can only be logged here, so call [`close`](Disk::close) to see it.
+    fn drop(&mut self) {
+        if let Err(e) = self.close() {
+            self.image.logger().log(LogLevel::Error, || format!("closing the image failed: {e}"));
+        }
+    }
+}

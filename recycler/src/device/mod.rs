@@ -1,0 +1,75 @@
+//! Where the bytes of an image live.
+
+use std::future::Future;
+use std::io;
+
+use crate::buf::{IoBuf, IoBufMut};
+
+/// What a device can do beyond reading, writing and flushing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// [`BlockDevice::truncate`] works, both ways; bytes that appear when the device grows read as zeroes, also when the
+    /// same range held other bytes before it was cut off.
+    pub resize: bool,
+    /// [`BlockDevice::punch_hole`] works.
+    pub punch_hole: bool,
+    /// [`BlockDevice::write_zeroes`] works, and is cheaper than writing zeroes.
+    pub write_zeroes: bool,
+    /// [`BlockDevice::copy_range`] works.
+    pub copy_range: bool,
+}
+
+/// The bytes of an image file: a host file, a logical volume, a network store, memory.
+///
+/// All offsets and lengths are in bytes. Calls may come from several threads at once and overlap in time; the library
+/// never lets two calls whose ranges overlap run at once if one of them writes, unless the guest itself does so.
+/// Transfers are whole: a call that moved fewer bytes than asked is an error. The library never reads or writes past
+/// the length it knows (that of [`length`](Self::length) at the start, and what it truncated to since).
+///
+/// **Durability.** What a completed write, truncate, punch or copy did may be lost, in any subset and order of 512-byte
+/// sectors, until a [`flush`](Self::flush) *that began after it completed* has completed. Nothing else is assumed.
+///
+/// A future that completes at its first poll makes the library's synchronous calls run on the caller's own thread
+/// without any hand-over. A dropped future must leave no transfer behind that still uses its buffer.
+pub trait BlockDevice: Send + Sync + 'static {
+    /// What the device can do. Must not change while the image is open.
+    fn features(&self) -> Features {
+        Features::default()
+    }
+
+    /// The device's length.
+    fn length(&self) -> impl Future<Output = io::Result<u64>> + Send;
+
+    /// Fills `buf` from `offset`.
+    fn read(&self, offset: u64, buf: IoBufMut<'_>) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Stores `buf` at `offset`.
+    fn write(&self, offset: u64, buf: IoBuf<'_>) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Makes everything that completed before this call durable. After an error, nothing is assumed about any of it.
+    fn flush(&self) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Makes the device `length` bytes long.
+    fn truncate(&self, length: u64) -> impl Future<Output = io::Result<()>> + Send {
+        let _ = length;
+        std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    /// Makes a range read as zeroes and gives its space back.
+    fn punch_hole(&self, offset: u64, length: u64) -> impl Future<Output = io::Result<()>> + Send {
+        let _ = (offset, length);
+        std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    /// Makes a range read as zeroes, keeping its space.
+    fn write_zeroes(&self, offset: u64, length: u64) -> impl Future<Output = io::Result<()>> + Send {
+        let _ = (offset, length);
+        std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    /// Copies `length` bytes inside the device; the ranges do not overlap.
+    fn copy_range(&self, from: u64, to: u64, length: u64) -> impl Future<Output = io::Result<()>> + Send {
+        let _ = (from, to, length);
+        std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+}

@@ -1,0 +1,124 @@
+//! L1 and L2 table entries (sections "Cluster mapping" and "L1/L2 table entry" of the qcow2 specification).
+//!
+//! Extended L2 entries are not handled here.
+
+use crate::units::HostOffset;
+
+/// Bit 63: the refcount of the cluster (or L2 table) is exactly one, so it may be written in place.
+pub const COPIED: u64 = 1 << 63;
+/// Bit 62 of an L2 entry: the cluster is compressed. It must be tested before any other bit means anything.
+pub const COMPRESSED: u64 = 1 << 62;
+/// Bit 0 of a standard L2 entry: the cluster reads as zeroes (version 3 only).
+pub const ZERO: u64 = 1;
+/// Bits 9 to 55: the host offset of a standard cluster or an L2 table.
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// What an L2 entry says about a guest cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// Not allocated: the backing file shows through, or zeroes.
+    Unallocated,
+    /// Reads as zeroes; `preallocated` is the host cluster kept for it, and whether it is ours alone to write.
+    Zero {
+        /// The host cluster kept for it, with its COPIED flag.
+        preallocated: Option<(HostOffset, bool)>,
+    },
+    /// Stored in a host cluster.
+    Data {
+        /// Where.
+        host: HostOffset,
+        /// Whether this is the only reference, so that the cluster may be written in place.
+        copied: bool,
+    },
+    /// Stored compressed.
+    Compressed {
+        /// The raw descriptor, bits 0 to 61.
+        descriptor: u64,
+    },
+}
+
+impl Mapping {
+    /// Decodes an entry of an image whose version and cluster size are given. The error is the reason why the entry is
+    /// invalid.
+    ///
+    /// # Errors
+    /// Reserved bits that are set, an unaligned offset, a zero flag in version 2.
+    pub fn decode(entry: u64, version: u32, cluster_size: u64) -> Result<Mapping, &'static str> {
+        if entry & COMPRESSED != 0 {
+            return Ok(Mapping::Compressed { descriptor: entry & (COMPRESSED - 1) });
+        }
+        if entry & !(COPIED | OFFSET | ZERO) != 0 {
+            return Err("reserved bits are set");
+        }
+        let offset = entry & OFFSET;
+        if offset & (cluster_size - 1) != 0 {
+            return Err("the host offset is not aligned to a cluster");
+        }
+        let copied = entry & COPIED != 0;
+        if entry & ZERO != 0 {
+            if version < 3 {
+                return Err("the zero flag is set in a version 2 image");
+            }
+            return Ok(Mapping::Zero { preallocated: (offset != 0).then_some((HostOffset(offset), copied)) });
+        }
+        if offset == 0 {
+            // QEMU's own repair leaves COPIED on empty entries alone, and so do we: the offset decides.
+            return Ok(Mapping::Unallocated);
+        }
+        Ok(Mapping::Data { host: HostOffset(offset), copied })
+    }
+
+    /// The entry for a standard cluster that is ours alone.
+    #[must_use]
+    pub const fn encode_data(host: HostOffset) -> u64 {
+        host.0 | COPIED
+    }
+}
+
+/// Decodes an L1 entry: where the L2 table is and whether it is ours alone; `None` if there is none.
+///
+/// # Errors
+/// Reserved bits that are set, or an unaligned offset: the reason.
+pub fn decode_l1(entry: u64, cluster_size: u64) -> Result<Option<(HostOffset, bool)>, &'static str> {
+    if entry & !(COPIED | OFFSET) != 0 {
+        return Err("reserved bits are set");
+    }
+    let offset = entry & OFFSET;
+    if offset & (cluster_size - 1) != 0 {
+        return Err("the L2 table's offset is not aligned to a cluster");
+    }
+    Ok((offset != 0).then_some((HostOffset(offset), entry & COPIED != 0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_compressed_flag_is_tested_first() {
+        assert_eq!(Mapping::decode(COMPRESSED | 1, 3, 65536), Ok(Mapping::Compressed { descriptor: 1 }));
+    }
+
+    #[test]
+    fn hostile_entries_are_refused() {
+        assert!(Mapping::decode(2, 3, 65536).is_err());
+        assert!(Mapping::decode(1 << 56 | 65536, 3, 65536).is_err());
+        assert!(Mapping::decode(512, 3, 65536).is_err());
+        assert!(Mapping::decode(1, 2, 65536).is_err());
+        assert!(decode_l1(COMPRESSED | 65536, 65536).is_err());
+        assert!(decode_l1(512, 1024).is_err());
+    }
+
+    #[test]
+    fn entries_decode() {
+        let host = HostOffset(0x50000);
+        assert_eq!(Mapping::decode(0, 3, 65536), Ok(Mapping::Unallocated));
+        assert_eq!(Mapping::decode(1, 3, 65536), Ok(Mapping::Zero { preallocated: None }));
+        assert_eq!(
+            Mapping::decode(0x50001 | COPIED, 3, 65536),
+            Ok(Mapping::Zero { preallocated: Some((host, true)) })
+        );
+        assert_eq!(Mapping::decode(Mapping::encode_data(host), 2, 65536), Ok(Mapping::Data { host, copied: true }));
+        assert_eq!(decode_l1(0x50000, 65536), Ok(Some((host, false))));
+    }
+}

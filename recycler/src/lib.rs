@@ -1,0 +1,22 @@
+//! A qcow2 block driver that keeps the image file as small as its live data while the virtual machine runs.
+#![deny(unsafe_code)]
+
+pub mod blocking;
+pub mod buf;
+pub mod check;
+pub mod device;
+pub mod error;
+pub mod format;
+pub mod image;
+pub mod options;
+pub mod recycler;
+pub mod stats;
+pub mod units;
+
+pub use blocking::Disk;
+pub use check::{CheckReport, Repair};
+pub use device::BlockDevice;
+pub use error::{Error, Result};
+pub use image::{CreateOptions, Extent, ExtentKind, Image, Info};
+pub use options::{BackingPolicy, LogLevel, Logger, Options};
+pub use stats::Stats;
