@@ -1,0 +1,64 @@
+# The one entry point for every check; CI runs `make test`.
+#
+#   make setup             set a machine up (see mk/setup.mk); the other targets do it themselves
+#   make demo              the main job on real input: a filesystem whose image shrinks while it is used
+#   make demo IMAGE=path   the same on a copy of an image of yours
+#   make test              everything CI runs
+#   make lib               the C library; make install PREFIX= DESTDIR= installs it with its header
+#   make wheel             the Python wheel
+#   make soak MINUTES=n    long random runs from a fresh seed
+#   make clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# Cargo uses all cores by itself; recipes in order make a log that can be read.
+.NOTPARALLEL:
+
+CARGO ?= cargo
+MINUTES ?= 60
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+
+include mk/setup.mk
+include $(filter-out mk/setup.mk,$(sort $(wildcard mk/*.mk)))
+
+.PHONY: help test rust-format rust-lint rust-test pytest soak clean
+
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+
+test: setup rust-format rust-lint header-check rust-test lib python-dev python-lint pytest
+
+rust-format: system
+	$(CARGO) fmt --all --check
+
+# pyo3 asks an interpreter for its version when it is compiled.
+rust-lint rust-test: export PYO3_PYTHON = $(CURDIR)/$(VENV_BIN)/python
+
+rust-lint: $(VENV_READY)
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+# nextest runs the test programs side by side, but no examples in comments.
+rust-test: $(VENV_READY)
+	if command -v cargo-nextest >/dev/null; then \
+		$(CARGO) nextest run --workspace --locked; \
+		$(CARGO) test --workspace --locked --doc -q; \
+	else \
+		$(CARGO) test --workspace --locked -q; \
+	fi
+
+# PYTEST= takes further arguments, such as PYTEST='-k crash -x'.
+pytest: setup lib python-dev
+	$(VENV_BIN)/python -m pytest -q tests/ $(PYTEST)
+
+# Each part prints its seed; QCR_SEED=<that> repeats it.
+soak: export QCR_SOAK_MINUTES = $(MINUTES)
+soak: export QCR_SEED ?= $(shell date +%s)
+soak: setup lib python-dev
+	@echo "seed $$QCR_SEED, $$QCR_SOAK_MINUTES minutes a part"
+	$(CARGO) test --release --locked -p qcow-recycler --test random_operations --test power_cut --test faults -- --nocapture
+	$(VENV_BIN)/python -m pytest -q -s tests/test_crash_kill.py tests/test_qemu_oracle.py
+
+clean:
+	$(CARGO) clean
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
