@@ -1,0 +1,81 @@
+"""Read, write and recycle qcow2 images: the file stays as small as its live data while it is in use.
+
+>>> import qcow_recycler
+>>> with qcow_recycler.open("disk.qcow2") as image:
+...     image.start()
+...     image.discard(0, 1 << 20)
+
+All offsets, lengths and sizes are in bytes. Every failure is an :class:`Error`, which is an :class:`OSError`.
+"""
+
+from . import errors, options, protocol, records
+from ._api import check, check_device, create, create_device, open, open_device
+from ._ext import Image, __version__
+from .errors import (
+    AlreadyExists,
+    BackingNotAllowed,
+    BadOption,
+    Busy,
+    Cancelled,
+    Closed,
+    DeviceError,
+    Error,
+    Failed,
+    InvalidImage,
+    Locked,
+    Misaligned,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    ReadOnly,
+    Unsupported,
+)
+from .options import CreateOptions, OpenOptions
+from .protocol import BlockDevice, FixedBlockDevice, FullBlockDevice
+from .records import CheckReport, CompactReport, Extent, Info, Progress, Stats
+from .zeroes import ZeroScan, discard_zeroes
+
+__all__ = [
+    "AlreadyExists",
+    "BackingNotAllowed",
+    "BadOption",
+    "BlockDevice",
+    "Busy",
+    "Cancelled",
+    "CheckReport",
+    "Closed",
+    "CompactReport",
+    "CreateOptions",
+    "DeviceError",
+    "Error",
+    "Extent",
+    "Failed",
+    "FixedBlockDevice",
+    "FullBlockDevice",
+    "Image",
+    "Info",
+    "InvalidImage",
+    "Locked",
+    "Misaligned",
+    "NotFound",
+    "OpenOptions",
+    "OutOfRange",
+    "PermissionDenied",
+    "Progress",
+    "ReadOnly",
+    "Stats",
+    "Unsupported",
+    "ZeroScan",
+    "__version__",
+    "check",
+    "check_device",
+    "create",
+    "create_device",
+    "discard_zeroes",
+    "errors",
+    "open",
+    "open_device",
+    "options",
+    "protocol",
+    "records",
+]

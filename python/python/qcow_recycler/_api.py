@@ -1,0 +1,64 @@
+"""The functions of the package."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import weakref
+from os import PathLike
+from typing import Literal, Unpack
+
+from . import _ext
+from ._ext import Image
+from .options import CreateOptions, OpenOptions
+from .protocol import FixedBlockDevice
+from .records import CheckReport
+
+# The recycler's thread may call Python; it must be gone before the interpreter is.
+_open_images: weakref.WeakSet[Image] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for image in list(_open_images):
+        try:
+            image.close()
+        except OSError as error:
+            print(f"qcow_recycler: closing {image!r} at exit failed: {error}", file=sys.stderr)
+
+
+def open(path: str | PathLike[str], **options: Unpack[OpenOptions]) -> Image:
+    """Open the image file `path`: see :class:`OpenOptions` for the keyword arguments.
+
+    The recycler is not running yet: see :meth:`Image.start`. Use the image as a context manager, or close it.
+    """
+    image = _ext.open_path(path, options)
+    _open_images.add(image)
+    return image
+
+
+def open_device(device: FixedBlockDevice, **options: Unpack[OpenOptions]) -> Image:
+    """Open the image that lives on `device`, a Python object: see :mod:`qcow_recycler.protocol`."""
+    image = _ext.open_device(device, options)
+    _open_images.add(image)
+    return image
+
+
+def create(path: str | PathLike[str], size: int, **options: Unpack[CreateOptions]) -> None:
+    """Create the image file `path`, which must not exist, for a disk of `size` bytes: see :class:`CreateOptions`."""
+    _ext.create_path(path, size, options)
+
+
+def create_device(device: FixedBlockDevice, size: int, **options: Unpack[CreateOptions]) -> None:
+    """Create an image on `device`, whatever it held before."""
+    _ext.create_device(device, size, options)
+
+
+def check(path: str | PathLike[str], repair: Literal["no", "leaks", "all"] = "no") -> CheckReport:
+    """Check the image file `path`, which nobody may be using, and repair what `repair` allows."""
+    return _ext.check_path(path, repair)
+
+
+def check_device(device: FixedBlockDevice, repair: Literal["no", "leaks", "all"] = "no") -> CheckReport:
+    """Check, and repair, the image that lives on `device`."""
+    return _ext.check_device(device, repair)

@@ -1,0 +1,163 @@
+"""The calls that wait, for asyncio: each runs on a thread of the event loop's default pool.
+
+A cancelled task does not stop a request that is under way, it only stops waiting for it; so a buffer stays in use until
+then. A cancelled :meth:`AsyncImage.compact` cancels the compaction, and waits until the image is at rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from itertools import islice
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, Unpack, final
+
+from . import _api
+from ._ext import Image
+from .options import CreateOptions, OpenOptions
+from .protocol import FixedBlockDevice
+from .records import CheckReport, CompactReport, Extent, Info, Progress, Stats
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+_EXTENTS_AT_ONCE = 256
+
+
+@final
+class AsyncImage:
+    """An open image: the asynchronous twin of :class:`qcow_recycler.Image`."""
+
+    __slots__ = ("image",)
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`."""
+        return await asyncio.to_thread(self.image.read, offset, length)
+
+    async def readinto(self, offset: int, buffer: WriteableBuffer) -> int:
+        """Fill a writable buffer from `offset`; return its length."""
+        return await asyncio.to_thread(self.image.readinto, offset, buffer)
+
+    async def write(self, offset: int, buffer: ReadableBuffer) -> int:
+        """Store a buffer at `offset`; return its length."""
+        return await asyncio.to_thread(self.image.write, offset, buffer)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Free a range."""
+        await asyncio.to_thread(self.image.discard, offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        """Make a range read as zeroes."""
+        await asyncio.to_thread(self.image.write_zeroes, offset, length, may_unmap)
+
+    async def flush(self) -> None:
+        """Make every completed write durable."""
+        await asyncio.to_thread(self.image.flush)
+
+    async def resize(self, size: int, shrink: bool = False) -> None:
+        """Change the size of the virtual disk."""
+        await asyncio.to_thread(self.image.resize, size, shrink)
+
+    async def extents(self, offset: int = 0, length: int | None = None) -> AsyncIterator[Extent]:
+        """Iterate over how a range is stored."""
+        found = await asyncio.to_thread(self.image.extents, offset, length)
+        while batch := await asyncio.to_thread(lambda: list(islice(found, _EXTENTS_AT_ONCE))):
+            for extent in batch:
+                yield extent
+
+    async def compact(self, progress: Callable[[Progress], object] | None = None) -> CompactReport:
+        """Compact the image; `progress` is called on another thread than the event loop's."""
+        cancelled = threading.Event()
+
+        def watch(now: Progress) -> bool:
+            answer = None if progress is None else progress(now)
+            return not cancelled.is_set() and (answer is None or bool(answer))
+
+        work = asyncio.ensure_future(asyncio.to_thread(self.image.compact, watch))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            cancelled.set()
+            await asyncio.wait([work])
+            # Looked at, so that nothing complains of an exception that nobody has seen.
+            if not work.cancelled():
+                work.exception()
+            raise
+
+    async def check(self) -> CheckReport:
+        """Check the image while it is open."""
+        return await asyncio.to_thread(self.image.check)
+
+    async def start(self) -> None:
+        """Start the recycler."""
+        await asyncio.to_thread(self.image.start)
+
+    def pause(self) -> None:
+        """Let the recycler finish its step, then rest."""
+        self.image.pause()
+
+    def resume(self) -> None:
+        """Let a paused recycler go on."""
+        self.image.resume()
+
+    async def stop(self) -> None:
+        """Stop the recycler and wait until it has ended."""
+        await asyncio.to_thread(self.image.stop)
+
+    async def close(self) -> None:
+        """Close the image."""
+        await asyncio.to_thread(self.image.close)
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() has been called."""
+        return self.image.closed
+
+    @property
+    def stats(self) -> Stats:
+        """What the image and its recycler are doing."""
+        return self.image.stats
+
+    @property
+    def info(self) -> Info:
+        """What the image is."""
+        return self.image.info
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+async def open(path: str | PathLike[str], **options: Unpack[OpenOptions]) -> AsyncImage:
+    """Open the image file `path`: see :func:`qcow_recycler.open`."""
+    return AsyncImage(await asyncio.to_thread(lambda: _api.open(path, **options)))
+
+
+async def open_device(device: FixedBlockDevice, **options: Unpack[OpenOptions]) -> AsyncImage:
+    """Open the image that lives on `device`, whose methods are called on other threads than the event loop's."""
+    return AsyncImage(await asyncio.to_thread(lambda: _api.open_device(device, **options)))
+
+
+async def create(path: str | PathLike[str], size: int, **options: Unpack[CreateOptions]) -> None:
+    """Create an image file: see :func:`qcow_recycler.create`."""
+    await asyncio.to_thread(lambda: _api.create(path, size, **options))
+
+
+async def check(path: str | PathLike[str], repair: Literal["no", "leaks", "all"] = "no") -> CheckReport:
+    """Check an image file: see :func:`qcow_recycler.check`."""
+    return await asyncio.to_thread(_api.check, path, repair)
+
+
+__all__ = ["AsyncImage", "check", "create", "open", "open_device"]

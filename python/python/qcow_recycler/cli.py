@@ -1,0 +1,237 @@
+"""The command ``qcow-recycler``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from . import _api
+from ._ext import __version__
+from .errors import Error
+from .records import CheckReport, Info, Progress
+from .zeroes import ZeroScan, discard_zeroes
+
+OK = 0
+FAILED = 1
+CORRUPT = 2
+LEAKED = 3
+USAGE = 64
+INTERRUPTED = 128 + signal.SIGINT
+
+EPILOG = f"""\
+exit codes:
+  {OK}    done; for check: nothing is wrong, or everything wrong was repaired
+  {FAILED}    the work failed; standard error says why in one line
+  {CORRUPT}    check: corruptions are left
+  {LEAKED}    check: leaked clusters are left, no corruption
+  {USAGE}   the command line was not understood
+  {INTERRUPTED}  cancelled with Ctrl-C; the image is consistent
+
+Backing files are never opened. An image that a running virtual machine uses is refused.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse's own code, 2, says "corrupt" here.
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qcow-recycler",
+        description="Look at, check and shrink qcow2 images.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qcow-recycler {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("image", metavar="IMAGE", help="path of the qcow2 file")
+        sub.add_argument("--json", action="store_true", help="write JSON to standard output, one object a line")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("info", _info, "show what an image is")
+    check = command("check", _check, "check an image for corruptions and leaked clusters")
+    check.add_argument("--repair", choices=["leaks", "all"], default="no", help="what to repair")
+    command("compact", _compact, "move clusters from the end of the file into its holes, and cut it")
+    command("discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact")
+    return parser
+
+
+class _Meter:
+    """Shows how far the work is: a bar on a terminal, or JSON lines; ten times a second at most."""
+
+    PERIOD = 0.1
+    WIDTH = 30
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._bar = not as_json and sys.stderr.isatty()
+        self._next = 0.0
+
+    def show(self, done: int, total: int, note: str, record: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now < self._next and done < total:
+            return
+        self._next = now + self.PERIOD
+        if self._as_json:
+            _emit({"event": "progress", **record})
+        elif self._bar:
+            share = min(done / total, 1.0) if total else 1.0
+            filled = round(share * self.WIDTH)
+            bar = "#" * filled + "." * (self.WIDTH - filled)
+            print(f"\r[{bar}] {share:4.0%}  {note}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self._bar:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _emit(record: dict[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def size_text(size: int) -> str:
+    """Return `size` (bytes) for people."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _info(args: argparse.Namespace) -> int:
+    with _api.open(args.image, read_only=True, backing="skip") as image:
+        info: Info = image.info
+    if args.json:
+        _emit(dataclasses.asdict(info))
+        return OK
+    rows = [
+        ("version", str(info.version)),
+        ("virtual size", f"{size_text(info.virtual_size)} ({info.virtual_size} bytes)"),
+        ("file length", f"{size_text(info.file_size)} ({info.file_size} bytes)"),
+        ("cluster size", size_text(info.cluster_size)),
+        ("refcount bits", str(info.refcount_bits)),
+        ("lazy refcounts", "yes" if info.lazy_refcounts else "no"),
+        ("snapshots", str(info.snapshots)),
+    ]
+    if info.backing_file is not None:
+        rows.append(("backing file", f"{info.backing_file} ({info.backing_format or 'format not recorded'})"))
+    rows += [("pinned", reason) for reason in info.pinned]
+    for name, text in rows:
+        print(f"{name + ':':16}{text}")
+    return OK
+
+
+def _check(args: argparse.Namespace) -> int:
+    report: CheckReport = _api.check(args.image, args.repair)
+    corruptions = report.corruptions - report.corruptions_fixed
+    leaks = report.leaks - report.leaks_fixed
+    if args.json:
+        _emit(dataclasses.asdict(report))
+    else:
+        for message in report.messages:
+            print(message)
+        if report.corruptions_fixed or report.leaks_fixed:
+            print(f"repaired: {report.corruptions_fixed} corruptions, {report.leaks_fixed} leaked clusters")
+        print(f"left: {corruptions} corruptions, {leaks} leaked clusters" if corruptions or leaks else "no errors")
+        print(f"{report.allocated_clusters} of {report.total_clusters} clusters allocated; ", end="")
+        print(f"the last one in use ends at {report.image_end_offset}")
+    return CORRUPT if corruptions else LEAKED if leaks else OK
+
+
+def _compact(args: argparse.Namespace) -> int:
+    meter = _Meter(as_json=args.json)
+
+    def show(now: Progress) -> None:
+        meter.show(now.done, now.total, f"the file has {size_text(now.file_size)}", now._asdict())
+
+    try:
+        with _api.open(args.image, backing="skip") as image:
+            report = image.compact(show)
+        # Closing drops what the work itself needed.
+        length = os.stat(args.image).st_size
+    finally:
+        meter.clear()
+    if args.json:
+        _emit({"event": "done", **dataclasses.asdict(report), "file_size": length})
+    else:
+        print(f"{size_text(report.file_size_before)} -> {size_text(length)}, {size_text(report.moved)} moved")
+    return OK
+
+
+def _discard_zeroes(args: argparse.Namespace) -> int:
+    meter = _Meter(as_json=args.json)
+
+    def show(now: ZeroScan) -> None:
+        meter.show(now.scanned, now.total, f"{size_text(now.discarded)} were zeroes", now._asdict())
+
+    try:
+        with _api.open(args.image, backing="skip") as image:
+            result = discard_zeroes(image, show)
+    finally:
+        meter.clear()
+    if args.json:
+        _emit({"event": "done", **result._asdict()})
+    else:
+        print(f"{size_text(result.discarded)} of {size_text(result.total)} were zeroes and are free now")
+    return OK
+
+
+def _error_line(error: OSError) -> str:
+    """Return what went wrong, and where, in one line."""
+    parts = [f"{error.filename}: " if error.filename else "", error.strerror or str(error)]
+    place = []
+    if isinstance(error.errno, int):
+        place.append(errno.errorcode.get(error.errno, str(error.errno)))
+    if isinstance(error, Error):
+        if error.offset is not None:
+            place.append(f"offset {error.offset:#x}")
+        if error.field is not None:
+            place.append(f"field {error.field}")
+    if place:
+        parts.append(f" [{', '.join(place)}]")
+    return "qcow-recycler: " + " ".join("".join(parts).split())
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("qcow-recycler: cancelled; the image is consistent", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        print(_error_line(error), file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

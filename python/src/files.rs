@@ -1,0 +1,115 @@
+//! Opening, creating and checking images.
+
+use std::path::{Path, PathBuf};
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use qcow_recycler::blocking::block_on;
+use qcow_recycler::device::host::HostFile;
+use qcow_recycler::{BlockDevice, CreateOptions, Disk, Options, Repair, Result};
+
+use crate::device::Device;
+use crate::image::Image;
+use crate::object::PyDevice;
+use crate::{errors, options, records};
+
+/// A path as exceptions and `Image.name` show it.
+fn display(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn finish(py: Python<'_>, opened: Result<Disk<Device>>, filename: Option<String>, id: String) -> PyResult<Image> {
+    match opened {
+        Ok(disk) => Ok(Image::new(disk, filename, id)),
+        Err(e) => Err(errors::to_python(py, e, filename.as_deref())),
+    }
+}
+
+/// Opens the image file `path`; the options are those of qcow_recycler.OpenOptions.
+#[pyfunction]
+pub(crate) fn open_path(py: Python<'_>, path: PathBuf, options: &Bound<'_, PyDict>) -> PyResult<Image> {
+    // `parent` of a bare name is the empty path, which a relative name can be joined to as well.
+    let options: Options = options::open_options(options, path.parent())?;
+    let id = if options.id.is_empty() { display(&path) } else { options.id.clone() };
+    let filename = Some(display(&path));
+    let opened = py.detach(move || {
+        let file = HostFile::open(&path, options.read_only)?;
+        Disk::open(Device::File(file), options)
+    });
+    finish(py, opened, filename, id)
+}
+
+/// Opens the image on the block device `device`.
+#[pyfunction]
+pub(crate) fn open_device(py: Python<'_>, device: &Bound<'_, PyAny>, options: &Bound<'_, PyDict>) -> PyResult<Image> {
+    let options = options::open_options(options, None)?;
+    let id = options.id.clone();
+    let device = Device::Object(PyDevice::new(device)?);
+    let opened = py.detach(move || Disk::open(device, options));
+    finish(py, opened, None, id)
+}
+
+fn create<D: BlockDevice>(device: &D, options: &CreateOptions) -> Result<()> {
+    block_on(qcow_recycler::image::create(device, options))
+}
+
+/// Creates the image file `path`, which must not exist; the options are those of qcow_recycler.CreateOptions.
+#[pyfunction]
+pub(crate) fn create_path(py: Python<'_>, path: PathBuf, size: u64, options: &Bound<'_, PyDict>) -> PyResult<()> {
+    let options = options::create_options(size, options)?;
+    let filename = display(&path);
+    py.detach(move || {
+        let file = HostFile::create(&path)?;
+        let result = create(&file, &options);
+        if result.is_err() {
+            // Nobody can want half an image; the reason for the failure matters more than one of removing it.
+            let _ = std::fs::remove_file(&path);
+        }
+        result
+    })
+    .map_err(|e| errors::to_python(py, e, Some(&filename)))
+}
+
+/// Creates an image on the block device `device`, whatever it held before.
+#[pyfunction]
+pub(crate) fn create_device(
+    py: Python<'_>,
+    device: &Bound<'_, PyAny>,
+    size: u64,
+    options: &Bound<'_, PyDict>,
+) -> PyResult<()> {
+    let options = options::create_options(size, options)?;
+    let device = PyDevice::new(device)?;
+    py.detach(move || create(&Device::Object(device), &options)).map_err(|e| errors::to_python(py, e, None))
+}
+
+/// Checks, and with repair="leaks" or "all" repairs, the image file `path`, which nobody may be using.
+#[pyfunction]
+#[pyo3(signature = (path, repair="no"))]
+pub(crate) fn check_path<'py>(py: Python<'py>, path: PathBuf, repair: &str) -> PyResult<Bound<'py, PyAny>> {
+    let repair = options::repair(repair)?;
+    let filename = display(&path);
+    let report = py
+        .detach(move || {
+            let file = HostFile::open(&path, repair == Repair::No)?;
+            block_on(qcow_recycler::check::check(&file, repair))
+        })
+        .map_err(|e| errors::to_python(py, e, Some(&filename)))?;
+    records::check_report(py, report)
+}
+
+/// Checks and repairs the image on the block device `device`.
+#[pyfunction]
+#[pyo3(signature = (device, repair="no"))]
+pub(crate) fn check_device<'py>(
+    py: Python<'py>,
+    device: &Bound<'py, PyAny>,
+    repair: &str,
+) -> PyResult<Bound<'py, PyAny>> {
+    let repair = options::repair(repair)?;
+    let device = Device::Object(PyDevice::new(device)?);
+    let report = py
+        .detach(move || block_on(qcow_recycler::check::check(&device, repair)))
+        .map_err(|e| errors::to_python(py, e, None))?;
+    records::check_report(py, report)
+}

@@ -1,0 +1,282 @@
+//! The class `Image`.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pyo3::exceptions::{PyMemoryError, PyResourceWarning};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use qcow_recycler::buf::IoBufMut;
+use qcow_recycler::{Disk, Error, Result};
+
+use crate::buffer::Memory;
+use crate::device::Device;
+use crate::extents::Extents;
+use crate::{errors, records};
+
+/// Reads longer than this are held against the disk's size before memory is taken for them.
+const UNCHECKED_READ: usize = 1 << 20;
+
+/// An open image; made by open() and open_device().
+///
+/// All offsets, lengths and sizes are in bytes; those of requests are multiples of 512. Any number of threads may use
+/// one image. Every method raises qcow_recycler.Error, and Closed after close().
+#[pyclass(frozen, weakref, module = "qcow_recycler._ext")]
+pub(crate) struct Image {
+    /// Taken out by `close`, so that the file and its locks go when the last call in flight has ended. Never locked
+    /// while anything is waited for.
+    disk: Mutex<Option<Arc<Disk<Device>>>>,
+    filename: Option<String>,
+    id: String,
+}
+
+impl Image {
+    pub(crate) fn new(disk: Disk<Device>, filename: Option<String>, id: String) -> Self {
+        Image { disk: Mutex::new(Some(Arc::new(disk))), filename, id }
+    }
+
+    fn disk(&self, py: Python<'_>) -> PyResult<Arc<Disk<Device>>> {
+        let disk = self.disk.lock().clone();
+        disk.ok_or_else(|| self.raise(py, Error::Closed))
+    }
+
+    fn raise(&self, py: Python<'_>, error: Error) -> PyErr {
+        errors::to_python(py, error, self.filename.as_deref())
+    }
+
+    /// Runs `work` with the interpreter's lock released.
+    pub(crate) fn call<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&Disk<Device>) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        let disk = self.disk(py)?;
+        // The last user of a closed image drops it, which may wait for a thread that wants the interpreter's lock.
+        py.detach(move || {
+            let result = work(&disk);
+            drop(disk);
+            result
+        })
+        .map_err(|e| self.raise(py, e))
+    }
+}
+
+#[pymethods]
+impl Image {
+    /// Returns `length` bytes from `offset`.
+    fn read<'py>(&self, py: Python<'py>, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
+        if length > UNCHECKED_READ {
+            let size = self.disk(py)?.info().virtual_size;
+            if (length as u64).checked_add(offset).is_none_or(|end| end > size) {
+                return Err(self.raise(py, Error::OutOfRange { offset, length: length as u64, size }));
+            }
+        }
+        if isize::try_from(length).is_err() {
+            return Err(PyMemoryError::new_err(()));
+        }
+        PyBytes::new_with(py, length, |bytes| self.call(py, |disk| disk.read(offset, IoBufMut::new(bytes))))
+    }
+
+    /// Fills a writable buffer from `offset`, without a copy in between; returns its length.
+    fn readinto(&self, py: Python<'_>, offset: u64, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let mut memory = Memory::writable(buffer)?;
+        let destination = memory.destination();
+        self.call(py, |disk| disk.read(offset, destination))?;
+        Ok(memory.len())
+    }
+
+    /// Stores a buffer at `offset`, without a copy in between; returns its length.
+    fn write(&self, py: Python<'_>, offset: u64, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let memory = Memory::readable(buffer)?;
+        let source = memory.source();
+        self.call(py, |disk| disk.write(offset, source))?;
+        Ok(memory.len())
+    }
+
+    /// Frees a range: it reads as zeroes afterwards, or as the backing file where a discard means that.
+    fn discard(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<()> {
+        self.call(py, |disk| disk.discard(offset, length))
+    }
+
+    /// Makes a range read as zeroes; with `may_unmap` its clusters may be freed.
+    #[pyo3(signature = (offset, length, may_unmap=true))]
+    fn write_zeroes(&self, py: Python<'_>, offset: u64, length: u64, may_unmap: bool) -> PyResult<()> {
+        self.call(py, |disk| disk.write_zeroes(offset, length, may_unmap))
+    }
+
+    /// Makes every completed write durable.
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, Disk::flush)
+    }
+
+    /// Changes the size of the virtual disk; cutting data off needs `shrink`.
+    #[pyo3(signature = (size, shrink=false))]
+    fn resize(&self, py: Python<'_>, size: u64, shrink: bool) -> PyResult<()> {
+        self.call(py, |disk| disk.resize(size, shrink))
+    }
+
+    /// Iterates over how a range is stored: one record for each run of the same kind. The whole disk by default.
+    #[pyo3(signature = (offset=0, length=None))]
+    fn extents(slf: &Bound<'_, Self>, offset: u64, length: Option<u64>) -> PyResult<Extents> {
+        let this = slf.get();
+        let size = this.disk(slf.py())?.info().virtual_size;
+        let length = length.unwrap_or_else(|| size.saturating_sub(offset));
+        match offset.checked_add(length) {
+            Some(end) if end <= size => Ok(Extents::new(slf.clone().unbind(), offset, end)),
+            _ => Err(this.raise(slf.py(), Error::OutOfRange { offset, length, size })),
+        }
+    }
+
+    /// Compacts the image now, on this thread, while others go on using it.
+    ///
+    /// `progress` is called between batches with a Progress record. Returning False cancels the work, which raises
+    /// Cancelled; so does raising, and that exception goes on. Ctrl-C cancels too. A cancelled image is consistent.
+    #[pyo3(signature = (progress=None))]
+    fn compact<'py>(&self, py: Python<'py>, progress: Option<Py<PyAny>>) -> PyResult<Bound<'py, PyAny>> {
+        let mut raised = None;
+        let result = self.call(py, |disk| {
+            disk.compact(|now| {
+                let go_on = Python::try_attach(|py| {
+                    py.check_signals()?;
+                    match &progress {
+                        Some(function) => {
+                            // Only False cancels: a function that returns nothing is merely informed.
+                            let answer = function.bind(py).call1((records::progress(py, now)?,))?;
+                            Ok(answer.is_none() || answer.is_truthy()?)
+                        }
+                        None => Ok(true),
+                    }
+                });
+                match go_on {
+                    Some(Ok(go_on)) => go_on,
+                    Some(Err(e)) => {
+                        raised = Some(e);
+                        false
+                    }
+                    None => false,
+                }
+            })
+        });
+        match raised {
+            Some(e) => Err(e),
+            None => records::compact_report(py, &result?),
+        }
+    }
+
+    /// Checks the image while it is open.
+    fn check<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let report = self.call(py, Disk::check)?;
+        records::check_report(py, report)
+    }
+
+    /// What the image and its recycler are doing.
+    #[getter]
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let stats = self.call(py, |disk| Ok(disk.stats()))?;
+        records::stats(py, &stats)
+    }
+
+    /// The stats as Prometheus text, labelled with the image's id.
+    fn prometheus(&self, py: Python<'_>) -> PyResult<String> {
+        self.call(py, |disk| Ok(disk.stats().prometheus(&self.id)))
+    }
+
+    /// What the image is.
+    #[getter]
+    fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let info = self.call(py, |disk| Ok(disk.info()))?;
+        records::info(py, info)
+    }
+
+    /// Starts the recycler; does nothing if it runs already.
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, Disk::start)
+    }
+
+    /// Lets the recycler finish its step, then rest.
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, |disk| {
+            disk.pause();
+            Ok(())
+        })
+    }
+
+    /// Lets a paused recycler go on.
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, |disk| {
+            disk.resume();
+            Ok(())
+        })
+    }
+
+    /// Stops the recycler and waits until it has ended.
+    fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, |disk| {
+            disk.stop();
+            Ok(())
+        })
+    }
+
+    /// Stops the recycler, writes everything back and closes the image, even if that fails; a second time does nothing.
+    ///
+    /// The file and its locks are let go when the last call that another thread is in has ended.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(disk) = self.disk.lock().take() else { return Ok(()) };
+        py.detach(move || {
+            let result = disk.close();
+            drop(disk);
+            result
+        })
+        .map_err(|e| self.raise(py, e))
+    }
+
+    /// Whether close() has been called.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.disk.lock().is_none()
+    }
+
+    /// The path of the image file, or None when it was opened on a block device.
+    #[getter]
+    fn name(&self) -> Option<&str> {
+        self.filename.as_deref()
+    }
+
+    fn __enter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (exc_type, exc_value, traceback))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exc_type: Option<&Bound<'_, PyAny>>,
+        exc_value: Option<&Bound<'_, PyAny>>,
+        traceback: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let _ = (exc_type, exc_value, traceback);
+        self.close(py)
+    }
+
+    fn __repr__(&self) -> String {
+        let state = if self.closed() { "closed" } else { "open" };
+        match &self.filename {
+            Some(name) => format!("<qcow_recycler.Image {name:?}, {state}>"),
+            None => format!("<qcow_recycler.Image on a block device, {state}>"),
+        }
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let Some(disk) = self.disk.get_mut().take() else { return };
+        Python::try_attach(|py| {
+            let message = c"an image was not closed; use it as a context manager, or call close()";
+            if let Err(raised) = PyErr::warn(py, &py.get_type::<PyResourceWarning>(), message, 1) {
+                raised.write_unraisable(py, None);
+            }
+            // Closing waits for the recycler, which may be waiting for the interpreter's lock.
+            py.detach(move || drop(disk));
+        });
+    }
+}
