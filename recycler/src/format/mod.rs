@@ -4,3 +4,4 @@ pub mod extension;
 pub mod header;
 pub mod l2;
 pub mod refcount;
+pub mod snapshot;
