@@ -1,0 +1,196 @@
+//! What kind of image a history runs on, and how it is opened.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::process::Command;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use qcow_recycler::Options;
+use qcow_recycler::device::Features;
+use rand::Rng;
+use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom;
+
+use super::content::SECTOR;
+use super::sim::{Delay, Settings};
+
+/// The image as qemu-img makes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ImageKind {
+    pub cluster_bits: u32,
+    pub refcount_bits: u32,
+    pub version: u32,
+    pub lazy_refcounts: bool,
+    pub preallocated: bool,
+    /// Size of the virtual disk in sectors.
+    pub sectors: u64,
+}
+
+impl ImageKind {
+    /// Sectors in a cluster.
+    pub fn cluster_sectors(&self) -> u64 {
+        (1u64 << self.cluster_bits) / SECTOR as u64
+    }
+
+    /// The bytes of a new image, made by qemu-img (once for each kind).
+    pub fn create(&self) -> Vec<u8> {
+        static MADE: LazyLock<Mutex<HashMap<ImageKind, Vec<u8>>>> = LazyLock::new(Mutex::default);
+        if let Some(bytes) = MADE.lock().get(self) {
+            return bytes.clone();
+        }
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image.qcow2");
+        let mut options = format!("cluster_size={}", 1u64 << self.cluster_bits);
+        if self.version == 2 {
+            options.push_str(",compat=0.10");
+        } else {
+            let lazy = if self.lazy_refcounts { "on" } else { "off" };
+            options.push_str(&format!(",compat=1.1,refcount_bits={},lazy_refcounts={lazy}", self.refcount_bits));
+        }
+        if self.preallocated {
+            options.push_str(",preallocation=metadata");
+        }
+        let output = Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-o", &options])
+            .arg(&path)
+            .arg((self.sectors * SECTOR as u64).to_string())
+            .output()
+            .expect("these tests need qemu-img");
+        assert!(output.status.success(), "qemu-img create -o {options}: {}", String::from_utf8_lossy(&output.stderr));
+        let bytes = std::fs::read(&path).expect("the new image");
+        MADE.lock().insert(*self, bytes.clone());
+        bytes
+    }
+}
+
+/// A whole set-up. Everything follows from it and the seed.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    pub seed: u64,
+    pub image: ImageKind,
+    /// In bytes, as the options of the same names.
+    pub l2_cache_size: u64,
+    pub keep_erased: u64,
+    pub compact_after_unmaps: Option<u64>,
+    pub settle: Duration,
+    pub flush_after: Duration,
+    pub features: Features,
+    pub delay: Delay,
+}
+
+/// How large the disks may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// A few clusters: every crash image is opened and read whole.
+    Tiny,
+    /// Several L2 tables.
+    Small,
+}
+
+impl Config {
+    /// A random set-up; small clusters come oftenest, since there a small disk has many tables.
+    pub fn random(seed: u64, scale: Scale, rng: &mut SmallRng) -> Config {
+        let cluster_bits = match (scale, rng.random_range(0..20)) {
+            (_, 0..=8) => 9,
+            (_, 9..=14) => 12,
+            (Scale::Tiny, 15) | (Scale::Small, 15..=17) => 16,
+            (Scale::Tiny, n) => [9, 10, 11, 12][n % 4],
+            (Scale::Small, _) => *[10, 11, 13, 14, 15, 17, 18, 19, 20, 21].choose(rng).unwrap(),
+        };
+        let version = if rng.random_bool(0.15) { 2 } else { 3 };
+        let clusters = match scale {
+            Scale::Tiny if cluster_bits <= 10 => rng.random_range(20..200),
+            Scale::Tiny => rng.random_range(4..40),
+            Scale::Small => match cluster_bits {
+                9 => rng.random_range(100..2000),
+                10..=12 => rng.random_range(50..1000),
+                13..=16 => rng.random_range(16..100),
+                _ => rng.random_range(3..8),
+            },
+        };
+        let cluster_sectors = (1u64 << cluster_bits) / SECTOR as u64;
+        // Often the disk ends inside a cluster.
+        let ragged = if rng.random_bool(0.3) { rng.random_range(0..cluster_sectors) } else { 0 };
+        let image = ImageKind {
+            cluster_bits,
+            refcount_bits: if version == 2 || rng.random_bool(0.4) { 16 } else { 1 << rng.random_range(0..=6) },
+            version,
+            lazy_refcounts: version == 3 && rng.random_bool(0.3),
+            preallocated: rng.random_bool(0.1),
+            sectors: clusters * cluster_sectors + ragged,
+        };
+        let cluster = 1u64 << cluster_bits;
+        let all = Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true };
+        let features = match rng.random_range(0..4) {
+            0 => Features { resize: true, ..Features::default() },
+            1 => Features {
+                resize: true,
+                punch_hole: rng.random(),
+                write_zeroes: rng.random(),
+                copy_range: rng.random(),
+            },
+            _ => all,
+        };
+        let delay = match rng.random_range(0..4) {
+            0 => Delay::None,
+            1 => Delay::Yields(rng.random_range(1..6)),
+            _ => Delay::Sleeps { yields: rng.random_range(0..4), millis: rng.random_range(1..5) },
+        };
+        Config {
+            seed,
+            image,
+            l2_cache_size: if rng.random_bool(0.6) { rng.random_range(0..3) * cluster } else { 4 << 20 },
+            keep_erased: rng.random_range(0..6) * cluster,
+            compact_after_unmaps: rng.random_bool(0.8).then(|| rng.random_range(1..8) * cluster),
+            settle: Duration::from_millis(rng.random_range(1..40)),
+            flush_after: Duration::from_millis(rng.random_range(1..60)),
+            features,
+            delay,
+        }
+    }
+
+    /// How the image is opened.
+    pub fn options(&self) -> Options {
+        Options {
+            keep_erased: self.keep_erased,
+            compact_after_unmaps: self.compact_after_unmaps,
+            settle_time: self.settle,
+            flush_after: self.flush_after,
+            l2_cache_size: self.l2_cache_size,
+            runtime_asserts: true,
+            ..Options::default()
+        }
+    }
+
+    /// How the device behaves.
+    pub fn device(&self, record: bool) -> Settings {
+        Settings { delay: self.delay, features: self.features, record, ..Settings::new(self.seed) }
+    }
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let i = &self.image;
+        write!(
+            f,
+            "clusters of {} B, refcounts of {} bits, version {}{}{}, disk of {} sectors, L2 cache {} B, \
+            keep_erased {}, \
+             compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}",
+            1u64 << i.cluster_bits,
+            i.refcount_bits,
+            i.version,
+            if i.lazy_refcounts { ", lazy" } else { "" },
+            if i.preallocated { ", preallocated" } else { "" },
+            i.sectors,
+            self.l2_cache_size,
+            self.keep_erased,
+            self.compact_after_unmaps,
+            self.settle,
+            self.flush_after,
+            self.delay,
+            self.features,
+        )
+    }
+}

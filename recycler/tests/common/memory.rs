@@ -1,0 +1,93 @@
+//! A device in memory that does everything at once and loses nothing.
+
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use qcow_recycler::buf::{IoBuf, IoBufMut};
+use qcow_recycler::device::{BlockDevice, Features};
+
+/// Bytes in memory; clones share them.
+#[derive(Clone, Default)]
+pub struct MemoryDevice {
+    bytes: Arc<Mutex<Vec<u8>>>,
+}
+
+impl MemoryDevice {
+    /// A device that holds `bytes`.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        MemoryDevice { bytes: Arc::new(Mutex::new(bytes)) }
+    }
+
+    /// What the device holds.
+    pub fn contents(&self) -> Vec<u8> {
+        self.bytes.lock().clone()
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        let mut bytes = self.bytes.lock();
+        let range = within(bytes.len(), offset, length as usize)?;
+        bytes[range].fill(0);
+        Ok(())
+    }
+}
+
+fn within(end: usize, offset: u64, length: usize) -> io::Result<std::ops::Range<usize>> {
+    let start = usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    match start.checked_add(length) {
+        Some(stop) if stop <= end => Ok(start..stop),
+        _ => Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("{length} bytes at {offset:#x} reach past the device's end {end:#x}"),
+        )),
+    }
+}
+
+impl BlockDevice for MemoryDevice {
+    fn features(&self) -> Features {
+        Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true }
+    }
+
+    async fn length(&self) -> io::Result<u64> {
+        Ok(self.bytes.lock().len() as u64)
+    }
+
+    async fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
+        let bytes = self.bytes.lock();
+        let range = within(bytes.len(), offset, buf.len())?;
+        buf.copy_from(&bytes[range]);
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+        let mut bytes = self.bytes.lock();
+        let range = within(bytes.len(), offset, buf.len())?;
+        buf.copy_to(&mut bytes[range]);
+        Ok(())
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    async fn truncate(&self, length: u64) -> io::Result<()> {
+        self.bytes.lock().resize(length as usize, 0);
+        Ok(())
+    }
+
+    async fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.zero(offset, length)
+    }
+
+    async fn write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.zero(offset, length)
+    }
+
+    async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
+        let mut bytes = self.bytes.lock();
+        let source = within(bytes.len(), from, length as usize)?;
+        let target = within(bytes.len(), to, length as usize)?;
+        bytes.copy_within(source, target.start);
+        Ok(())
+    }
+}

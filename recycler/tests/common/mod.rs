@@ -1,0 +1,12 @@
+//! Machinery that the simulation tests share. Each test program uses a part of it.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod config;
+pub mod content;
+pub mod crash;
+pub mod history;
+pub mod memory;
+pub mod model;
+pub mod sim;
+pub mod slice;
+pub mod verify;

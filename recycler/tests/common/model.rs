@@ -1,0 +1,245 @@
+//! What a guest may find on its disk: now, and after a power cut.
+//!
+//! For every guest sector the model keeps what the last completed guest flush made durable and everything written
+//! since, finished or not. Reads must find the newest finished write; after a power cut a sector may hold any of
+//! them. Requests on the same sectors at the same time are the tests' to avoid.
+
+use std::fmt;
+
+use super::content::{Content, SECTOR, recognise};
+
+/// The contents that one step allows. Usually one; more where the outcome is open (a failed write, a discard of part
+/// of a cluster).
+pub type Choice = Vec<Content>;
+
+#[derive(Clone, Debug)]
+struct Step {
+    /// The number of the request.
+    request: u64,
+    allowed: Choice,
+    /// The model's clock when the request ended; `None` while it is in flight.
+    ended: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+struct Cell {
+    /// What the sector held at the last completed flush.
+    flushed: Choice,
+    steps: Vec<Step>,
+}
+
+impl Cell {
+    fn new() -> Self {
+        Cell { flushed: vec![Content::Zero], steps: Vec::new() }
+    }
+
+    /// What a read finds that runs alongside no request on this sector.
+    fn current(&self) -> &Choice {
+        self.steps.iter().rev().find(|s| s.ended.is_some()).map_or(&self.flushed, |s| &s.allowed)
+    }
+
+    fn current_mut(&mut self) -> &mut Choice {
+        match self.steps.iter_mut().rev().find(|s| s.ended.is_some()) {
+            Some(step) => &mut step.allowed,
+            None => &mut self.flushed,
+        }
+    }
+
+    fn may_survive(&self, content: Content) -> bool {
+        self.flushed.contains(&content) || self.steps.iter().any(|s| s.allowed.contains(&content))
+    }
+
+    /// A flush that began at `began` has completed: the newest request that had ended by then is durable.
+    fn flushed_at(&mut self, began: u64) {
+        let Some(last) = self.steps.iter().rposition(|s| s.ended.is_some_and(|e| e <= began)) else { return };
+        self.flushed = std::mem::take(&mut self.steps[last].allowed);
+        self.steps.drain(..=last);
+    }
+}
+
+/// The guest's disk. Sizes and positions are in sectors.
+#[derive(Clone, Debug)]
+pub struct Model {
+    cells: Vec<Cell>,
+    size: u64,
+    /// Sizes that a power cut may leave besides the present one.
+    other_sizes: Vec<u64>,
+    clock: u64,
+    requests: u64,
+    /// Rises whenever a flush completes, that is, whenever less is allowed after a power cut than before.
+    pub tightened: u64,
+}
+
+/// Contents that are not allowed.
+#[derive(Clone, Copy, Debug)]
+pub struct Mismatch {
+    pub sector: u64,
+    pub found: Content,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guest sector {} holds {}", self.sector, self.found)?;
+        match self.found {
+            Content::Data { sector, .. } if sector != self.sector => write!(f, ": ANOTHER SECTOR'S DATA"),
+            Content::Garbage { .. } => write!(f, ": NEVER WRITTEN BY THE GUEST"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A request in flight.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub struct Request {
+    number: u64,
+    first: u64,
+    count: u64,
+}
+
+impl Model {
+    /// A disk of `size` sectors that durably holds zeroes.
+    pub fn new(size: u64) -> Self {
+        let cells = vec![Cell::new(); size as usize];
+        Model { cells, size, other_sizes: Vec::new(), clock: 0, requests: 0, tightened: 0 }
+    }
+
+    /// Size of the disk in sectors.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// A number that no write had before.
+    pub fn next_version(&mut self) -> u64 {
+        self.requests += 1;
+        self.requests
+    }
+
+    /// A request begins that gives each sector one of `allowed(sector, what it may hold now)`.
+    pub fn begin(&mut self, first: u64, count: u64, allowed: impl Fn(u64, &Choice) -> Choice) -> Request {
+        self.requests += 1;
+        let number = self.requests;
+        for sector in first..first + count {
+            let cell = &mut self.cells[sector as usize];
+            let allowed = allowed(sector, cell.current());
+            cell.steps.push(Step { request: number, allowed, ended: None });
+        }
+        Request { number, first, count }
+    }
+
+    /// A request has ended well.
+    pub fn end(&mut self, request: Request) {
+        self.finish(request, false);
+    }
+
+    /// A request has failed, or was dropped: each of its sectors is as before or as asked.
+    pub fn fail(&mut self, request: Request) {
+        self.finish(request, true);
+    }
+
+    fn finish(&mut self, request: Request, failed: bool) {
+        self.clock += 1;
+        for sector in request.first..request.first + request.count {
+            let cell = &mut self.cells[sector as usize];
+            let before = if failed { cell.current().clone() } else { Choice::new() };
+            let Some(step) = cell.steps.iter_mut().find(|s| s.request == request.number) else { continue };
+            step.ended = Some(self.clock);
+            step.allowed.extend(before);
+        }
+    }
+
+    /// The moment a flush begins, to be given to [`flushed`](Self::flushed).
+    pub fn flush_begins(&self) -> u64 {
+        self.clock
+    }
+
+    /// A flush that began at `began` has completed.
+    pub fn flushed(&mut self, began: u64) {
+        for cell in &mut self.cells {
+            cell.flushed_at(began);
+        }
+        self.tightened += 1;
+    }
+
+    /// A flush that covers changes of size, with no resize in flight, has completed.
+    pub fn size_flushed(&mut self) {
+        self.other_sizes.clear();
+    }
+
+    /// The disk's size is about to change to `size` sectors. What is cut off reads as zeroes if it ever comes back.
+    pub fn resize(&mut self, size: u64) {
+        self.other_sizes.push(self.size);
+        if size < self.size {
+            let request = self.begin(size, self.size - size, |_, _| vec![Content::Zero]);
+            self.end(request);
+        }
+        if self.cells.len() < size as usize {
+            self.cells.resize(size as usize, Cell::new());
+        }
+        self.size = size;
+    }
+
+    /// A resize to `size` failed: the size is the old or the new one.
+    pub fn resize_failed(&mut self, before: u64) {
+        self.other_sizes.push(self.size);
+        self.size = before;
+    }
+
+    /// Whether a power cut may leave a disk of `size` sectors.
+    pub fn size_may_survive(&self, size: u64) -> bool {
+        size == self.size || self.other_sizes.contains(&size)
+    }
+
+    /// Compares what was read from `first` on with what must be there; remembers which of several possibilities it
+    /// was.
+    pub fn read(&mut self, first: u64, bytes: &[u8]) -> Result<(), Mismatch> {
+        for (i, found) in bytes.chunks_exact(SECTOR).map(recognise).enumerate() {
+            let sector = first + i as u64;
+            let Some(cell) = self.cells.get_mut(sector as usize) else { continue };
+            if !cell.current().contains(&found) {
+                return Err(Mismatch { sector, found });
+            }
+            *cell.current_mut() = vec![found];
+        }
+        Ok(())
+    }
+
+    /// Compares a whole disk with what may be there after a power cut.
+    pub fn survived(&self, bytes: &[u8]) -> Result<(), Mismatch> {
+        for (i, found) in bytes.chunks_exact(SECTOR).map(recognise).enumerate() {
+            let sector = i as u64;
+            let allowed = self.cells.get(i).map_or(found == Content::Zero, |c| c.may_survive(found));
+            if !allowed {
+                return Err(Mismatch { sector, found });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the sector may hold now and after a power cut, for reports.
+    pub fn explain(&self, sector: u64) -> String {
+        let Some(cell) = self.cells.get(sector as usize) else { return "no such sector".into() };
+        let show = |c: &Choice| c.iter().map(Content::to_string).collect::<Vec<_>>().join(" | ");
+        let mut text = format!("flushed: {}", show(&cell.flushed));
+        for step in &cell.steps {
+            let state = if step.ended.is_some() { "ended" } else { "in flight" };
+            text.push_str(&format!("; then ({state}): {}", show(&step.allowed)));
+        }
+        text
+    }
+
+    /// After a power cut: the disk is what was found, durably.
+    pub fn settle(&mut self, bytes: &[u8]) {
+        self.size = (bytes.len() / SECTOR) as u64;
+        self.other_sizes.clear();
+        self.cells =
+            bytes.chunks_exact(SECTOR).map(|s| Cell { flushed: vec![recognise(s)], steps: Vec::new() }).collect();
+    }
+
+    /// The part of a discard that covers whole clusters.
+    pub fn whole_clusters(first: u64, count: u64, cluster_sectors: u64) -> std::ops::Range<u64> {
+        let start = first.next_multiple_of(cluster_sectors);
+        let stop = (first + count) / cluster_sectors * cluster_sectors;
+        start..stop.max(start)
+    }
+}

@@ -1,0 +1,64 @@
+//! How long a test runs and from which seed: `QCR_SEED=n` replays one seed, `QCR_SOAK_MINUTES=n` makes the run longer
+//! and starts it from the clock.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// The seeds of one run.
+pub struct Slice {
+    next: u64,
+    replay: bool,
+    handed_out: u64,
+    at_least: u64,
+    end: Instant,
+}
+
+/// The seed to replay, if one is asked for.
+pub fn replay_seed() -> Option<u64> {
+    let text = std::env::var("QCR_SEED").ok()?;
+    Some(text.trim().parse().expect("QCR_SEED must be a number"))
+}
+
+/// Minutes of soak asked for.
+pub fn soak_minutes() -> Option<f64> {
+    let text = std::env::var("QCR_SOAK_MINUTES").ok()?;
+    Some(text.trim().parse().expect("QCR_SOAK_MINUTES must be a number"))
+}
+
+impl Slice {
+    /// Seeds for about `seconds`, but at least `at_least` of them; `share` is the part of a soak that this test gets.
+    pub fn new(seconds: u64, at_least: u64, share: f64) -> Slice {
+        let (first, length) = match soak_minutes() {
+            Some(minutes) => {
+                let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs());
+                (clock << 20, Duration::from_secs_f64(minutes * 60.0 * share))
+            }
+            None => (1, Duration::from_secs(seconds)),
+        };
+        let replay = replay_seed();
+        Slice {
+            next: replay.unwrap_or(first),
+            replay: replay.is_some(),
+            handed_out: 0,
+            at_least,
+            end: Instant::now() + length,
+        }
+    }
+}
+
+impl Iterator for Slice {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        let over = if self.replay {
+            self.handed_out > 0
+        } else {
+            self.handed_out >= self.at_least && Instant::now() >= self.end
+        };
+        if over {
+            return None;
+        }
+        self.handed_out += 1;
+        self.next += 1;
+        Some(self.next - 1)
+    }
+}

@@ -1,0 +1,232 @@
+//! What must be true of an image: its structure by our own check and by qemu-img's, its contents by a model.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use qcow_recycler::blocking::block_on;
+use qcow_recycler::buf::IoBufMut;
+use qcow_recycler::check::check;
+use qcow_recycler::format::header::{Header, incompatible};
+use qcow_recycler::{BlockDevice, CheckReport, ExtentKind, Image, Repair};
+
+use super::config::Config;
+use super::content::SECTOR;
+use super::memory::MemoryDevice;
+use super::model::Model;
+
+/// A file for qemu-img, removed when dropped.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(bytes: &[u8]) -> Scratch {
+        static DIRECTORY: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = DIRECTORY.path().join(format!("{}.img", NEXT.fetch_add(1, Ordering::Relaxed)));
+        std::fs::write(&path, bytes).unwrap();
+        Scratch(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// How bad an image may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tolerance {
+    /// Neither leaks nor corruptions.
+    Clean,
+    /// Leaks.
+    Leaks,
+    /// Wrong refcounts too, as long as the dirty bit announces them.
+    DirtyRefcounts,
+}
+
+/// Runs `qemu-img check` on a copy of `image`.
+///
+/// # Errors
+/// It finds more than `tolerance` allows; its output.
+pub fn qemu_check(image: &[u8], tolerance: Tolerance) -> Result<(), String> {
+    let file = Scratch::new(image);
+    let run = |repair: bool| {
+        let mut command = Command::new("qemu-img");
+        command.args(["check", "-f", "qcow2"]);
+        if repair {
+            command.args(["-r", "all"]);
+        }
+        let output = command.arg(&file.0).output().expect("these tests need qemu-img");
+        let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        (output.status.code(), text)
+    };
+    if tolerance == Tolerance::DirtyRefcounts {
+        run(true);
+    }
+    let (code, text) = run(false);
+    match (code, tolerance) {
+        (Some(0), _) | (Some(3), Tolerance::Leaks) => Ok(()),
+        _ => Err(format!("qemu-img check: {code:?}, allowed is {tolerance:?}: {text}")),
+    }
+}
+
+/// The virtual disk as QEMU reads it.
+///
+/// # Errors
+/// qemu-img's message.
+pub fn qemu_contents(image: &[u8]) -> Result<Vec<u8>, String> {
+    let file = Scratch::new(image);
+    let raw = Scratch::new(&[]);
+    let output = Command::new("qemu-img")
+        .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .args([&file.0, &raw.0])
+        .output()
+        .expect("these tests need qemu-img");
+    if !output.status.success() {
+        return Err(format!("qemu-img convert: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    std::fs::read(&raw.0).map_err(|e| e.to_string())
+}
+
+/// Whether the dirty bit is set.
+pub fn is_dirty(image: &[u8]) -> bool {
+    Header::parse(image, image.len() as u64).is_ok_and(|h| h.incompatible & incompatible::DIRTY != 0)
+}
+
+/// Checks an image nobody uses with our own check.
+///
+/// # Errors
+/// It finds more than `tolerance` allows.
+pub fn our_check(image: &[u8], tolerance: Tolerance) -> Result<CheckReport, String> {
+    let device = MemoryDevice::new(image.to_vec());
+    let report = block_on(check(&device, Repair::No)).map_err(|e| format!("check: {e}"))?;
+    judge(&report, tolerance).map_err(|e| format!("check: {e}"))?;
+    Ok(report)
+}
+
+/// Whether a report is as good as `tolerance` asks.
+///
+/// # Errors
+/// It is not: the report in words.
+pub fn judge(report: &CheckReport, tolerance: Tolerance) -> Result<(), String> {
+    let good = match tolerance {
+        Tolerance::Clean => report.corruptions == 0 && report.leaks == 0,
+        Tolerance::Leaks => report.corruptions == 0,
+        Tolerance::DirtyRefcounts => true,
+    };
+    if good {
+        return Ok(());
+    }
+    let (corruptions, leaks) = (report.corruptions, report.leaks);
+    Err(format!("{corruptions} corruptions, {leaks} leaks, allowed is {tolerance:?}: {}", report.messages.join("; ")))
+}
+
+/// The whole virtual disk.
+///
+/// # Errors
+/// A read fails.
+pub async fn contents<D: BlockDevice>(image: &Image<D>) -> Result<Vec<u8>, String> {
+    let size = image.info().virtual_size;
+    let mut bytes = vec![0xaa; size as usize];
+    let step = 64 << 10;
+    for offset in (0..size).step_by(step) {
+        let end = (offset as usize + step).min(bytes.len());
+        let buf = IoBufMut::new(&mut bytes[offset as usize..end]);
+        image.read(offset, buf).await.map_err(|e| format!("reading at {offset:#x}: {e}"))?;
+    }
+    Ok(bytes)
+}
+
+/// Compares the whole disk, and what `extent` says of it, with the model. Nothing else may be using the disk.
+///
+/// # Errors
+/// What differs.
+pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model) -> Result<(), String> {
+    let size = image.info().virtual_size;
+    if size != model.size() * SECTOR as u64 {
+        return Err(format!("the disk has {size} bytes, {} sectors are right", model.size()));
+    }
+    let bytes = contents(image).await?;
+    model.read(0, &bytes).map_err(|m| format!("{m}; {}", model.explain(m.sector)))?;
+    let (mut offset, mut ranges) = (0, Vec::new());
+    while offset < size {
+        let extent = image.extent(offset, size - offset).await.map_err(|e| format!("extent at {offset:#x}: {e}"))?;
+        if extent.length == 0 || extent.length > size - offset {
+            return Err(format!("extent at {offset:#x} has a length of {}", extent.length));
+        }
+        let end = offset + extent.length;
+        match extent.kind {
+            ExtentKind::Data { host_offset } => ranges.push((host_offset, host_offset + extent.length)),
+            ExtentKind::Zero | ExtentKind::Unallocated => {
+                if bytes[offset as usize..end as usize].iter().any(|&b| b != 0) {
+                    return Err(format!("extent {offset:#x}..{end:#x} is {:?} but holds data", extent.kind));
+                }
+            }
+        }
+        offset = end;
+    }
+    ranges.sort_unstable();
+    match ranges.windows(2).find(|w| w[0].1 > w[1].0) {
+        Some(w) => Err(format!("two extents share a cluster of the file: {:x?} and {:x?}", w[0], w[1])),
+        None => Ok(()),
+    }
+}
+
+/// Drives the timers that a compaction may use.
+static TIMERS: LazyLock<tokio::runtime::Runtime> =
+    LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap());
+
+/// How thoroughly one crash image is looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Depth {
+    /// QEMU checks it as well, before and after our repair, and reads it.
+    pub qemu: bool,
+    /// It is compacted after it was recovered, and must survive that.
+    pub compact: bool,
+}
+
+/// Checks an image that a power cut may have left: sound before it is opened, recovered by opening it, holding what
+/// the model allows, and clean after it was closed.
+///
+/// # Errors
+/// What is wrong.
+pub fn crash_image(image: &[u8], model: &Model, config: &Config, depth: Depth) -> Result<(), String> {
+    let dirty = is_dirty(image);
+    if dirty && !config.image.lazy_refcounts {
+        return Err("the dirty bit is set without lazy refcounts".into());
+    }
+    let tolerance = if dirty { Tolerance::DirtyRefcounts } else { Tolerance::Leaks };
+    our_check(image, tolerance).map_err(|e| format!("before opening: {e}"))?;
+    if depth.qemu {
+        qemu_check(image, tolerance).map_err(|e| format!("before opening: {e}"))?;
+        let bytes = qemu_contents(image)?;
+        model.survived(&bytes).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
+    }
+    let device = MemoryDevice::new(image.to_vec());
+    let _timers = TIMERS.enter();
+    block_on(async {
+        let open = || Image::open(device.clone(), config.options());
+        let disk = open().await.map_err(|e| format!("opening: {e}"))?;
+        let size = disk.info().virtual_size / SECTOR as u64;
+        if !model.size_may_survive(size) {
+            return Err(format!("the disk has {size} sectors"));
+        }
+        let bytes = contents(&disk).await?;
+        model.survived(&bytes).map_err(|m| format!("{m}; {}", model.explain(m.sector)))?;
+        if depth.compact {
+            qcow_recycler::recycler::compact(&disk, &mut |_| true).await.map_err(|e| format!("compacting: {e}"))?;
+            if contents(&disk).await? != bytes {
+                return Err("compacting the recovered image changed its contents".into());
+            }
+        }
+        disk.close().await.map_err(|e| format!("closing: {e}"))?;
+        let after = device.contents();
+        our_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
+        if depth.qemu {
+            qemu_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,158 @@
+//! Random guests against a model, after the manner of ocaml-qcow's `compact_random`: writes, partial writes, discards,
+//! zeroes, flushes, compactions, resizes and reopenings, several guests at once, with the recycler at work; on paused
+//! time, where a seed decides the order of everything, and on real threads.
+//!
+//! `QCR_SEED=n cargo test --test random_operations` replays a seed; `QCR_SOAK_MINUTES=n` makes the run longer.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::config::{Config, Scale};
+use common::history::{self, Clock, Errors, History, Length, Op, Shared};
+use common::sim::{Delay, SimDevice};
+use common::slice::Slice;
+use common::verify::{self, Tolerance};
+use qcow_recycler::Disk;
+use qcow_recycler::blocking::block_on;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+/// One history in so many is checked and read by QEMU whenever it closes the image.
+const QEMU_SHARE: u64 = 10;
+
+fn random_history(seed: u64) -> History {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let config = Config::random(seed, Scale::Small, &mut rng);
+    History::random(config, Length { rounds: 5, guests: 4, ops: 30 }, &mut rng)
+}
+
+fn look_at_file(bytes: &[u8], shared: &Shared, qemu: bool) -> Result<(), String> {
+    verify::our_check(bytes, Tolerance::Clean)?;
+    if qemu {
+        verify::qemu_check(bytes, Tolerance::Clean)?;
+        let mut model = shared.model.lock().clone();
+        let disk = verify::qemu_contents(bytes)?;
+        model.read(0, &disk).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
+    }
+    Ok(())
+}
+
+fn play(history: &History, qemu: bool) -> Result<(), history::Failure> {
+    let config = history.config;
+    let shared = Shared::new(config, Clock::Tokio, Errors::None);
+    let device = SimDevice::new(config.image.create(), config.device(false));
+    device.limit_operations(2_000_000);
+    let result = history::in_paused_time(&shared, async {
+        history::play(history, &device, &shared, |d| look_at_file(&d.contents(), &shared, qemu)).await
+    });
+    match device.violations() {
+        broken if broken.is_empty() => result,
+        broken => {
+            let also = result.err().map_or_else(String::new, |f| format!("; then {}", f.message));
+            Err(shared.failure(format!("rules of the device trait broken: {}{also}", broken.join("; "))))
+        }
+    }
+}
+
+#[test]
+fn on_paused_time() {
+    let (mut histories, mut requests) = (0, 0);
+    for seed in Slice::new(35, 30, 0.25) {
+        let history = random_history(seed);
+        let qemu = seed.is_multiple_of(QEMU_SHARE);
+        histories += 1;
+        requests += history.len();
+        if let Err(first) = play(&history, qemu) {
+            let short = history::shrink(history, 300, |h| play(h, qemu).is_err());
+            let last = play(&short, qemu).err().unwrap_or(first);
+            panic!(
+                "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test \
+                random_operations \
+                 on_paused_time",
+                short.config, short.rounds
+            );
+        }
+    }
+    println!("paused time: {histories} histories, {requests} requests");
+}
+
+/// One history in which guests are threads and the recycler runs on the library's own runtime.
+fn play_on_threads(seed: u64) -> Result<usize, history::Failure> {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut config = Config::random(seed, Scale::Small, &mut rng);
+    config.delay = if rng.random_bool(0.5) { Delay::None } else { Delay::Yields(2) };
+    config.settle = Duration::from_millis(1);
+    config.flush_after = Duration::from_millis(2);
+    config.compact_after_unmaps = Some(1 << config.image.cluster_bits);
+    let history = History::random(config, Length { rounds: 3, guests: 4, ops: 60 }, &mut rng);
+    let shared = Shared::new(config, Clock::Threads, Errors::None);
+    let device = SimDevice::new(config.image.create(), config.device(false));
+    for round in &history.rounds {
+        let disk = Disk::open(device.clone(), config.options()).map_err(|e| shared.failure(format!("opening: {e}")))?;
+        if round.recycler {
+            disk.start().map_err(|e| shared.failure(format!("starting: {e}")))?;
+        }
+        std::thread::scope(|scope| {
+            let guests: Vec<_> = round
+                .guests
+                .iter()
+                .enumerate()
+                .map(|(g, ops)| {
+                    let (disk, shared) = (&disk, &shared);
+                    scope.spawn(move || guest_thread(&format!("guest {g}"), disk, shared, ops))
+                })
+                .collect();
+            guests
+                .into_iter()
+                .try_for_each(|guest| guest.join().unwrap_or_else(|_| Err(shared.failure("a guest panicked"))))
+        })?;
+        if round.recycler {
+            std::thread::sleep(Duration::from_millis(5));
+            disk.pause();
+            disk.resume();
+        }
+        block_on(shared.compare(disk.image()))?;
+        let errors = disk.stats().background_errors;
+        if errors > 0 {
+            return Err(shared.failure(format!("{errors} background errors")));
+        }
+        disk.close().map_err(|e| shared.failure(format!("closing: {e}")))?;
+        look_at_file(&device.contents(), &shared, seed.is_multiple_of(QEMU_SHARE))
+            .map_err(|e| shared.failure(format!("after closing: {e}")))?;
+    }
+    match device.violations() {
+        broken if broken.is_empty() => Ok(history.len()),
+        broken => Err(shared.failure(format!("rules of the device trait broken: {}", broken.join("; ")))),
+    }
+}
+
+fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &[Op]) -> Result<(), history::Failure> {
+    for op in ops {
+        if *op == Op::Compact {
+            // Through the blocking call, which brings the timers that a compaction needs.
+            match disk.compact(|_| true) {
+                Ok(_) | Err(qcow_recycler::Error::Busy { .. }) => {}
+                Err(e) => return Err(shared.failure(format!("{name} compacting: {e}"))),
+            }
+        } else {
+            block_on(shared.guest(name, disk.image(), std::slice::from_ref(op)))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn on_threads() {
+    let (mut histories, mut requests) = (0, 0);
+    for seed in Slice::new(15, 20, 0.1) {
+        match play_on_threads(seed) {
+            Ok(count) => requests += count,
+            Err(failure) => panic!("seed {seed} (threads: may need several tries)\n{failure}"),
+        }
+        histories += 1;
+    }
+    println!("threads: {histories} histories, {requests} requests");
+}
