@@ -1,0 +1,127 @@
+//! Creating images
+
+use std::ffi::{c_char, c_int};
+
+use qcow_recycler::CreateOptions;
+use qcow_recycler::blocking::block_on;
+
+use crate::abi::{self, Shared, copy_in};
+use crate::boundary::call;
+use crate::callbacks::{Callbacks, qcr_block_callbacks};
+use crate::device::Device;
+use crate::error::{Fault, qcr_error};
+use crate::options::path_of;
+
+/// Creation flag: let refcounts go stale while the image is open (version 3 only).
+pub const QCR_CREATE_LAZY_REFCOUNTS: u32 = 0x1;
+/// Creation flag: replace an existing file, whatever it holds.
+pub const QCR_CREATE_REPLACE: u32 = 0x2;
+
+/// What a new image is to be like. All zeroes but struct_size and virtual_size: as QEMU makes them by default.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct qcr_create_options {
+    /// sizeof(struct qcr_create_options), set by the caller.
+    pub struct_size: u32,
+    /// QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE.
+    pub flags: u32,
+    /// Size of the virtual disk in bytes, a multiple of 512.
+    pub virtual_size: u64,
+    /// Cluster size in bytes, a power of two from 512 to 2 MiB; 0: 64 KiB.
+    pub cluster_size: u64,
+    /// Width of a refcount in bits: 1, 2, 4, 8, 16, 32 or 64; 0: 16.
+    pub refcount_bits: u32,
+    /// Of the format, 2 or 3; 0: 3.
+    pub version: u32,
+    /// The backing file's name to record, UTF-8, and its format ("raw" or "qcow2"), or both NULL. The file is not
+    /// opened.
+    pub backing_file: *const c_char,
+    /// See backing_file.
+    pub backing_format: *const c_char,
+}
+
+// SAFETY: integers, and pointers that may be NULL; no padding.
+unsafe impl Shared for qcr_create_options {
+    const NAME: &'static str = "create_options";
+}
+
+/// Makes a new image in the file `path` and closes it. Any thread.
+///
+/// Errors: -EEXIST if there is a file already, and QCR_CREATE_REPLACE is not set; -EAGAIN if it is an image in use;
+/// -EINVAL names the unusable option. When it fails, a file that this call made is removed again.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcr_create_path(
+    path: *const c_char,
+    options: *const qcr_create_options,
+    error: *mut qcr_error,
+) -> c_int {
+    let body = || {
+        // SAFETY: the header's rules for strings and structs.
+        let (path, wanted, flags) = unsafe {
+            let path = path_of(abi::string("path", path)?);
+            let (wanted, flags) = wanted(options)?;
+            (path, wanted, flags)
+        };
+        let (device, made) = Device::create(&path, flags & QCR_CREATE_REPLACE != 0)?;
+        block_on(qcow_recycler::image::create(&device, &wanted)).inspect_err(|_| {
+            if made {
+                // Half an image is of no use; and the first error is the one to report.
+                let _ = std::fs::remove_file(&path);
+            }
+        })?;
+        Ok(())
+    };
+    // SAFETY: the header's rule for errors.
+    unsafe { call(error, body) }
+}
+
+/// Writes a new image to block callbacks, whatever they held before; then `destroy` is called. Any thread.
+///
+/// Errors: -EINVAL names the unusable option; -EOPNOTSUPP if the device is too short and cannot be made longer; the
+/// callbacks' own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcr_create_callbacks(
+    callbacks: *const qcr_block_callbacks,
+    options: *const qcr_create_options,
+    error: *mut qcr_error,
+) -> c_int {
+    // Before anything can fail: `destroy` must run even then.
+    // SAFETY: the header's rules for structs and callbacks.
+    let callbacks = unsafe { Callbacks::adopt(callbacks) };
+    let body = || {
+        let device = Device::on(callbacks?, false)?;
+        // SAFETY: the header's rules for strings and structs.
+        let (wanted, flags) = unsafe { wanted(options)? };
+        if flags & QCR_CREATE_REPLACE != 0 {
+            return Err(Fault::argument("flags", "QCR_CREATE_REPLACE is for files only"));
+        }
+        block_on(qcow_recycler::image::create(&device, &wanted))?;
+        Ok(())
+    };
+    // SAFETY: the header's rule for errors.
+    unsafe { call(error, body) }
+}
+
+unsafe fn wanted(options: *const qcr_create_options) -> Result<(CreateOptions, u32), Fault> {
+    // SAFETY: the header's rule for structs.
+    let c = unsafe { copy_in(options)? };
+    abi::known_flags(c.flags, QCR_CREATE_LAZY_REFCOUNTS | QCR_CREATE_REPLACE)?;
+    let mut wanted = CreateOptions::new(c.virtual_size);
+    if c.cluster_size != 0 {
+        wanted.cluster_size = c.cluster_size;
+    }
+    if c.refcount_bits != 0 {
+        wanted.refcount_bits = c.refcount_bits;
+    }
+    if c.version != 0 {
+        wanted.version = c.version;
+    }
+    wanted.lazy_refcounts = c.flags & QCR_CREATE_LAZY_REFCOUNTS != 0;
+    if !c.backing_file.is_null() || !c.backing_format.is_null() {
+        // SAFETY: the header's rule for strings.
+        let (name, format) =
+            unsafe { (abi::text("backing_file", c.backing_file)?, abi::text("backing_format", c.backing_format)?) };
+        wanted.backing = Some((name.to_owned(), format.to_owned()));
+    }
+    Ok((wanted, c.flags))
+}

@@ -1,0 +1,784 @@
+/* libqcowrecycle: a qcow2 block driver that keeps the image file as small as its live data while it is in use.
+ *
+ * SPDX-License-Identifier: Apache-2.0 OR MIT
+ *
+ * Generated from ffi/src by `make header`: change the comments and declarations there.
+ *
+ * A hypervisor's guest deletes files and its file system discards what they occupied; in the qcow2 file that leaves
+ * holes, and the file keeps its length. The driver's recycler moves clusters from the end of the file into the holes
+ * and shortens the file, in the background, safe against a crash at any instant.
+ *
+ *     struct qcr_error error;
+ *     struct qcr_image *image;
+ *     QCR_INIT(error);
+ *     if (qcr_open_path("disk.qcow2", NULL, NULL, &image, &error) < 0) {
+ *         fprintf(stderr, "%s\n", error.message);
+ *         exit(1);
+ *     }
+ *     qcr_start(image, NULL);                               the recycler
+ *     qcr_write(image, data, 4096, 0, &error);              the guest, from any number of threads
+ *     qcr_discard(image, 1 << 20, 1 << 20, &error);
+ *     qcr_flush(image, &error);
+ *     qcr_close(image, &error);
+ *     qcr_free(image);
+ *
+ * Rules that hold everywhere, unless a function says otherwise:
+ *
+ * Errors    A function returns 0, or a negative errno and then has stored nothing but the details of the error.
+ * Threads   Any thread may call anything at any time, on the same image too; only qcr_free() must come last. What
+ *           several threads pass (a struct, a buffer) they must not use at once themselves. A handle does not survive
+ *           fork(): the child must not use it.
+ * Pointers  NULL is refused with -EINVAL unless its description allows it. What a call is given, it uses only until it
+ *           returns; the exceptions, callbacks and their `user`, are used until their `destroy`.
+ * Strings   End with a zero byte. Paths are any bytes, everything else is UTF-8.
+ * Structs   Start with struct_size, which the caller sets to sizeof: QCR_INIT does. So programs and libraries of
+ *           different age understand each other. A struct shorter than in the first release is refused with -EINVAL,
+ *           one that asks for what the library does not know yet with -E2BIG; results it does not know become 0.
+ * Flags     Unknown bits, and reserved members that are not 0, are refused with -EINVAL.
+ * Units     Bytes, unless another unit is named.
+ * Faults    Should the library find a fault of its own (a Rust panic), it never crosses into the program: the call, and
+ *           every later one on that image, returns -ENOTRECOVERABLE, and nothing more is written to the image, which is
+ *           then as after a power cut. Close it and open it again. Rust prints a
+ *           line about it to stderr.
+ * Unloading The library stays in memory after dlclose(), since its threads may live as long as the process.
+ */
+#ifndef QCOWRECYCLE_H
+#define QCOWRECYCLE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/uio.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Makes a struct of this header all zeroes, but for its size. Takes the struct itself, not a pointer to it. */
+#define QCR_INIT(object) \
+    (memset(&(object), 0, sizeof(object)), (void)((object).struct_size = (uint32_t)sizeof(object)))
+
+
+/* ==============================================================================================================
+ * Version
+ *
+ * The macros say what a program was compiled with, the functions what it runs with. Programs that were linked with
+ * libqcowrecycle.so.0 run with every later libqcowrecycle.so.0.
+ */
+
+/* Changes when programs must be recompiled. */
+#define QCR_VERSION_MAJOR 0
+
+/* Changes when functions or struct members are added. */
+#define QCR_VERSION_MINOR 1
+
+/* Changes with every other release. */
+#define QCR_VERSION_PATCH 0
+
+/* The version of the library that is running: major << 16 | minor << 8 | patch. Any thread; cannot fail. */
+uint32_t qcr_version(void);
+
+/* The same as text, such as "0.1.0". The string is static: do not free it. Any thread; cannot fail. */
+const char *qcr_version_string(void);
+
+/* ==============================================================================================================
+ * Errors
+ *
+ * A function that can fail returns 0 or a negative errno value. It also takes a `struct qcr_error *` as its last
+ * argument, the caller's own, which it fills when it fails and leaves alone otherwise. NULL: the caller wants no
+ * details. Nothing about errors is kept in the library or in a thread.
+ *
+ * The values have these meanings everywhere; a block callback's own error is passed on with its own value:
+ *
+ * | value            | meaning |
+ * |------------------|---------|
+ * | -EINVAL          | an argument, option or struct is unusable: `field` names it |
+ * | -E2BIG           | a struct asks for something that only a newer library knows |
+ * | -EUCLEAN         | the image contradicts its format: `field` and `offset` say where |
+ * | -EOPNOTSUPP      | the image or the device needs something that is not supported; nothing was changed |
+ * | -EROFS           | the image is open read-only, or an earlier failure made it so |
+ * | -EAGAIN          | another process uses the image |
+ * | -EPERM           | the image has a backing file that the options do not allow to be opened |
+ * | -ENOSPC          | the file system or the device is full; nothing that was durable has changed |
+ * | -EBADF           | the image is closed |
+ * | -EBUSY           | something that excludes this call is under way |
+ * | -ECANCELED       | the caller cancelled the work; the image is consistent |
+ * | -ENOTRECOVERABLE | the library found a fault of its own: see qcr_close() |
+ */
+
+/* What went wrong, in detail. Set struct_size (see QCR_INIT) once; the struct can then be used again and again. */
+struct qcr_error {
+    /* sizeof(struct qcr_error), set by the caller. */
+    uint32_t struct_size;
+    /* The value the function returned: a negative errno. */
+    int32_t code;
+    /* The byte that the error speaks of: in the image file, or on the virtual disk for a request that does not fit
+     * it; -1 if it speaks of none.
+     */
+    int64_t offset;
+    /* The header field, table entry, option or argument that the error speaks of, or "". */
+    char field[48];
+    /* One line for a person to read, UTF-8. */
+    char message[448];
+};
+
+/* ==============================================================================================================
+ * Options
+ *
+ * How an image is opened and how its recycler behaves. Get the defaults with qcr_options_init(), then change
+ * members or apply a configuration string. The struct is plain data: opening copies it.
+ */
+
+/* Option flag: refuse every change; nothing is written to the image. */
+#define QCR_READ_ONLY 1
+
+/* Option flag: accept discards. Set by default; without it, qcr_discard() fails with -EOPNOTSUPP. */
+#define QCR_DISCARD 2
+
+/* Option flag: check the whole image when it is opened, and refuse it if it is corrupt. */
+#define QCR_CHECK_ON_CONNECT 4
+
+/* Option flag: check the library's own invariants while it works. Slow; for tests. */
+#define QCR_RUNTIME_ASSERTS 8
+
+/* Backing file: an image that has one is refused with -EPERM. The default. */
+#define QCR_BACKING_REFUSE 0
+
+/* Backing file: not opened. A request that needs its contents fails, everything else works. */
+#define QCR_BACKING_SKIP 1
+
+/* Backing file: opened read-only, in the format that the image records (never guessed), and so are the backing
+ * files of backing files. For images from a source you trust: the image names the files.
+ */
+#define QCR_BACKING_ALLOW 2
+
+/* How serious a message is: something failed. */
+#define QCR_LOG_ERROR 1
+
+/* How serious a message is: something unexpected that the library handled. */
+#define QCR_LOG_WARNING 2
+
+/* How serious a message is: a milestone of the recycler's work. */
+#define QCR_LOG_INFO 3
+
+/* How serious a message is: a step of it. */
+#define QCR_LOG_DEBUG 4
+
+/* How to open an image. Sizes are in bytes, times in milliseconds. */
+struct qcr_options {
+    /* sizeof(struct qcr_options), set by the caller. */
+    uint32_t struct_size;
+    /* QCR_READ_ONLY, QCR_DISCARD, QCR_CHECK_ON_CONNECT, QCR_RUNTIME_ASSERTS. */
+    uint32_t flags;
+    /* Bytes of zeroed clusters that the recycler keeps ready for new guest writes. */
+    uint64_t keep_erased;
+    /* The recycler compacts on its own when more bytes than this are free inside the file; 0: only when asked. */
+    uint64_t compact_after_unmaps;
+    /* How long the amount of free space must have stood still before it does. */
+    uint64_t settle_ms;
+    /* The recycler flushes this long after the first unflushed work, unless the guest flushes first. */
+    uint64_t flush_ms;
+    /* The most bytes a second that the recycler copies and erases; 0: no limit. */
+    uint64_t rate_limit;
+    /* Memory for cached L2 tables. */
+    uint64_t l2_cache_size;
+    /* QCR_BACKING_REFUSE, QCR_BACKING_SKIP or QCR_BACKING_ALLOW. */
+    uint32_t backing;
+    /* 0. */
+    uint32_t reserved;
+    /* Where relative names of backing files start. NULL: in the directory of the image's own path; an image on
+     * block callbacks has none, and must be given one if backing files are allowed.
+     */
+    const char *backing_directory;
+    /* The image's name in statistics and messages, UTF-8. */
+    char id[64];
+};
+
+/* Takes a message. It is called from any thread, also from several at once, never under a lock of the library. It
+ * must return by itself (no longjmp, no C++ exception).
+ *
+ * `level` is one of QCR_LOG_ERROR to QCR_LOG_DEBUG; `message` is one line of UTF-8, valid during the call.
+ */
+typedef void (*qcr_log_fn)(void *user, uint32_t level, const char *message);
+
+/* Where an image's messages go. Opening copies the struct, and the `destroy` rule of struct qcr_block_callbacks
+ * holds.
+ */
+struct qcr_log {
+    /* sizeof(struct qcr_log), set by the caller. */
+    uint32_t struct_size;
+    /* The least serious level that is wanted; 0 stands for QCR_LOG_WARNING. */
+    uint32_t level;
+    /* Passed to the functions below. */
+    void *user;
+    /* Called exactly once, when `user` is not used any more. May be NULL. */
+    void (*destroy)(void *user);
+    /* Takes a message. */
+    qcr_log_fn log;
+};
+
+/* Sets `options` to the defaults. Its struct_size must have been set (see QCR_INIT). Any thread.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_options_init(struct qcr_options *options, struct qcr_error *error);
+
+/* Applies a configuration string `key=value;key=value;...` to `options`, which must have been initialised. Any
+ * thread.
+ *
+ * | key                    | value |
+ * |------------------------|-------|
+ * | `discard`, `read_only`, `check_on_connect`, `runtime_asserts` | `true`, `false`, `1` or `0` |
+ * | `keep_erased`          | in sectors of 512 bytes (not in bytes) |
+ * | `compact_after_unmaps` | in sectors of 512 bytes (not in bytes); 0: only when asked |
+ * | `settle_ms`, `flush_ms`| milliseconds |
+ * | `rate_limit`           | bytes a second; 0: no limit |
+ * | `l2_cache`             | bytes |
+ * | `id`                   | at most 63 bytes |
+ *
+ * Empty items are skipped.
+ *
+ * Errors: -EINVAL for an unknown key or an unusable value, named in `error->field`; `options` has not changed then.
+ */
+int qcr_options_parse(struct qcr_options *options, const char *config, struct qcr_error *error);
+
+/* ==============================================================================================================
+ * Block callbacks
+ *
+ * The bytes of an image where the program keeps them: a volume, a network store, memory. (For a file on the host,
+ * qcr_open_path() does it all.)
+ *
+ * - All offsets and lengths are in bytes. Transfers are whole: a callback returns 0 when everything was moved, or a
+ *   negative errno; any other value counts as -EIO. The error reaches the call of the library that needed the
+ *   transfer, and with it the program.
+ * - Callbacks are called from the threads that call the library and from the recycler's thread, several at once. No
+ *   lock of the library is held meanwhile: a callback may take its time, and may call the library again, on other
+ *   images anything, on its own image qcr_get_info(), qcr_get_stats() and qcr_stats_prometheus().
+ * - They must return by themselves: no longjmp, no C++ exception may leave them.
+ * - The library never asks for bytes past the length it knows: what `length` said at the start and `truncate` made
+ *   since.
+ * - Until a `flush` that began later has succeeded, what a completed call did may be lost in a power cut, in any
+ *   order and in parts of 512 bytes. After that it may not. If a `flush` fails, the image becomes read-only.
+ */
+
+/* The most areas of memory that one callback is given. */
+#define QCR_IOV_MAX 64
+
+/* How the library reaches the bytes of an image. The library copies the struct. Members marked so may be NULL. */
+struct qcr_block_callbacks {
+    /* sizeof(struct qcr_block_callbacks), set by the caller. */
+    uint32_t struct_size;
+    /* 0. */
+    uint32_t flags;
+    /* Passed to every callback. */
+    void *user;
+    /* Called exactly once when no callback will be called any more, so that `user` can be freed: at the latest
+     * when qcr_free() of the image returns; and before the function that took the struct returns, if that fails
+     * for whatever reason or makes no image (qcr_create_callbacks(), qcr_check_callbacks()). The one exception is
+     * a struct_size too small for this member. May be NULL.
+     */
+    void (*destroy)(void *user);
+    /* Fills `iovcnt` areas (1 to QCR_IOV_MAX), in order, from `offset`. */
+    int (*preadv)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset);
+    /* Stores `iovcnt` areas (1 to QCR_IOV_MAX), in order, at `offset`. The guest may change the memory meanwhile.
+     * NULL only for an image opened with QCR_READ_ONLY.
+     */
+    int (*pwritev)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset);
+    /* Makes everything durable that completed before. NULL only for an image opened with QCR_READ_ONLY. */
+    int (*flush)(void *user);
+    /* Stores the device's length in `*length`. */
+    int (*length)(void *user, uint64_t *length);
+    /* Makes the device `length` bytes long, longer or shorter. New bytes read as zeroes, also where there were
+     * others before the device was once shortened. NULL: the device's length is fixed; qcr_get_stats() then tells
+     * how much of it is in use.
+     */
+    int (*truncate)(void *user, uint64_t length);
+    /* Makes a range read as zeroes and gives its space back. May be NULL, and may return -EOPNOTSUPP. */
+    int (*punch_hole)(void *user, uint64_t offset, uint64_t length);
+    /* Makes a range read as zeroes and keeps its space, cheaper than by writing. May be NULL, and may return
+     * -EOPNOTSUPP.
+     */
+    int (*write_zeroes)(void *user, uint64_t offset, uint64_t length);
+    /* Copies `length` bytes inside the device; the ranges do not overlap. May be NULL, and may return -EOPNOTSUPP. */
+    int (*copy_range)(void *user, uint64_t from, uint64_t to, uint64_t length);
+};
+
+/* ==============================================================================================================
+ * Creating images
+ */
+
+/* Creation flag: let refcounts go stale while the image is open (version 3 only). */
+#define QCR_CREATE_LAZY_REFCOUNTS 1
+
+/* Creation flag: replace an existing file, whatever it holds. */
+#define QCR_CREATE_REPLACE 2
+
+/* What a new image is to be like. All zeroes but struct_size and virtual_size: as QEMU makes them by default. */
+struct qcr_create_options {
+    /* sizeof(struct qcr_create_options), set by the caller. */
+    uint32_t struct_size;
+    /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE. */
+    uint32_t flags;
+    /* Size of the virtual disk in bytes, a multiple of 512. */
+    uint64_t virtual_size;
+    /* Cluster size in bytes, a power of two from 512 to 2 MiB; 0: 64 KiB. */
+    uint64_t cluster_size;
+    /* Width of a refcount in bits: 1, 2, 4, 8, 16, 32 or 64; 0: 16. */
+    uint32_t refcount_bits;
+    /* Of the format, 2 or 3; 0: 3. */
+    uint32_t version;
+    /* The backing file's name to record, UTF-8, and its format ("raw" or "qcow2"), or both NULL. The file is not
+     * opened.
+     */
+    const char *backing_file;
+    /* See backing_file. */
+    const char *backing_format;
+};
+
+/* Makes a new image in the file `path` and closes it. Any thread.
+ *
+ * Errors: -EEXIST if there is a file already, and QCR_CREATE_REPLACE is not set; -EAGAIN if it is an image in use;
+ * -EINVAL names the unusable option. When it fails, a file that this call made is removed again.
+ */
+int qcr_create_path(const char *path, const struct qcr_create_options *options, struct qcr_error *error);
+
+/* Writes a new image to block callbacks, whatever they held before; then `destroy` is called. Any thread.
+ *
+ * Errors: -EINVAL names the unusable option; -EOPNOTSUPP if the device is too short and cannot be made longer; the
+ * callbacks' own.
+ */
+int qcr_create_callbacks(const struct qcr_block_callbacks *callbacks,
+                         const struct qcr_create_options *options, struct qcr_error *error);
+
+/* ==============================================================================================================
+ * Opening and closing images
+ *
+ * The life of an image:
+ *
+ *     qcr_open_path() or qcr_open_callbacks()    the image can be used; its recycler rests
+ *     qcr_start()                                the recycler works in the background
+ *     qcr_readv(), qcr_writev(), qcr_discard()   from any number of threads
+ *     qcr_close()                                everything is durable, or the error says what is not
+ *     qcr_free()                                 the handle is gone, and `destroy` has run
+ */
+
+/* An open image. */
+struct qcr_image;
+
+/* Opens the image in the file (or on the block device) `path`, and locks it as QEMU does. Any thread.
+ *
+ * `options` and `log` may be NULL: the defaults, and no messages. On success `*image` is the caller's to
+ * qcr_free().
+ *
+ * Errors: -EUCLEAN if the image contradicts its format; -EOPNOTSUPP names the feature that is not supported;
+ * -EPERM if it has a backing file that the options do not allow; -EAGAIN if another process uses it; those of
+ * open(2) and read(2). An image that is refused is not changed. `log->destroy` has been called when this fails.
+ */
+int qcr_open_path(const char *path, const struct qcr_options *options, const struct qcr_log *log,
+                  struct qcr_image **image, struct qcr_error *error);
+
+/* Opens the image on block callbacks. Any thread; the callbacks are first called by this very call.
+ *
+ * `options` and `log` may be NULL: the defaults, and no messages. On success `*image` is the caller's to
+ * qcr_free().
+ *
+ * Errors: as qcr_open_path(), and the callbacks' own. `destroy` of `callbacks` and of `log` have been called when this
+ * fails.
+ */
+int qcr_open_callbacks(const struct qcr_block_callbacks *callbacks, const struct qcr_options *options,
+                       const struct qcr_log *log, struct qcr_image **image, struct qcr_error *error);
+
+/* Stops the recycler, waits for the calls under way, makes everything durable and closes the image. Any thread,
+ * also while others use the image: their later calls fail with -EBADF. Closing twice does nothing. Not from a
+ * callback of the same image.
+ *
+ * Errors: the device's, or -ENOTRECOVERABLE after a fault of the library: from that fault on nothing more is
+ * written to the image, which is as after a power cut and can be opened again. The image is closed whatever the
+ * error.
+ */
+int qcr_close(struct qcr_image *image, struct qcr_error *error);
+
+/* Frees an image, and closes it first if that has not been done; an error then only reaches the log. `destroy` of
+ * the callbacks and of the log have run when this returns. NULL is ignored.
+ *
+ * Any thread, but it must be the last call on the image: no other may be under way. Not from a callback of the
+ * same image.
+ */
+void qcr_free(struct qcr_image *image);
+
+/* ==============================================================================================================
+ * The guest's disk
+ *
+ * Offsets and lengths are in bytes on the virtual disk and multiples of 512 (-EINVAL otherwise, and for a range
+ * that reaches past the end). Any number of threads may call at once. Two calls whose ranges overlap have no order
+ * between them: one that must see another begins after it has returned.
+ *
+ * The memory may belong to a guest that changes it meanwhile: the library never trusts it twice.
+ */
+
+/* qcr_write_zeroes(): clusters in the range may be freed. */
+#define QCR_ZERO_MAY_UNMAP 1
+
+/* qcr_resize(): the disk may become smaller, and what is cut off is lost. */
+#define QCR_RESIZE_SHRINK 1
+
+/* Extent: stored in the image file. */
+#define QCR_EXTENT_DATA 1
+
+/* Extent: reads as zeroes, whatever the backing file has. */
+#define QCR_EXTENT_ZERO 2
+
+/* Extent: not allocated; reads as the backing file does, or as zeroes without one. */
+#define QCR_EXTENT_UNALLOCATED 3
+
+/* How a range of the disk is stored. */
+struct qcr_extent {
+    /* sizeof(struct qcr_extent), set by the caller. */
+    uint32_t struct_size;
+    /* QCR_EXTENT_DATA, QCR_EXTENT_ZERO or QCR_EXTENT_UNALLOCATED. */
+    uint32_t kind;
+    /* In bytes, from the offset that was asked for. */
+    uint64_t length;
+    /* QCR_EXTENT_DATA: where the range starts in the image file, in bytes; until the recycler moves it. Otherwise
+     * 0.
+     */
+    uint64_t host_offset;
+};
+
+/* Fills `iovcnt` areas of memory, in order, from byte `offset` of the disk. When it fails, their contents are
+ * undefined.
+ *
+ * `iovcnt` may be any number from 0 on. The array must not change during the call.
+ *
+ * Errors: -EUCLEAN if the image contradicts its format where this looks; -EBADF; the device's.
+ */
+int qcr_readv(struct qcr_image *image, const struct iovec *iov, int iovcnt, uint64_t offset,
+              struct qcr_error *error);
+
+/* Stores `iovcnt` areas of memory, in order, at byte `offset` of the disk. It is durable when a qcr_flush() that
+ * began later has succeeded. When it fails, the range may hold the old bytes, the new, or in part both.
+ *
+ * Errors: as qcr_readv(), and -EROFS, -ENOSPC.
+ */
+int qcr_writev(struct qcr_image *image, const struct iovec *iov, int iovcnt, uint64_t offset,
+               struct qcr_error *error);
+
+/* qcr_readv() into one area of `count` bytes. */
+int qcr_read(struct qcr_image *image, void *buffer, size_t count, uint64_t offset, struct qcr_error *error);
+
+/* qcr_writev() from one area of `count` bytes. */
+int qcr_write(struct qcr_image *image, const void *buffer, size_t count, uint64_t offset,
+              struct qcr_error *error);
+
+/* Tells the image that the guest does not need a range any more. Whole clusters in it are freed for the recycler
+ * and read as zeroes from now on; the rest keeps its contents. After a power cut before the next flush, the range
+ * may read as before.
+ *
+ * Errors: -EOPNOTSUPP without QCR_DISCARD; otherwise as qcr_writev().
+ */
+int qcr_discard(struct qcr_image *image, uint64_t offset, uint64_t length, struct qcr_error *error);
+
+/* Makes a range read as zeroes, whatever the backing file has there. `flags`: 0 or QCR_ZERO_MAY_UNMAP.
+ *
+ * Errors: as qcr_writev().
+ */
+int qcr_write_zeroes(struct qcr_image *image, uint64_t offset, uint64_t length, uint32_t flags,
+                     struct qcr_error *error);
+
+/* Makes everything durable that completed before this call. After a failed flush the image is read-only, since
+ * nobody can say what of it became durable: close it and open it again.
+ *
+ * Errors: the device's; -EROFS after an earlier failure; -EBADF.
+ */
+int qcr_flush(struct qcr_image *image, struct qcr_error *error);
+
+/* Makes the virtual disk `size` bytes large. What is new reads as zeroes. `flags`: 0 or QCR_RESIZE_SHRINK; without
+ * it, a smaller size is refused with -EINVAL.
+ *
+ * Errors: as qcr_writev(); -EOPNOTSUPP if the image has something that forbids it, such as snapshots.
+ */
+int qcr_resize(struct qcr_image *image, uint64_t size, uint32_t flags, struct qcr_error *error);
+
+/* Tells how the bytes from `offset` on are stored, at most `length` of them (not 0).
+ *
+ * Errors: as qcr_readv().
+ */
+int qcr_get_extent(struct qcr_image *image, uint64_t offset, uint64_t length, struct qcr_extent *extent,
+                   struct qcr_error *error);
+
+/* ==============================================================================================================
+ * The recycler
+ *
+ * While it runs, the recycler keeps zeroed clusters ready for the guest, moves clusters from the end of the file
+ * into free ones nearer its start, and shortens the file. It gives way to the guest: a guest never waits for it.
+ * An error in its work is logged, counted in the statistics, and tried again.
+ *
+ * All calls from any thread.
+ */
+
+/* How far a compaction is. */
+struct qcr_progress {
+    /* As much of the struct as the library fills, in bytes. */
+    uint32_t struct_size;
+    /* 0. */
+    uint32_t reserved;
+    /* Clusters handled so far: moved, or found in use by the guest and left. */
+    uint64_t done;
+    /* Clusters that the plan moves in all. */
+    uint64_t total;
+    /* Length of the image file now, in bytes. */
+    uint64_t file_size;
+};
+
+/* Is told how far a compaction is, on the thread that called qcr_compact(), with no lock of the library held.
+ * `progress` is valid during the call. Returns 0 to go on, anything else to cancel. It may use the image, but not
+ * compact, stop, close or free it. It must return by itself (no longjmp, no C++ exception).
+ */
+typedef int (*qcr_progress_fn)(void *user, const struct qcr_progress *progress);
+
+/* What a compaction did. */
+struct qcr_compact_report {
+    /* sizeof(struct qcr_compact_report), set by the caller. */
+    uint32_t struct_size;
+    /* 0. */
+    uint32_t reserved;
+    /* Length of the image file before, in bytes. */
+    uint64_t file_size_before;
+    /* Length of the image file after, in bytes. On a device of fixed length: how much of it is in use. */
+    uint64_t file_size_after;
+    /* Bytes of clusters moved. */
+    uint64_t moved;
+    /* Moves that a guest write or discard cancelled. */
+    uint64_t cancelled;
+};
+
+/* Starts the recycler. Does nothing if it runs already.
+ *
+ * Errors: -EROFS; -EBADF; -EAGAIN or -ENOMEM if no thread can be started.
+ */
+int qcr_start(struct qcr_image *image, struct qcr_error *error);
+
+/* Lets the recycler finish the step it is at, then rest; does not wait for that. Does nothing if it does not run. */
+int qcr_pause(struct qcr_image *image, struct qcr_error *error);
+
+/* Lets a paused recycler go on. Does nothing if it is not paused. */
+int qcr_resume(struct qcr_image *image, struct qcr_error *error);
+
+/* Stops the recycler and waits until it has ended; what it was moving stays where it was. It can be started again.
+ * Does nothing if it does not run. Not from a callback of the same image.
+ */
+int qcr_stop(struct qcr_image *image, struct qcr_error *error);
+
+/* Compacts the image now, on this thread, while the guest goes on using it and whether or not the recycler runs.
+ *
+ * `progress` is called with `user` from time to time; NULL: nobody is interested. `report` may be NULL.
+ *
+ * Errors: -ECANCELED if `progress` cancelled it (the image is consistent, and what was moved stays moved); -EBUSY
+ * if another compaction is under way; -EROFS; -EBADF; the device's.
+ */
+int qcr_compact(struct qcr_image *image, qcr_progress_fn progress, void *user,
+                struct qcr_compact_report *report, struct qcr_error *error);
+
+/* ==============================================================================================================
+ * Statistics, checks, description
+ *
+ * All calls from any thread, and while the image is in use. qcr_get_info(), qcr_get_stats() and
+ * qcr_stats_prometheus() do no I/O and may be called from every callback.
+ */
+
+/* Image flag: made with lazy refcounts. */
+#define QCR_INFO_LAZY_REFCOUNTS 1
+
+/* Image flag: the handle refuses changes. */
+#define QCR_INFO_READ_ONLY 2
+
+/* Repair: nothing, only look. */
+#define QCR_REPAIR_NONE 0
+
+/* Repair: leaked clusters. */
+#define QCR_REPAIR_LEAKS 1
+
+/* Repair: everything that can be repaired without a risk to guest data. */
+#define QCR_REPAIR_ALL 2
+
+/* What an image and its recycler are doing. All sizes are in bytes. Those up to recycler_running describe this
+ * moment, those from guest_reads on have only grown since the image was opened.
+ */
+struct qcr_stats {
+    /* sizeof(struct qcr_stats), set by the caller. */
+    uint32_t struct_size;
+    /* 0. */
+    uint32_t reserved;
+    /* Size of the virtual disk. */
+    uint64_t virtual_size;
+    /* Length of the image file. */
+    uint64_t file_size;
+    /* Clusters that something refers to, metadata included. */
+    uint64_t used;
+    /* Clusters whose unlinking is not durable yet, or that an older request may still use. */
+    uint64_t freed;
+    /* Free clusters with arbitrary contents. */
+    uint64_t junk;
+    /* Free clusters overwritten with zeroes, not flushed yet. */
+    uint64_t erased;
+    /* Free clusters that are zero after any crash: the pool for new guest writes. */
+    uint64_t available;
+    /* Clusters allocated and not linked yet, or being erased. */
+    uint64_t roots;
+    /* Destinations of moves in progress. */
+    uint64_t copies;
+    /* Clusters being copied. */
+    uint64_t moves_copying;
+    /* Clusters copied, not flushed. */
+    uint64_t moves_copied;
+    /* Clusters whose copy is durable. */
+    uint64_t moves_flushed;
+    /* Clusters whose new reference is not durable yet. */
+    uint64_t moves_referenced;
+    /* 1 while the recycler runs, 0 while it is stopped or paused. */
+    uint64_t recycler_running;
+    /* Guest read requests. */
+    uint64_t guest_reads;
+    /* Bytes the guest read. */
+    uint64_t guest_read_bytes;
+    /* Guest write requests. */
+    uint64_t guest_writes;
+    /* Bytes the guest wrote. */
+    uint64_t guest_write_bytes;
+    /* Guest discard and write-zeroes requests. */
+    uint64_t guest_discards;
+    /* Bytes the guest discarded or zeroed. */
+    uint64_t guest_discard_bytes;
+    /* Guest flush requests. */
+    uint64_t guest_flushes;
+    /* Flushes of the device. */
+    uint64_t device_flushes;
+    /* Bytes of metadata read from the device. */
+    uint64_t metadata_read_bytes;
+    /* Bytes of metadata written to the device. */
+    uint64_t metadata_write_bytes;
+    /* Bytes of clusters whose move was completed. */
+    uint64_t moved_bytes;
+    /* Moves cancelled by guest writes and discards. */
+    uint64_t moves_cancelled;
+    /* Bytes erased. */
+    uint64_t erased_bytes;
+    /* Bytes cut off the end of the file. */
+    uint64_t truncated_bytes;
+    /* Compactions completed. */
+    uint64_t compactions;
+    /* Failures in the recycler's work. */
+    uint64_t background_errors;
+};
+
+/* What an image is. Sizes are in bytes. */
+struct qcr_info {
+    /* sizeof(struct qcr_info), set by the caller. */
+    uint32_t struct_size;
+    /* Of the format: 2 or 3. */
+    uint32_t version;
+    /* Size of the virtual disk. */
+    uint64_t virtual_size;
+    /* Cluster size. */
+    uint64_t cluster_size;
+    /* Length of the image file. */
+    uint64_t file_size;
+    /* Width of a refcount in bits. */
+    uint32_t refcount_bits;
+    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY. */
+    uint32_t flags;
+    /* How many internal snapshots there are. */
+    uint32_t snapshots;
+    /* How many things keep parts of the image where they are: see qcr_get_pinned(). */
+    uint32_t pinned;
+    /* The backing file's name as the image records it, or "". */
+    char backing_file[1024];
+    /* The backing file's format as the image records it, or "". */
+    char backing_format[64];
+};
+
+/* Takes one line of UTF-8, valid during the call; called on the thread of the call it was given to, with no lock
+ * of the library held. It must return by itself (no longjmp, no C++ exception).
+ */
+typedef void (*qcr_text_fn)(void *user, const char *text);
+
+/* What a check found. */
+struct qcr_check_report {
+    /* sizeof(struct qcr_check_report), set by the caller. */
+    uint32_t struct_size;
+    /* How many findings were put in words; the rest, if there are very many, are only counted. */
+    uint32_t messages;
+    /* Errors that may lose data: refcounts too low, references outside the file, overlaps, bad entries. */
+    uint64_t corruptions;
+    /* Clusters counted more often than they are referred to. */
+    uint64_t leaks;
+    /* Of `corruptions`, how many were repaired. */
+    uint64_t corruptions_fixed;
+    /* Of `leaks`, how many were repaired. */
+    uint64_t leaks_fixed;
+    /* Guest clusters that are allocated in the file. */
+    uint64_t allocated_clusters;
+    /* Guest clusters of the virtual disk. */
+    uint64_t total_clusters;
+    /* Allocated guest clusters that do not follow their neighbour in the file. */
+    uint64_t fragmented_clusters;
+    /* End of the last cluster in use, in bytes. */
+    uint64_t image_end_offset;
+};
+
+/* Fills `stats`.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_get_stats(struct qcr_image *image, struct qcr_stats *stats, struct qcr_error *error);
+
+/* Writes the statistics as Prometheus text, labelled with the image's id, into `buffer` of `size` bytes, as
+ * snprintf() does: always closed by a zero byte if `size` is not 0, and cut if it does not fit. `*needed` becomes
+ * the text's length without that byte: the text was cut if `*needed >= size`. `buffer` may be NULL if `size` is 0.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_stats_prometheus(struct qcr_image *image, char *buffer, size_t size, size_t *needed,
+                         struct qcr_error *error);
+
+/* Fills `info`.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_get_info(struct qcr_image *image, struct qcr_info *info, struct qcr_error *error);
+
+/* Calls `each` with `user` for everything that keeps parts of the image where they are, in words.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_get_pinned(struct qcr_image *image, qcr_text_fn each, void *user, struct qcr_error *error);
+
+/* Checks an open image, while it is in use; repairs nothing. Findings are not errors: they are in `report`, and in
+ * words in the calls of `finding` (may be NULL).
+ *
+ * Errors: -EBADF; the device's.
+ */
+int qcr_check(struct qcr_image *image, qcr_text_fn finding, void *user, struct qcr_check_report *report,
+              struct qcr_error *error);
+
+/* Checks the image in the file `path`, which nobody may be using, and repairs what `repair` allows
+ * (QCR_REPAIR_NONE, QCR_REPAIR_LEAKS or QCR_REPAIR_ALL). Findings are not errors: they are in `report`, and in
+ * words in the calls of `finding` (may be NULL).
+ *
+ * Errors: as qcr_open_path().
+ */
+int qcr_check_path(const char *path, uint32_t repair, qcr_text_fn finding, void *user,
+                   struct qcr_check_report *report, struct qcr_error *error);
+
+/* As qcr_check_path(), on block callbacks; then their `destroy` is called.
+ *
+ * Errors: as qcr_open_callbacks().
+ */
+int qcr_check_callbacks(const struct qcr_block_callbacks *callbacks, uint32_t repair, qcr_text_fn finding,
+                        void *user, struct qcr_check_report *report, struct qcr_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QCOWRECYCLE_H */
