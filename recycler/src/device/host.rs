@@ -1,0 +1,201 @@
+//! Image files on the host: regular files and block devices.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::io::{Errno, retry_on_intr};
+
+use super::lock::{self, LockMode};
+use super::{BlockDevice, Features, positioned};
+use crate::buf::{IoBuf, IoBufMut};
+use crate::error::{Error, Result};
+
+/// A regular file or a block device. Every call is nothing but its system calls, on the caller's thread.
+///
+/// The image's locks (see [`lock`]) are held as long as this value, or a duplicate of its descriptor, lives.
+#[derive(Debug)]
+pub struct HostFile {
+    file: File,
+    kind: Kind,
+    features: Features,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Regular,
+    BlockDevice,
+}
+
+impl HostFile {
+    /// Opens an image file and takes its locks.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] if somebody uses the image in a way that excludes ours; [`Error::Unsupported`] for anything but
+    /// a regular file or a block device; [`Error::Io`].
+    pub fn open(path: impl AsRef<Path>, read_only: bool) -> Result<HostFile> {
+        Self::open_with(path, read_only, LockMode::Enforce)
+    }
+
+    /// Opens an image file.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(path: impl AsRef<Path>, read_only: bool, locks: LockMode) -> Result<HostFile> {
+        // Without O_NONBLOCK a FIFO would hold us up before it can be refused.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .map_err(Error::io("opening the image file", 0))?;
+        let device = Self::from_file(file, read_only, locks)?;
+        rustix::fs::fcntl_setfl(&device.file, OFlags::empty())
+            .map_err(|e| Error::io("opening the image file", 0)(e.into()))?;
+        Ok(device)
+    }
+
+    /// Makes a new, empty file, which must not exist yet, and takes its locks.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn create(path: impl AsRef<Path>) -> Result<HostFile> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .map_err(Error::io("creating the image file", 0))?;
+        Self::from_file(file, false, LockMode::Enforce)
+    }
+
+    /// Takes over a file that is open already, for reading and, unless `read_only`, for writing.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_file(file: File, read_only: bool, locks: LockMode) -> Result<HostFile> {
+        let metadata = file.metadata().map_err(Error::io("looking at the image file", 0))?;
+        let kind = match metadata.file_type() {
+            t if t.is_file() => Kind::Regular,
+            t if t.is_block_device() => Kind::BlockDevice,
+            t => {
+                let what = if t.is_dir() { "a directory" } else { "this kind of file" };
+                return Err(Error::unsupported(format!(
+                    "an image in {what}: it must be a regular file or a block device"
+                )));
+            }
+        };
+        if locks == LockMode::Enforce {
+            lock::acquire(&file, read_only)?;
+        }
+        let features = if read_only { Features::default() } else { features(&file, kind, metadata.len()) };
+        Ok(HostFile { file, kind, features })
+    }
+
+    /// The file itself. Its offset is not used.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn allocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        retry_on_intr(|| rustix::fs::fallocate(&self.file, mode | FallocateFlags::KEEP_SIZE, offset, length))
+            .map_err(|e| unsupported(e, self.kind))
+    }
+}
+
+/// What can be told without changing anything. The rest is found out by the first call that is refused as unsupported.
+fn features(file: &File, kind: Kind, length: u64) -> Features {
+    let regular = kind == Kind::Regular;
+    let punch_hole = match kind {
+        // A hole beyond the end of the file changes nothing.
+        Kind::Regular => {
+            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let beyond = length.next_multiple_of(1 << 21);
+            retry_on_intr(|| rustix::fs::fallocate(file, mode, beyond, 4096)).is_ok()
+        }
+        Kind::BlockDevice => true,
+    };
+    Features { resize: regular, punch_hole, write_zeroes: true, copy_range: regular }
+}
+
+/// Tells the caller to do it by other means wherever the system says that it does not do this, or not so.
+fn unsupported(error: Errno, kind: Kind) -> io::Error {
+    match error {
+        Errno::OPNOTSUPP | Errno::NOSYS => io::ErrorKind::Unsupported.into(),
+        // A block device whose sectors are larger than the range.
+        Errno::INVAL if kind == Kind::BlockDevice => io::ErrorKind::Unsupported.into(),
+        // A file system that writes zeroes or holes only to some files (compressed, encrypted, sealed ones).
+        Errno::PERM | Errno::TXTBSY => io::ErrorKind::Unsupported.into(),
+        e => e.into(),
+    }
+}
+
+impl BlockDevice for HostFile {
+    fn features(&self) -> Features {
+        self.features
+    }
+
+    async fn length(&self) -> io::Result<u64> {
+        match self.kind {
+            Kind::Regular => Ok(self.file.metadata()?.len()),
+            // Nobody uses the descriptor's own offset.
+            Kind::BlockDevice => (&self.file).seek(SeekFrom::End(0)),
+        }
+    }
+
+    async fn read(&self, offset: u64, buf: IoBufMut<'_>) -> io::Result<()> {
+        positioned::read(self.file.as_fd(), offset, buf)
+    }
+
+    async fn write(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+        positioned::write(self.file.as_fd(), offset, buf)
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    async fn truncate(&self, length: u64) -> io::Result<()> {
+        match self.kind {
+            Kind::Regular => self.file.set_len(length),
+            Kind::BlockDevice => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    async fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.allocate(FallocateFlags::PUNCH_HOLE, offset, length)
+    }
+
+    async fn write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.allocate(FallocateFlags::ZERO_RANGE, offset, length)
+    }
+
+    async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
+        let (mut from, mut to, mut left) = (from, to, length);
+        while left > 0 {
+            let piece = usize::try_from(left).unwrap_or(usize::MAX);
+            // The kernel advances both offsets.
+            let copied = retry_on_intr(|| {
+                rustix::fs::copy_file_range(&self.file, Some(&mut from), &self.file, Some(&mut to), piece)
+            });
+            match copied {
+                // Some file systems answer so instead of saying that they cannot; a real end of file shows when the
+                // caller copies by other means.
+                Ok(0) => return Err(io::ErrorKind::Unsupported.into()),
+                Ok(count) => left -= (count as u64).min(left),
+                Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,5 +1,9 @@
 //! Where the bytes of an image live.
 
+pub mod host;
+pub mod lock;
+mod positioned;
+
 use std::future::Future;
 use std::io;
 

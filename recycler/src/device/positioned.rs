@@ -1,0 +1,94 @@
+//! Positioned transfers between a file and raw guest memory.
+//!
+//! The only place where guest memory is handed to the kernel. One area costs one system call and nothing else.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::buf::{IoBuf, IoBufMut, IoVec};
+
+/// Areas handed over in one call: at most IOV_MAX (1024), and few enough to live on the stack.
+const AREAS: usize = 128;
+
+const NO_AREA: IoVec = IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+fn file_offset(offset: u64, done: usize) -> io::Result<i64> {
+    offset
+        .checked_add(done as u64)
+        .and_then(|at| i64::try_from(at).ok())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the offset is beyond what a file can have"))
+}
+
+/// How many bytes a call moved; `None` when a signal interrupted it before any.
+fn moved(result: isize) -> io::Result<Option<usize>> {
+    match usize::try_from(result) {
+        Ok(count) => Ok(Some(count)),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => Ok(None),
+            e => Err(e),
+        },
+    }
+}
+
+/// Fills `buf` from byte `offset` of the file.
+///
+/// # Errors
+/// [`io::ErrorKind::UnexpectedEof`] if the file ends before; what the system reports.
+pub(super) fn read(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
+    let (fd, length) = (fd.as_raw_fd(), buf.len());
+    let mut done = 0;
+    while done < length {
+        let at = file_offset(offset, done)?;
+        let mut rest = buf.slice(done..length);
+        let mut one = [NO_AREA];
+        rest.fill_iovecs(&mut one);
+        let [area] = one;
+        let result = if area.iov_len == length - done {
+            // SAFETY: by `IoBufMut` the area is writable memory of this length, and belongs to no reference, while `buf` lives.
+            unsafe { libc::pread64(fd, area.iov_base, area.iov_len, at) }
+        } else {
+            let mut areas = [NO_AREA; AREAS];
+            let count = rest.fill_iovecs(&mut areas);
+            // SAFETY: the first `count` areas are as above; `count` is at most AREAS.
+            unsafe { libc::preadv64(fd, areas.as_ptr(), count as libc::c_int, at) }
+        };
+        match moved(result)? {
+            Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(count) => done += count,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Stores `buf` at byte `offset` of the file.
+///
+/// # Errors
+/// What the system reports.
+pub(super) fn write(fd: BorrowedFd<'_>, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+    let (fd, length) = (fd.as_raw_fd(), buf.len());
+    let mut done = 0;
+    while done < length {
+        let at = file_offset(offset, done)?;
+        let rest = buf.slice(done..length);
+        let mut one = [NO_AREA];
+        rest.fill_iovecs(&mut one);
+        let [area] = one;
+        let result = if area.iov_len == length - done {
+            // SAFETY: by `IoBuf` the area is readable memory of this length while `buf` lives; the kernel only reads it.
+            unsafe { libc::pwrite64(fd, area.iov_base, area.iov_len, at) }
+        } else {
+            let mut areas = [NO_AREA; AREAS];
+            let count = rest.fill_iovecs(&mut areas);
+            // SAFETY: the first `count` areas are as above; `count` is at most AREAS.
+            unsafe { libc::pwritev64(fd, areas.as_ptr(), count as libc::c_int, at) }
+        };
+        match moved(result)? {
+            Some(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Some(count) => done += count,
+            None => {}
+        }
+    }
+    Ok(())
+}
