@@ -33,7 +33,7 @@ pub const MAX_BITMAP_DIRECTORY: u64 = 1024 * MAX_BITMAPS as u64;
 /// The shortest bitmap directory entry: 24 bytes and a name of one byte, padded to 8.
 const MIN_BITMAP_ENTRY: u64 = 32;
 /// The longest backing format name that QEMU accepts, in bytes.
-const MAX_BACKING_FORMAT: usize = 15;
+pub const MAX_BACKING_FORMAT: usize = 15;
 /// The longest external data file name that is accepted, in bytes: a path.
 const MAX_DATA_FILE: usize = 4096;
 
@@ -152,6 +152,39 @@ impl Extensions {
         all.backing_format = all.backing_format.filter(|f| !f.is_empty());
         Ok(all)
     }
+}
+
+/// Appends an extension as it lies in the file, padded.
+pub(crate) fn append(area: &mut Vec<u8>, kind: u32, data: &[u8]) {
+    area.extend(kind.to_be_bytes());
+    area.extend((data.len() as u32).to_be_bytes());
+    area.extend(data);
+    area.resize(area.len().next_multiple_of(8), 0);
+}
+
+/// The names of all features that the specification knows, as QEMU writes them: bitmap (0 incompatible, 1 compatible,
+/// 2 autoclear), bit, name.
+const FEATURES: [(u8, u8, &str); 8] = [
+    (0, 0, "dirty bit"),
+    (0, 1, "corrupt bit"),
+    (0, 2, "external data file"),
+    (0, 3, "compression type"),
+    (0, 4, "extended L2 entries"),
+    (1, 0, "lazy refcounts"),
+    (2, 0, "bitmaps"),
+    (2, 1, "raw external data"),
+];
+
+/// The data of a feature name table.
+pub(crate) fn feature_name_table() -> Vec<u8> {
+    let mut table = Vec::with_capacity(FEATURES.len() * size_of::<RawFeatureName>());
+    for (bitmap, bit, name) in FEATURES {
+        let end = table.len() + size_of::<RawFeatureName>();
+        table.extend([bitmap, bit]);
+        table.extend(name.as_bytes());
+        table.resize(end, 0);
+    }
+    table
 }
 
 /// Names the bits of `unknown`, a subset of `incompatible_features`, by the image's own feature name table as far as it

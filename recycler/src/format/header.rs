@@ -21,6 +21,8 @@ pub const MAX_HOST_OFFSET: u64 = 1 << 56;
 pub const MAX_BACKING_NAME: u32 = 1023;
 /// Length of a version 2 header in bytes.
 pub const V2_LENGTH: u32 = 72;
+/// Length in bytes of the version 3 headers that are written here, as by QEMU: up to `compression_type` with its padding.
+pub const V3_LENGTH: u32 = 112;
 /// The shortest version 3 header in bytes.
 pub const V3_MIN_LENGTH: u32 = 104;
 /// Bytes of a snapshot table entry before its variable part.
