@@ -14,7 +14,9 @@ use std::time::Duration;
 use common::config::{Config, ImageKind};
 use common::content::SECTOR;
 use common::crash::Effort;
-use common::history::{self, Clock, Errors, Failure, Op, Shared};
+use common::guests::{Clock, Errors, Failure, Shared};
+use common::history::Op;
+use common::play;
 use common::sim::{Delay, Fault, Kind, Settings, SimDevice};
 use common::slice;
 use common::verify::{self, Depth, Tolerance};
@@ -178,7 +180,7 @@ fn with_fault(config: Config, fault: Option<Fault>) -> Result<(Outcome, u64), Fa
         device.arm(fault);
     }
     let (mut outcome, mut closed) = (Outcome::default(), false);
-    history::in_paused_time(&shared, async {
+    play::in_paused_time(&shared, async {
         closed = live(config, &device, &shared, &mut outcome).await?;
         Ok(())
     })?;
@@ -199,14 +201,14 @@ fn with_fault(config: Config, fault: Option<Fault>) -> Result<(Outcome, u64), Fa
         });
         reopened.map_err(|e| error(format!("reopening: {e}")))?;
     }
-    verify::crash_image(&file, &model, &config, Depth { qemu: false, compact: true })
+    verify::crash_image(&file, &model, None, &config, Depth { qemu: false, compact: true })
         .map_err(|e| error(format!("the file as it was left: {e}")))?;
     let epoch = device.epoch("after the fault");
     let mut rng = SmallRng::seed_from_u64(config.seed);
     let (_, selections) = epoch.selections(Effort { exhaustive: 3, random: 3, singles: 1 }, &mut rng);
     for selection in selections {
         outcome.crash_images += 1;
-        verify::crash_image(&epoch.image(&selection), &model, &config, Depth { qemu: false, compact: false })
+        verify::crash_image(&epoch.image(&selection), &model, None, &config, Depth { qemu: false, compact: false })
             .map_err(|e| error(format!("power cut after the fault, selection {selection:?}: {e}")))?;
     }
     Ok((outcome, operations))

@@ -1,6 +1,6 @@
-//! Power cuts: random histories on a device that forgets. Whenever something new is in doubt, and after every guest
-//! flush, the images that a power cut would leave at that instant are made and looked at: all of them if few sectors
-//! are in doubt, a telling sample otherwise. Each must be sound, hold what the model allows, and recover.
+//! Power cuts: histories on a device that forgets. Whenever something new is in doubt, and after every guest flush, the
+//! images that a power cut would leave at that instant are made and looked at: all of them if few sectors are in doubt,
+//! a telling sample otherwise. Each must be sound, hold what the model allows, and recover.
 //!
 //! `QCR_SEED=n cargo test --test power_cut` replays a seed; `QCR_SOAK_MINUTES=n` makes the run longer.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -9,160 +9,33 @@ mod common;
 #[path = "common/sim_tests.rs"]
 mod sim_tests;
 
-use std::collections::HashSet;
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
-use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use common::config::{Config, Scale};
-use common::crash::{Effort, Epoch};
-use common::history::{self, Clock, Errors, Failure, History, Length, Shared};
-use common::model::Model;
-use common::sim::SimDevice;
+use common::config::{Config, ImageKind, Scale};
+use common::crash::Effort;
+use common::cuts::{self, Budget, Counts, Start};
+use common::guests::Failure;
+use common::history::{self, After, History, Length, Op, Round};
+use common::sim::{Delay, Settings};
 use common::slice::{self, Slice};
-use common::verify::{self, Depth};
-use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-/// One instant at which the power may fail.
-struct Moment {
-    order: usize,
-    epoch: Epoch,
-    model: Model,
-}
-
-/// How much one history may cost.
-#[derive(Clone, Copy)]
-struct Budget {
-    moments: usize,
-    effort: Effort,
-    /// One crash image in so many is shown to QEMU.
-    qemu: u64,
-}
-
-#[derive(Default)]
-struct Counts {
-    histories: u64,
-    moments: u64,
-    exhaustive: u64,
-    images: u64,
-    qemu: u64,
+/// Reports a failure after shortening what led to it.
+fn fail(seed: u64, history: History, first: Failure, play: impl Fn(&History) -> Result<(), Failure>) -> ! {
+    let short = history::shrink(history, 100, |h| play(h).is_err());
+    let last = play(&short).err().unwrap_or(first);
+    let History { config, rounds, .. } = short;
+    panic!(
+        "seed {seed}, {config}\nshortened to {rounds:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test power_cut"
+    );
 }
 
 fn random_history(seed: u64) -> History {
     let mut rng = SmallRng::seed_from_u64(seed);
     let config = Config::random(seed, Scale::Tiny, &mut rng);
-    History::random(config, Length { rounds: 3, guests: 3, ops: 12 }, &mut rng)
-}
-
-/// Plays a history and keeps the moments at which to cut the power: an even, seeded share of all if they are too many.
-fn moments(history: &History, budget: Budget) -> (Vec<Moment>, Result<(), Failure>) {
-    struct Reservoir {
-        kept: Vec<Moment>,
-        seen: usize,
-        rng: SmallRng,
-    }
-    let config = history.config;
-    let shared = Shared::new(config, Clock::Tokio, Errors::None);
-    let device = SimDevice::new(config.image.create(), config.device(true));
-    device.limit_operations(200_000);
-    let rng = SmallRng::seed_from_u64(config.seed ^ 0x6d6f_6d65);
-    let reservoir = Arc::new(Mutex::new(Reservoir { kept: Vec::new(), seen: 0, rng }));
-    let keep = {
-        let (reservoir, shared) = (reservoir.clone(), Arc::downgrade(&shared));
-        Arc::new(move |device: &SimDevice, event: &str| {
-            let Some(shared) = shared.upgrade() else { return };
-            let mut reservoir = reservoir.lock();
-            reservoir.seen += 1;
-            let seen = reservoir.seen;
-            let slot = if seen <= budget.moments { seen - 1 } else { reservoir.rng.random_range(0..seen) };
-            if slot < budget.moments {
-                shared.note(format!("moment {seen}: {event}"));
-                let moment = Moment { order: seen, epoch: device.epoch(event), model: shared.model.lock().clone() };
-                if slot < reservoir.kept.len() { reservoir.kept[slot] = moment } else { reservoir.kept.push(moment) }
-            }
-        })
-    };
-    // The end of an operation adds nothing to what a power cut may leave; its beginning does, and the end of a guest's
-    // flush narrows what the guest may find.
-    let on_event = keep.clone();
-    device.observe(move |device, event| {
-        if event.ends_with("in flight") {
-            on_event(device, event);
-        }
-    });
-    let after_flush = device.clone();
-    *shared.after_flush.lock() = Some(Arc::new(move || keep(&after_flush, "a guest's flush has completed")));
-    let result = history::in_paused_time(&shared, async { history::play(history, &device, &shared, |_| Ok(())).await });
-    device.ignore();
-    *shared.after_flush.lock() = None;
-    let mut kept = std::mem::take(&mut reservoir.lock().kept);
-    kept.sort_by_key(|m| m.order);
-    let broken = device.violations();
-    let result = if broken.is_empty() { result } else { Err(shared.failure(broken.join("; "))) };
-    (kept, result)
-}
-
-/// Cuts the power at each moment.
-fn cut(config: &Config, moments: &[Moment], budget: Budget, counts: &mut Counts) -> Result<(), String> {
-    let mut rng = SmallRng::seed_from_u64(config.seed ^ 0x0063_7574);
-    let mut seen = HashSet::new();
-    for moment in moments {
-        let (exhaustive, selections) = moment.epoch.selections(budget.effort, &mut rng);
-        counts.moments += 1;
-        counts.exhaustive += u64::from(exhaustive);
-        for selection in selections {
-            let image = moment.epoch.image(&selection);
-            let mut hasher = DefaultHasher::new();
-            (&image, moment.model.tightened).hash(&mut hasher);
-            // Seen under a model at least as strict.
-            if !seen.insert(hasher.finish()) {
-                continue;
-            }
-            counts.images += 1;
-            let depth = Depth { qemu: counts.images % budget.qemu == 1, compact: counts.images % 7 == 3 };
-            counts.qemu += u64::from(depth.qemu);
-            let looked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                verify::crash_image(&image, &moment.model, config, depth)
-            }));
-            let result = looked.unwrap_or_else(|_| Err("panicked (see above)".into()));
-            if let Err(message) = result {
-                let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cut-{}.qcow2", config.seed));
-                let _ = std::fs::write(&path, &image);
-                let happened: Vec<_> = moment.epoch.atoms.iter().zip(&selection).map(describe).collect();
-                return Err(format!(
-                    "power cut at {:?}, in doubt: {}\n{message}\nthe image is kept in {}",
-                    moment.epoch.event,
-                    happened.join(", "),
-                    path.display()
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn describe((atom, happened): (&common::crash::Atom, &bool)) -> String {
-    let sign = if *happened { "+" } else { "-" };
-    match atom {
-        common::crash::Atom::Length(length) => format!("{sign}length {length:#x}"),
-        common::crash::Atom::Sector { index, bytes } => {
-            let kind = match common::content::recognise(&bytes[..]) {
-                common::content::Content::Garbage { .. } => "metadata".to_owned(),
-                guest => guest.to_string(),
-            };
-            format!("{sign}{:#x} ({kind})", index * common::content::SECTOR as u64)
-        }
-    }
-}
-
-fn play(history: &History, budget: Budget, counts: &mut Counts) -> Result<(), String> {
-    counts.histories += 1;
-    let (moments, result) = moments(history, budget);
-    result.map_err(|f| f.to_string())?;
-    cut(&history.config, &moments, budget, counts)
+    let compare = rng.random_bool(0.3);
+    History { compare, ..History::random(config, Length { rounds: 3, guests: 3, ops: 12 }, &mut rng) }
 }
 
 #[test]
@@ -174,22 +47,115 @@ fn random_histories() {
         qemu: if soak { 400 } else { 150 },
     };
     let (mut counts, start) = (Counts::default(), Instant::now());
-    for seed in Slice::new(50, 10, 0.4) {
+    for seed in Slice::new(30, 10, 0.3) {
         let history = random_history(seed);
-        if let Err(first) = play(&history, budget, &mut counts) {
-            let short = history::shrink(history, 100, |h| play(h, budget, &mut Counts::default()).is_err());
-            let last = play(&short, budget, &mut Counts::default()).err().unwrap_or(first);
-            panic!(
-                "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test power_cut",
-                short.config, short.rounds
-            );
+        let empty = Start::empty(&history.config);
+        if let Err(failure) = cuts::play(&history, &empty, budget, &mut counts) {
+            fail(seed, history, failure, |h| cuts::play(h, &empty, budget, &mut Counts::default()));
         }
     }
-    let Counts { histories, moments, exhaustive, images, qemu } = counts;
-    println!(
-        "power cuts: {histories} histories, {moments} moments ({exhaustive} exhaustively), {images} distinct \
-        crash images, \
-         {qemu} of them checked by QEMU, in {:?}",
-        start.elapsed()
-    );
+    println!("power cuts, random histories: {counts}, in {:?}", start.elapsed());
+}
+
+/// A disk of 70 sectors: with clusters of 512 bytes, every table is one sector, and there are two L2 tables.
+fn tiny(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64) -> Config {
+    let image =
+        ImageKind { cluster_bits, refcount_bits: 16, version: 3, lazy_refcounts, preallocated: false, sectors: 70 };
+    Config {
+        seed: slice::replay_seed().unwrap_or(1),
+        image,
+        l2_cache_size,
+        keep_erased: 1 << cluster_bits,
+        compact_after_unmaps: Some(1 << cluster_bits),
+        settle: Duration::from_millis(5),
+        flush_after: Duration::from_millis(20),
+        features: Settings::new(0).features,
+        delay: Delay::None,
+    }
+}
+
+/// A round in which one thing happens.
+fn round(ops: &[Op], recycler: bool, after: After) -> Round {
+    Round { recycler, guests: vec![ops.to_vec()], after }
+}
+
+/// What a sequence is made of. The prefilled disk holds data in sectors 0..8 and 64..66, the rest is unallocated; the
+/// file has no holes.
+fn steps() -> Vec<(&'static str, Round)> {
+    let op = |op| round(&[op], false, After::Nothing);
+    vec![
+        ("write", op(Op::Write { first: 20, count: 2 })),
+        ("overwrite", op(Op::Write { first: 1, count: 2 })),
+        ("write across", op(Op::Write { first: 63, count: 2 })),
+        ("discard", op(Op::Discard { first: 1, count: 3 })),
+        ("discard table", op(Op::Discard { first: 64, count: 6 })),
+        ("zeroes", op(Op::WriteZeroes { first: 2, count: 2, may_unmap: false })),
+        ("unmap", op(Op::WriteZeroes { first: 3, count: 2, may_unmap: true })),
+        ("flush", op(Op::Flush)),
+        ("compact", op(Op::Compact)),
+        ("recycle", round(&[Op::Sleep(100)], true, After::Nothing)),
+        ("shrink", round(&[], false, After::Resize(30))),
+        ("grow", round(&[], false, After::Resize(140))),
+        ("reopen", round(&[], false, After::Reopen)),
+    ]
+}
+
+fn prefilled(config: Config, snapshot: bool) -> Start {
+    let ops = [Op::Write { first: 0, count: 8 }, Op::Write { first: 64, count: 2 }];
+    let history = History { config, compare: false, rounds: vec![round(&ops, false, After::Nothing)] };
+    Start::after(&history, snapshot).unwrap_or_else(|failure| panic!("filling the disk: {failure}"))
+}
+
+/// Every sequence of up to `whole` steps and a share of those with one more, with a cut at every moment.
+fn sequences(name: &str, config: Config, snapshot: bool, whole: usize, one_more: f64) {
+    let (steps, start, mut counts) = (steps(), Instant::now(), Counts::default());
+    let prefilled = prefilled(config, snapshot);
+    let budget = Budget { moments: 1000, effort: Effort { exhaustive: 8, random: 12, singles: 6 }, qemu: 500 };
+    let mut rng = SmallRng::seed_from_u64(config.seed);
+    let mut level: Vec<Vec<usize>> = vec![Vec::new()];
+    for length in 1..=whole + 1 {
+        level = level.iter().flat_map(|s| (0..steps.len()).map(|i| [s.as_slice(), &[i]].concat())).collect();
+        for sequence in &level {
+            if length > whole && !rng.random_bool(one_more) {
+                continue;
+            }
+            let rounds = sequence.iter().map(|&i| steps[i].1.clone()).collect();
+            let history = History { config, compare: false, rounds };
+            if let Err(failure) = cuts::play(&history, &prefilled, budget, &mut counts) {
+                let names: Vec<_> = sequence.iter().map(|&i| steps[i].0).collect();
+                panic!("{name}, sequence {names:?}, {config}\n{failure}");
+            }
+        }
+    }
+    println!("power cuts, {name}: {counts}, in {:?}", start.elapsed());
+}
+
+/// The share of longer sequences: all in a soak.
+fn share(slice: f64) -> f64 {
+    if slice::soak_minutes().is_some() { 1.0 } else { slice }
+}
+
+#[test]
+fn short_sequences() {
+    sequences("short sequences", tiny(9, false, 4 << 20), false, 2, share(0.01));
+}
+
+#[test]
+fn short_sequences_with_lazy_refcounts() {
+    sequences("short sequences, lazy", tiny(9, true, 4 << 20), false, 1, share(0.2));
+}
+
+#[test]
+fn short_sequences_with_a_cache_that_evicts() {
+    sequences("short sequences, tiny cache", tiny(9, false, 0), false, 1, share(0.2));
+}
+
+#[test]
+fn short_sequences_with_partial_clusters() {
+    sequences("short sequences, partial clusters", tiny(10, false, 4 << 20), false, 1, share(0.2));
+}
+
+#[test]
+fn short_sequences_over_a_snapshot() {
+    sequences("short sequences, snapshot", tiny(9, false, 4 << 20), true, 1, share(0.2));
 }

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::config::{Config, Scale};
-use common::history::{self, Clock, Errors, History, Length, Op, Shared};
+use common::guests::{Clock, Errors, Failure, Shared};
+use common::history::{self, History, Length, Op};
+use common::play as player;
 use common::sim::{Delay, SimDevice};
 use common::slice::Slice;
 use common::verify::{self, Tolerance};
@@ -34,19 +36,19 @@ fn look_at_file(bytes: &[u8], shared: &Shared, qemu: bool) -> Result<(), String>
     if qemu {
         verify::qemu_check(bytes, Tolerance::Clean)?;
         let mut model = shared.model.lock().clone();
-        let disk = verify::qemu_contents(bytes)?;
+        let disk = verify::qemu_contents(bytes, None)?;
         model.read(0, &disk).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
     }
     Ok(())
 }
 
-fn play(history: &History, qemu: bool) -> Result<(), history::Failure> {
+fn play(history: &History, qemu: bool) -> Result<(), Failure> {
     let config = history.config;
     let shared = Shared::new(config, Clock::Tokio, Errors::None);
     let device = SimDevice::new(config.image.create(), config.device(false));
     device.limit_operations(2_000_000);
-    let result = history::in_paused_time(&shared, async {
-        history::play(history, &device, &shared, |d| look_at_file(&d.contents(), &shared, qemu)).await
+    let result = player::in_paused_time(&shared, async {
+        player::play(history, &device, &shared, |d| look_at_file(&d.contents(), &shared, qemu)).await
     });
     match device.violations() {
         broken if broken.is_empty() => result,
@@ -80,7 +82,7 @@ fn on_paused_time() {
 }
 
 /// One history in which guests are threads and the recycler runs on the library's own runtime.
-fn play_on_threads(seed: u64) -> Result<usize, history::Failure> {
+fn play_on_threads(seed: u64) -> Result<usize, Failure> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut config = Config::random(seed, Scale::Small, &mut rng);
     config.delay = if rng.random_bool(0.5) { Delay::None } else { Delay::Yields(2) };
@@ -129,7 +131,7 @@ fn play_on_threads(seed: u64) -> Result<usize, history::Failure> {
     }
 }
 
-fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &[Op]) -> Result<(), history::Failure> {
+fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &[Op]) -> Result<(), Failure> {
     for op in ops {
         if *op == Op::Compact {
             // Through the blocking call, which brings the timers that a compaction needs.

@@ -4,9 +4,12 @@
 pub mod config;
 pub mod content;
 pub mod crash;
+pub mod cuts;
+pub mod guests;
 pub mod history;
 pub mod memory;
 pub mod model;
+pub mod play;
 pub mod sim;
 pub mod slice;
 pub mod verify;

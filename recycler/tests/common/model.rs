@@ -66,7 +66,7 @@ pub struct Model {
     other_sizes: Vec<u64>,
     clock: u64,
     requests: u64,
-    /// Rises whenever a flush completes, that is, whenever less is allowed after a power cut than before.
+    /// Rises whenever a flush or resize completes, that is, whenever less is allowed after a power cut than before.
     pub tightened: u64,
 }
 
@@ -161,9 +161,10 @@ impl Model {
         self.tightened += 1;
     }
 
-    /// A flush that covers changes of size, with no resize in flight, has completed.
+    /// A resize has completed: the size is durable.
     pub fn size_flushed(&mut self) {
         self.other_sizes.clear();
+        self.tightened += 1;
     }
 
     /// The disk's size is about to change to `size` sectors. What is cut off reads as zeroes if it ever comes back.
@@ -234,12 +235,5 @@ impl Model {
         self.other_sizes.clear();
         self.cells =
             bytes.chunks_exact(SECTOR).map(|s| Cell { flushed: vec![recognise(s)], steps: Vec::new() }).collect();
-    }
-
-    /// The part of a discard that covers whole clusters.
-    pub fn whole_clusters(first: u64, count: u64, cluster_sectors: u64) -> std::ops::Range<u64> {
-        let start = first.next_multiple_of(cluster_sectors);
-        let stop = (first + count) / cluster_sectors * cluster_sectors;
-        start..stop.max(start)
     }
 }

@@ -72,15 +72,16 @@ pub fn qemu_check(image: &[u8], tolerance: Tolerance) -> Result<(), String> {
     }
 }
 
-/// The virtual disk as QEMU reads it.
+/// The virtual disk, or an internal snapshot of it, as QEMU reads it.
 ///
 /// # Errors
 /// qemu-img's message.
-pub fn qemu_contents(image: &[u8]) -> Result<Vec<u8>, String> {
+pub fn qemu_contents(image: &[u8], snapshot: Option<&str>) -> Result<Vec<u8>, String> {
     let file = Scratch::new(image);
     let raw = Scratch::new(&[]);
     let output = Command::new("qemu-img")
         .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .args(snapshot.iter().flat_map(|s| ["-l", s]))
         .args([&file.0, &raw.0])
         .output()
         .expect("these tests need qemu-img");
@@ -88,6 +89,26 @@ pub fn qemu_contents(image: &[u8]) -> Result<Vec<u8>, String> {
         return Err(format!("qemu-img convert: {}", String::from_utf8_lossy(&output.stderr)));
     }
     std::fs::read(&raw.0).map_err(|e| e.to_string())
+}
+
+fn same_snapshot(image: &[u8], expected: &[u8]) -> Result<(), String> {
+    if qemu_contents(image, Some(SNAPSHOT))? == expected {
+        Ok(())
+    } else {
+        Err("the snapshot's contents differ".into())
+    }
+}
+
+/// The name of the internal snapshot that [`with_snapshot`] makes.
+const SNAPSHOT: &str = "before";
+
+/// The image with an internal snapshot of what it holds now.
+pub fn with_snapshot(image: &[u8]) -> Vec<u8> {
+    let file = Scratch::new(image);
+    let output = Command::new("qemu-img").args(["snapshot", "-c", SNAPSHOT]).arg(&file.0).output();
+    let output = output.expect("these tests need qemu-img");
+    assert!(output.status.success(), "qemu-img snapshot: {}", String::from_utf8_lossy(&output.stderr));
+    std::fs::read(&file.0).unwrap()
 }
 
 /// Whether the dirty bit is set.
@@ -192,17 +213,24 @@ pub struct Depth {
 ///
 /// # Errors
 /// What is wrong.
-pub fn crash_image(image: &[u8], model: &Model, config: &Config, depth: Depth) -> Result<(), String> {
-    let dirty = is_dirty(image);
-    if dirty && !config.image.lazy_refcounts {
-        return Err("the dirty bit is set without lazy refcounts".into());
-    }
-    let tolerance = if dirty { Tolerance::DirtyRefcounts } else { Tolerance::Leaks };
+pub fn crash_image(
+    image: &[u8],
+    model: &Model,
+    snapshot: Option<&[u8]>,
+    config: &Config,
+    depth: Depth,
+) -> Result<(), String> {
+    // The dirty bit alone excuses nothing: without lazy refcounts it only announces leaks.
+    let excused = config.image.lazy_refcounts && is_dirty(image);
+    let tolerance = if excused { Tolerance::DirtyRefcounts } else { Tolerance::Leaks };
     our_check(image, tolerance).map_err(|e| format!("before opening: {e}"))?;
     if depth.qemu {
         qemu_check(image, tolerance).map_err(|e| format!("before opening: {e}"))?;
-        let bytes = qemu_contents(image)?;
+        let bytes = qemu_contents(image, None)?;
         model.survived(&bytes).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
+        if let Some(snapshot) = snapshot {
+            same_snapshot(image, snapshot)?;
+        }
     }
     let device = MemoryDevice::new(image.to_vec());
     let _timers = TIMERS.enter();
@@ -226,6 +254,9 @@ pub fn crash_image(image: &[u8], model: &Model, config: &Config, depth: Depth) -
         our_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
         if depth.qemu {
             qemu_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
+            if let Some(snapshot) = snapshot {
+                same_snapshot(&after, snapshot)?;
+            }
         }
         Ok(())
     })

@@ -1,0 +1,242 @@
+//! Cutting the power: plays a history on a device that forgets, keeps the moments at which something new is in doubt or
+//! less is allowed than before, and looks at the images that a power cut would leave at each.
+
+use std::collections::HashSet;
+use std::collections::hash_map::DefaultHasher;
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::ops::AddAssign;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::config::Config;
+use super::content::{Content, SECTOR, recognise};
+use super::crash::{Atom, Effort, Epoch};
+use super::guests::{Clock, Errors, Failure, Shared};
+use super::history::History;
+use super::model::Model;
+use super::play;
+use super::sim::SimDevice;
+use super::verify::{self, Depth};
+
+/// What a history starts from.
+#[derive(Clone)]
+pub struct Start {
+    /// The image file.
+    pub image: Vec<u8>,
+    /// What its disk holds.
+    pub model: Model,
+    /// What its internal snapshot holds, if it has one.
+    pub snapshot: Option<Vec<u8>>,
+}
+
+impl Start {
+    /// A new image.
+    pub fn empty(config: &Config) -> Start {
+        Start { image: config.image.create(), model: Model::new(config.image.sectors), snapshot: None }
+    }
+
+    /// What a history leaves after it was closed; with a snapshot of it, if asked for.
+    pub fn after(history: &History, snapshot: bool) -> Result<Start, Failure> {
+        let shared = Shared::new(history.config, Clock::Tokio, Errors::None);
+        let device = SimDevice::new(history.config.image.create(), history.config.device(false));
+        play::in_paused_time(&shared, async { play::play(history, &device, &shared, |_| Ok(())).await })?;
+        let image = device.contents();
+        let disk = verify::qemu_contents(&image, None).map_err(|e| shared.failure(e))?;
+        let mut model = shared.model.lock().clone();
+        model.settle(&disk);
+        let image = if snapshot { verify::with_snapshot(&image) } else { image };
+        Ok(Start { image, model, snapshot: snapshot.then_some(disk) })
+    }
+}
+
+/// How much one history may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Moments kept: an even, seeded share if there are more.
+    pub moments: usize,
+    pub effort: Effort,
+    /// One crash image in so many is shown to QEMU.
+    pub qemu: u64,
+}
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    pub histories: u64,
+    pub moments: u64,
+    /// Moments of which every possible image was looked at.
+    pub exhaustive: u64,
+    /// Crash images that differ.
+    pub images: u64,
+    pub qemu: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.histories += other.histories;
+        self.moments += other.moments;
+        self.exhaustive += other.exhaustive;
+        self.images += other.images;
+        self.qemu += other.qemu;
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Counts { histories, moments, exhaustive, images, qemu } = self;
+        write!(f, "{histories} histories, {moments} moments ({exhaustive} exhaustively), ")?;
+        write!(f, "{images} distinct crash images, {qemu} of them checked by QEMU")
+    }
+}
+
+struct Moment {
+    order: usize,
+    epoch: Epoch,
+    model: Model,
+}
+
+struct Reservoir {
+    kept: Vec<Moment>,
+    seen: usize,
+    room: usize,
+    rng: SmallRng,
+}
+
+impl Reservoir {
+    /// Where the next moment goes, if it is to be kept: each of all has the same chance.
+    fn slot(&mut self) -> Option<usize> {
+        self.seen += 1;
+        let slot = if self.seen <= self.room { self.seen - 1 } else { self.rng.random_range(0..self.seen) };
+        (slot < self.room).then_some(slot)
+    }
+}
+
+/// Plays a history and cuts the power at its moments.
+///
+/// # Errors
+/// What is wrong with the history itself or with the first bad crash image.
+pub fn play(history: &History, start: &Start, budget: Budget, counts: &mut Counts) -> Result<(), Failure> {
+    counts.histories += 1;
+    let config = history.config;
+    let shared = Shared::new(config, Clock::Tokio, Errors::None);
+    *shared.model.lock() = start.model.clone();
+    let moments = moments(history, start, budget, &shared)?;
+    // What led to the moment is told by the trace up to it, not by what came later.
+    cut(&config, start, &moments, budget, counts).map_err(|(order, message)| {
+        let mut failure = shared.failure(message);
+        let marker = format!("moment {order}:");
+        if let Some(at) = failure.trace.iter().position(|line| line.starts_with(&marker)) {
+            failure.trace.truncate(at + 1);
+        }
+        failure
+    })
+}
+
+fn moments(history: &History, start: &Start, budget: Budget, shared: &Arc<Shared>) -> Result<Vec<Moment>, Failure> {
+    let config = history.config;
+    let device = SimDevice::new(start.image.clone(), config.device(true));
+    device.limit_operations(200_000);
+    let rng = SmallRng::seed_from_u64(config.seed ^ 0x6d6f_6d65);
+    let reservoir = Arc::new(Mutex::new(Reservoir { kept: Vec::new(), seen: 0, room: budget.moments, rng }));
+    let keep = {
+        let (reservoir, shared) = (reservoir.clone(), Arc::downgrade(shared));
+        Arc::new(move |device: &SimDevice, event: &str| {
+            let Some(shared) = shared.upgrade() else { return };
+            let mut reservoir = reservoir.lock();
+            let Some(slot) = reservoir.slot() else { return };
+            let order = reservoir.seen;
+            shared.note(format!("moment {order}: {event}"));
+            let moment = Moment { order, epoch: device.epoch(event), model: shared.model.lock().clone() };
+            if slot < reservoir.kept.len() { reservoir.kept[slot] = moment } else { reservoir.kept.push(moment) }
+        })
+    };
+    // The end of an operation adds nothing to what a power cut may leave; its beginning does, and the end of a guest's
+    // flush narrows what the guest may find.
+    let on_event = keep.clone();
+    device.observe(move |device, event| {
+        if event.ends_with("in flight") {
+            on_event(device, event);
+        }
+    });
+    let flushed = device.clone();
+    *shared.after_flush.lock() = Some(Arc::new(move || keep(&flushed, "a guest's flush or resize has completed")));
+    let result = play::in_paused_time(shared, async { play::play(history, &device, shared, |_| Ok(())).await });
+    device.ignore();
+    *shared.after_flush.lock() = None;
+    result?;
+    let broken = device.violations();
+    if !broken.is_empty() {
+        return Err(shared.failure(format!("rules of the device trait broken: {}", broken.join("; "))));
+    }
+    let mut kept = std::mem::take(&mut reservoir.lock().kept);
+    kept.sort_by_key(|m| m.order);
+    Ok(kept)
+}
+
+/// Cuts the power at each moment; the error says at which.
+fn cut(
+    config: &Config,
+    start: &Start,
+    moments: &[Moment],
+    budget: Budget,
+    counts: &mut Counts,
+) -> Result<(), (usize, String)> {
+    let mut rng = SmallRng::seed_from_u64(config.seed ^ 0x0063_7574);
+    let mut seen = HashSet::new();
+    for moment in moments {
+        let (exhaustive, selections) = moment.epoch.selections(budget.effort, &mut rng);
+        counts.moments += 1;
+        counts.exhaustive += u64::from(exhaustive);
+        for selection in selections {
+            let image = moment.epoch.image(&selection);
+            let mut hasher = DefaultHasher::new();
+            (&image, moment.model.tightened).hash(&mut hasher);
+            // Until a flush completes, more and more is allowed: what was good at an earlier moment still is.
+            if !seen.insert(hasher.finish()) {
+                continue;
+            }
+            counts.images += 1;
+            let depth = Depth { qemu: counts.images % budget.qemu == 1, compact: counts.images % 7 == 3 };
+            counts.qemu += u64::from(depth.qemu);
+            let snapshot = start.snapshot.as_deref();
+            let look = || verify::crash_image(&image, &moment.model, snapshot, config, depth);
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(look));
+            if let Err(message) = result.unwrap_or_else(|_| Err("panicked (see above)".into())) {
+                return Err((moment.order, report(config, moment, &selection, &image, &message)));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn report(config: &Config, moment: &Moment, selection: &[bool], image: &[u8], message: &str) -> String {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cut-{}.qcow2", config.seed));
+    let _ = std::fs::write(&path, image);
+    let happened: Vec<_> = moment.epoch.atoms.iter().zip(selection).map(describe).collect();
+    format!(
+        "power cut at {:?} (moment {}), in doubt: {}\n{message}\nthe image is kept in {}",
+        moment.epoch.event,
+        moment.order,
+        happened.join(", "),
+        path.display()
+    )
+}
+
+fn describe((atom, happened): (&Atom, &bool)) -> String {
+    let sign = if *happened { "+" } else { "-" };
+    match atom {
+        Atom::Length(length) => format!("{sign}length {length:#x}"),
+        Atom::Sector { index, bytes } => {
+            let kind = match recognise(&bytes[..]) {
+                Content::Garbage { .. } => "metadata".to_owned(),
+                guest => guest.to_string(),
+            };
+            format!("{sign}{:#x} ({kind})", index * SECTOR as u64)
+        }
+    }
+}
