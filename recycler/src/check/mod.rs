@@ -1,7 +1,36 @@
 //! Consistency check and repair.
+//!
+//! The check counts every reference to every host cluster and compares the sums with the refcounts on disk, as QEMU's
+//! does, in this order: the regions that the header and the snapshot and bitmap tables name ([`regions`]); the refcount
+//! blocks, so that it is known which refcounts are one ([`refcounts`]); the L1 tables, which yield the set of L2
+//! tables; the L2 tables, each read once ([`mapping`]); the refcount blocks again, against the counts. All metadata is
+//! known before the first data cluster is counted, so an entry that leads into metadata is seen at once. What is found
+//! is repaired, if at all, in the order that [`repair`] argues for.
 
+mod bitmaps;
+mod blocks;
+mod counts;
+mod findings;
+mod flags;
+mod mapping;
+mod refcounts;
+mod regions;
+mod repair;
+mod snapshots;
+mod source;
+
+use counts::Counts;
+use findings::Findings;
+use mapping::{Layout, Tables};
+use refcounts::{Differences, Refcounts};
+use regions::Regions;
+use repair::Repairing;
+use source::Source;
+
+use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::format::header::{Header, incompatible};
 
 /// What a check may repair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,9 +80,97 @@ impl CheckReport {
 
 /// Checks the image on `device`, which nobody may be using, and repairs what `repair` allows.
 ///
+/// Whatever the image claims, time and memory are bounded by the length of its file. With [`Repair::No`] nothing is
+/// written. A repair may be cut off at any moment: what it leaves is no worse than what it found, and repairing again
+/// completes it.
+///
 /// # Errors
 /// When the device fails, or the header does not let the image be opened at all; findings are not errors.
 pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckReport> {
-    let _ = (device, repair);
-    Err(crate::Error::unsupported("check"))
+    let length = device.length().await.map_err(Error::io("asking for the length of the image file", 0))?;
+    let mut start = vec![0; usize::try_from(length).unwrap_or(usize::MAX).min(Header::READ_LEN)];
+    device.read(0, IoBufMut::new(&mut start)).await.map_err(Error::io("reading the header", 0))?;
+    let header = Header::parse(&start, length)?;
+    drop(start);
+
+    let mut source = Source { device, length, geometry: header.geometry };
+    let layout = Layout::new(&header);
+    let mut findings = Findings::default();
+    let mut counts = Counts::new(header.geometry.refcount_order);
+    findings.report.total_clusters = header.geometry.clusters_for(header.virtual_size);
+    note_header(&header, layout, &mut findings);
+
+    let mut regions = Regions::new();
+    let l1_tables = regions.claim_header(&source, &header, &mut counts, &mut findings).await?;
+    let mut refcounts = Refcounts::load(&source, &header, &mut regions, &mut counts, &mut findings).await?;
+    let ones = &refcounts.ones;
+    let tables = Tables::find(&source, &l1_tables, ones, &mut regions, &mut counts, &mut findings).await?;
+    tables.walk(&source, layout, ones, &regions, &mut counts, &mut findings).await?;
+    drop(regions);
+    let mut differences = refcounts.compare(&source, &counts).await?;
+    note_differences(&source, &refcounts, &counts, &differences, &mut findings);
+
+    if repair != Repair::No {
+        Repairing {
+            source: &mut source,
+            header: &header,
+            mode: repair,
+            layout,
+            l1: l1_tables.iter().find(|l1| l1.active),
+            tables: &tables,
+            refcounts: &mut refcounts,
+            counts: &mut counts,
+            differences: &mut differences,
+            findings: &mut findings,
+            begun: false,
+        }
+        .run()
+        .await?;
+        let in_file = header.geometry.clusters_for(source.length);
+        let leaked = differences.high.iter().take_while(|&c| c < in_file).last();
+        differences.highest = counts.highest().max(leaked);
+    }
+    let end = differences.highest.map_or(1, |c| c + 1);
+    findings.report.image_end_offset = end.saturating_mul(header.geometry.cluster_size());
+    Ok(findings.report)
+}
+
+fn note_header(header: &Header, layout: Layout, findings: &mut Findings) {
+    if header.incompatible & incompatible::DIRTY != 0 {
+        findings.say(|| "the dirty bit is set: the image was not closed, and refcounts may be behind".to_owned());
+    }
+    if header.incompatible & incompatible::CORRUPT != 0 {
+        findings.say(|| "the corrupt bit is set".to_owned());
+    }
+    if layout.data_file && header.snapshot_count > 0 {
+        findings.corruption(1, || "the image has an external data file and internal snapshots".to_owned());
+    }
+}
+
+/// Counts the clusters whose refcount is wrong, and the metadata that has a second owner without that showing in its
+/// refcount.
+fn note_differences<D: BlockDevice>(
+    source: &Source<'_, D>,
+    refcounts: &Refcounts,
+    counts: &Counts,
+    differences: &Differences,
+    findings: &mut Findings,
+) {
+    let bits = source.geometry.cluster_bits;
+    findings.report.leaks = differences.high.len();
+    let hidden = findings.overlaps.difference_len(&differences.low);
+    // A refcount block with a second owner is wrong twice: it cannot be trusted to count, either.
+    let blocks = findings.overlaps.intersection_len(&refcounts.blocks);
+    for n in [differences.low.len(), hidden, blocks] {
+        findings.report.corruptions = findings.report.corruptions.saturating_add(n);
+    }
+    let most = CheckReport::MAX_MESSAGES;
+    for cluster in differences.low.iter().take(most) {
+        let (at, found) = (cluster << bits, counts.get(cluster));
+        findings.say(|| format!("the cluster at {at:#x} has {found} references, and a lower refcount"));
+    }
+    for cluster in differences.high.iter().take(most) {
+        let (at, found) = (cluster << bits, counts.get(cluster));
+        findings.say(|| format!("the cluster at {at:#x} is leaked: {found} references, and a higher refcount"));
+    }
 }
