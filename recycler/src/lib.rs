@@ -4,10 +4,12 @@
 pub mod blocking;
 pub mod buf;
 pub mod check;
+mod clusters;
 pub mod device;
 pub mod error;
 pub mod format;
 pub mod image;
+mod metadata;
 pub mod options;
 pub mod recycler;
 pub mod stats;

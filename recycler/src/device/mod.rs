@@ -3,6 +3,7 @@
 pub mod host;
 pub mod lock;
 mod positioned;
+pub(crate) mod volume;
 
 use std::future::Future;
 use std::io;

@@ -1,0 +1,192 @@
+//! Requests in flight, counted in two alternating epochs, so that the recycler can await the end of every request that
+//! began before now (a grace period) while requests never wait for it.
+//!
+//! A request enters the current epoch and leaves it when it ends. The epoch may advance from `e` to `e + 1` only when
+//! nobody is left in epoch `e - 1`; the counters of `e - 1` are then used for `e + 1`. So when the epoch has advanced
+//! twice, every request that began before has ended.
+//!
+//! The counters are spread over slots, so that threads do not write one another's cache lines; a request enters and
+//! leaves in one slot. The same slots count the guest's requests for the statistics.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use tokio::sync::Notify;
+
+const SLOTS: usize = 16;
+
+/// What one slot counts. Aligned so that two slots never share a cache line (or an adjacent pair of them).
+#[repr(align(128))]
+#[derive(Default)]
+struct Slot {
+    inside: [AtomicU32; 2],
+    counts: [AtomicU64; Counter::ALL],
+}
+
+/// What guests did, counted per slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum Counter {
+    Reads,
+    ReadBytes,
+    Writes,
+    WriteBytes,
+    Discards,
+    DiscardBytes,
+}
+
+impl Counter {
+    const ALL: usize = 6;
+}
+
+/// The epochs of one image.
+#[derive(Default)]
+pub(crate) struct Epochs {
+    epoch: AtomicU64,
+    slots: [Slot; SLOTS],
+    /// Whether somebody awaits a grace period; then leaving wakes them up.
+    awaited: AtomicBool,
+    left: Notify,
+}
+
+/// A request in flight; it ends when this is dropped.
+pub(crate) struct InFlight<'a> {
+    epochs: &'a Epochs,
+    slot: &'a Slot,
+    side: usize,
+}
+
+/// A moment: passed to [`Epochs::elapsed`], tells whether every request that began before it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Ticket(u64);
+
+impl Epochs {
+    fn slot(&self) -> &Slot {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        thread_local!(static MINE: Cell<usize> = const { Cell::new(usize::MAX) });
+        let mine = MINE.with(|mine| {
+            if mine.get() == usize::MAX {
+                mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS);
+            }
+            mine.get()
+        });
+        &self.slots[mine]
+    }
+
+    /// A request begins.
+    pub(crate) fn enter(&self) -> InFlight<'_> {
+        let slot = self.slot();
+        loop {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            let side = (epoch & 1) as usize;
+            slot.inside[side].fetch_add(1, Ordering::SeqCst);
+            // If the epoch advanced in between, the count may have come too late to be seen: count again, there.
+            if self.epoch.load(Ordering::SeqCst) == epoch {
+                return InFlight { epochs: self, slot, side };
+            }
+            self.leave(slot, side);
+        }
+    }
+
+    fn leave(&self, slot: &Slot, side: usize) {
+        slot.inside[side].fetch_sub(1, Ordering::SeqCst);
+        if self.awaited.load(Ordering::SeqCst) {
+            self.left.notify_waiters();
+        }
+    }
+
+    /// This moment.
+    pub(crate) fn now(&self) -> Ticket {
+        Ticket(self.epoch.load(Ordering::SeqCst))
+    }
+
+    /// Whether every request that began before the ticket has ended. Never waits.
+    pub(crate) fn elapsed(&self, ticket: Ticket) -> bool {
+        loop {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            if epoch >= ticket.0 + 2 {
+                return true;
+            }
+            // Advancing re-uses the side that epoch - 1 counted in: everybody must have left it. Once the epoch is not
+            // that one any more, a slot seen empty stays so (but for an entry that is about to count again).
+            let other = ((epoch + 1) & 1) as usize;
+            if self.slots.iter().any(|s| s.inside[other].load(Ordering::SeqCst) != 0) {
+                return false;
+            }
+            let _ = self.epoch.compare_exchange(epoch, epoch + 1, Ordering::SeqCst, Ordering::SeqCst);
+        }
+    }
+
+    /// Waits until every request that began before this call has ended. Only the recycler and `close` wait.
+    pub(crate) async fn grace(&self) {
+        let ticket = self.now();
+        loop {
+            let left = self.left.notified();
+            tokio::pin!(left);
+            left.as_mut().enable();
+            self.awaited.store(true, Ordering::SeqCst);
+            if self.elapsed(ticket) {
+                // Another waiter may still be waiting: it sets the mark again at its next turn, which this wakes it for.
+                self.awaited.store(false, Ordering::SeqCst);
+                self.left.notify_waiters();
+                return;
+            }
+            left.await;
+        }
+    }
+
+    /// Sum of a counter over all slots.
+    pub(crate) fn total(&self, counter: Counter) -> u64 {
+        self.slots.iter().map(|s| s.counts[counter as usize].load(Ordering::Relaxed)).sum()
+    }
+}
+
+impl InFlight<'_> {
+    /// Counts something for the statistics.
+    pub(crate) fn count(&self, counter: Counter, amount: u64) {
+        self.slot.counts[counter as usize].fetch_add(amount, Ordering::Relaxed);
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.epochs.leave(self.slot, self.side);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_grace_period_ends_with_the_last_earlier_request() {
+        let epochs = Epochs::default();
+        let a = epochs.enter();
+        let ticket = epochs.now();
+        assert!(!epochs.elapsed(ticket));
+        // The failed look has advanced the epoch once, so a later request no longer counts against the ticket.
+        let later = epochs.enter();
+        drop(a);
+        assert!(epochs.elapsed(ticket));
+        drop(later);
+        let c = epochs.enter();
+        assert!(epochs.elapsed(ticket));
+        assert!(!epochs.elapsed(epochs.now()));
+        drop(c);
+    }
+
+    #[tokio::test]
+    async fn waiting_is_woken_by_the_last_leaver() {
+        let epochs = Arc::new(Epochs::default());
+        let inside = epochs.enter();
+        let waiting = tokio::spawn({
+            let epochs = epochs.clone();
+            async move { epochs.grace().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(inside);
+        waiting.await.unwrap();
+    }
+}

@@ -1,0 +1,157 @@
+//! The state of every host cluster, the pool that guest writes allocate from, and the moves in progress.
+//!
+//! | state | refcount in the cache | where it is |
+//! |---|---|---|
+//! | Used | ≥ 1 | in no set |
+//! | Freed | ≥ 1 | `unlinked`, then in a [`FreedBatch`] on its way to Junk |
+//! | Junk | 0 | `junk` |
+//! | Erased | 1 | `erased` |
+//! | Available | 1 | `available` |
+//! | Roots | 1 | `roots` |
+//! | Copies | 1 | `copies` |
+//!
+//! Free clusters that may be handed out are *counted ahead*: their refcount is 1 before anybody asks for them, so a guest
+//! write that takes an Available cluster changes no refcount, and its L2 entry may be written with the next flush without
+//! one before it. After a crash such clusters are leaks, which the next opening reclaims.
+
+pub(crate) mod allocator;
+pub(crate) mod epochs;
+pub(crate) mod moves;
+pub(crate) mod scan;
+pub(crate) mod set;
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::units::HostCluster;
+use epochs::Ticket;
+use set::ClusterSet;
+
+/// Clusters that lost a reference: nothing may overwrite them before the unlinking is durable and every request that
+/// could still use them has ended.
+#[derive(Debug, Default)]
+pub(crate) struct FreedBatch {
+    /// Clusters that had one reference.
+    pub(crate) clusters: ClusterSet,
+    /// Clusters shared with snapshots: each loses one of its references (one may stand here more than once).
+    pub(crate) shared: Vec<HostCluster>,
+}
+
+impl FreedBatch {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.clusters.is_empty() && self.shared.is_empty()
+    }
+
+    pub(crate) fn merge(&mut self, other: FreedBatch) {
+        self.clusters.add_all(&other.clusters);
+        self.shared.extend(other.shared);
+    }
+}
+
+/// The sets behind the lock. Every cluster below `end` is in at most one of them.
+#[derive(Debug, Default)]
+pub(crate) struct States {
+    /// The first cluster that was never used: clusters from here on do not exist.
+    pub(crate) end: u64,
+    pub(crate) junk: ClusterSet,
+    pub(crate) erased: ClusterSet,
+    pub(crate) available: ClusterSet,
+    pub(crate) roots: ClusterSet,
+    pub(crate) copies: ClusterSet,
+    /// Freed, and the unlinking not written back yet.
+    pub(crate) unlinked: FreedBatch,
+    /// Freed, being written back by the commit under way.
+    pub(crate) committing: FreedBatch,
+    /// Freed, the unlinking durable; waiting for older requests to end.
+    pub(crate) grace: Vec<(Ticket, FreedBatch)>,
+    /// Whether the refcounts were searched for clusters that were free when the image was opened.
+    pub(crate) junk_is_complete: bool,
+}
+
+impl States {
+    /// Clusters in the state Freed.
+    pub(crate) fn freed_len(&self) -> u64 {
+        self.unlinked.clusters.len()
+            + self.committing.clusters.len()
+            + self.grace.iter().map(|(_, b)| b.clusters.len()).sum::<u64>()
+    }
+
+    /// Clusters that nothing refers to, whatever state they are in.
+    pub(crate) fn unused_len(&self) -> u64 {
+        self.junk.len() + self.erased.len() + self.available.len() + self.roots.len() + self.copies.len() + self.freed_len()
+    }
+
+    /// Whether the cluster is in a set, that is, not Used.
+    pub(crate) fn is_unused(&self, c: HostCluster) -> bool {
+        [&self.junk, &self.erased, &self.available, &self.roots, &self.copies].iter().any(|s| s.contains(c))
+            || self.is_freed(c)
+    }
+
+    fn is_freed(&self, c: HostCluster) -> bool {
+        self.unlinked.clusters.contains(c)
+            || self.committing.clusters.contains(c)
+            || self.grace.iter().any(|(_, b)| b.clusters.contains(c))
+    }
+
+    /// The end of the last cluster that is neither Junk nor in the pool: what a truncation could leave.
+    pub(crate) fn last_needed(&self) -> u64 {
+        let mut end = self.end;
+        while end > 0 {
+            let c = HostCluster(end - 1);
+            if !(self.junk.contains(c) || self.available.contains(c) || self.erased.contains(c)) {
+                break;
+            }
+            end -= 1;
+        }
+        end
+    }
+
+    /// A cluster lost a reference; `sole` says that it was the only one.
+    pub(crate) fn unlink(&mut self, c: HostCluster, sole: bool) {
+        if sole {
+            self.unlinked.clusters.insert(c);
+        } else {
+            self.unlinked.shared.push(c);
+        }
+    }
+
+    /// That the sets are disjoint and end where the file does. The first violation, in words.
+    pub(crate) fn violation(&self) -> Option<String> {
+        let mut sets: Vec<(&str, &ClusterSet)> = vec![
+            ("junk", &self.junk),
+            ("erased", &self.erased),
+            ("available", &self.available),
+            ("roots", &self.roots),
+            ("copies", &self.copies),
+            ("unlinked", &self.unlinked.clusters),
+            ("committing", &self.committing.clusters),
+        ];
+        sets.extend(self.grace.iter().map(|(_, b)| ("in grace", &b.clusters)));
+        for (i, (name, set)) in sets.iter().enumerate() {
+            if let Some((other, _)) = sets[i + 1..].iter().find(|(_, s)| !set.is_disjoint(s)) {
+                return Some(format!("a cluster is both {name} and {other}"));
+            }
+            if set.count_in(self.end..u64::MAX) > 0 {
+                return Some(format!("a cluster that is {name} lies past the end, {}", self.end));
+            }
+        }
+        None
+    }
+}
+
+/// The state of every host cluster of one image. The lock guards memory only and is never held across an await.
+#[derive(Debug, Default)]
+pub(crate) struct Clusters {
+    states: Mutex<States>,
+    /// One at a time grows or shortens the file.
+    pub(crate) length_turn: tokio::sync::Mutex<()>,
+}
+
+impl Clusters {
+    pub(crate) fn new(end: u64) -> Self {
+        Clusters { states: Mutex::new(States { end, ..States::default() }), length_turn: tokio::sync::Mutex::default() }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, States> {
+        self.states.lock()
+    }
+}

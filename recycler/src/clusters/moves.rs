@@ -1,0 +1,190 @@
+//! Moves in progress and their states.
+//!
+//! | state | becomes the next when |
+//! |---|---|
+//! | [`Copying`] | the copy is written |
+//! | [`Copied`] | a flush that began after the copy ended succeeds |
+//! | [`Flushed`] | the reference is rewritten |
+//! | [`Referenced`] | a flush makes the new reference durable |
+//!
+//! The state is the batch's type, and the two steps that only a flush can allow take its token. A guest write or discard
+//! of a source cancels its move, up to the moment when the reference is rewritten: the writer marks it under the lock of
+//! the L2 slice that it read the reference from, and the rewriting looks for the mark under the same lock.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::metadata::commit::{FlushToken, Stamp};
+use crate::units::{GuestCluster, HostCluster};
+
+/// The one place that refers to a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Reference {
+    /// The L2 entry of a guest cluster.
+    L2Entry(GuestCluster),
+    /// An L1 entry: the cluster is an L2 table.
+    L1Entry(u64),
+    /// A refcount table entry: the cluster is a refcount block.
+    RefcountTable(u64),
+}
+
+/// A cluster on its way to another place in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Move {
+    pub(crate) src: HostCluster,
+    pub(crate) dst: HostCluster,
+    pub(crate) reference: Reference,
+}
+
+/// Being copied.
+#[derive(Debug)]
+pub(crate) struct Copying;
+/// Copied at the moment of the stamp.
+#[derive(Debug)]
+pub(crate) struct Copied(Stamp);
+/// The copy is durable.
+#[derive(Debug)]
+pub(crate) struct Flushed;
+/// The reference was rewritten before the moment of the stamp.
+#[derive(Debug)]
+pub(crate) struct Referenced(Stamp);
+
+/// Moves that go through the states together.
+#[derive(Debug)]
+pub(crate) struct Batch<S> {
+    pub(crate) moves: Vec<Move>,
+    state: S,
+}
+
+impl Batch<Copying> {
+    pub(crate) fn new(moves: Vec<Move>) -> Self {
+        Batch { moves, state: Copying }
+    }
+
+    /// Those of the moves whose copies are written now.
+    pub(crate) fn copied(moves: Vec<Move>, now: Stamp) -> Batch<Copied> {
+        Batch { moves, state: Copied(now) }
+    }
+}
+
+impl Batch<Copied> {
+    /// The copies are durable, if the flush began late enough.
+    pub(crate) fn flushed(self, token: &FlushToken) -> Result<Batch<Flushed>, Self> {
+        if token.covers(self.state.0) { Ok(Batch { moves: self.moves, state: Flushed }) } else { Err(self) }
+    }
+}
+
+impl Batch<Flushed> {
+    /// Those of the moves whose references have been rewritten.
+    pub(crate) fn referenced(moves: Vec<Move>, now: Stamp) -> Batch<Referenced> {
+        Batch { moves, state: Referenced(now) }
+    }
+}
+
+impl Batch<Referenced> {
+    /// The new references are durable, if the flush began late enough: nothing refers to the sources any more.
+    pub(crate) fn durable(self, token: &FlushToken) -> Result<Vec<Move>, Self> {
+        if token.covers(self.state.0) { Ok(self.moves) } else { Err(self) }
+    }
+}
+
+/// What writers need to know of the moves whose references have not been rewritten yet.
+#[derive(Debug)]
+pub(crate) struct ActiveMoves {
+    /// All sources are within these bounds, so that a writer elsewhere takes no lock; `low > high` if there are none.
+    low: AtomicU64,
+    high: AtomicU64,
+    /// Sources, and whether their move is cancelled.
+    sources: Mutex<HashMap<HostCluster, bool>>,
+    /// Clusters by state, for the statistics: copying, copied, flushed, referenced.
+    pub(crate) gauges: [AtomicU64; 4],
+    pub(crate) cancelled: AtomicU64,
+    pub(crate) completed: AtomicU64,
+}
+
+impl Default for ActiveMoves {
+    fn default() -> Self {
+        ActiveMoves {
+            low: AtomicU64::new(u64::MAX),
+            high: AtomicU64::new(0),
+            sources: Mutex::default(),
+            gauges: Default::default(),
+            cancelled: AtomicU64::new(0),
+            completed: AtomicU64::new(0),
+        }
+    }
+}
+
+impl ActiveMoves {
+    /// From now on writers cancel these moves. Writers that looked their cluster up earlier may still be writing: await a
+    /// grace period before copying.
+    pub(crate) fn publish(&self, moves: &[Move]) {
+        let mut sources = self.sources.lock();
+        for m in moves {
+            sources.insert(m.src, false);
+            self.low.fetch_min(m.src.0, Ordering::SeqCst);
+            self.high.fetch_max(m.src.0, Ordering::SeqCst);
+        }
+    }
+
+    /// A writer is about to write, or has unlinked, `count` clusters from `first` on. To be called under the lock of the
+    /// L2 slice that refers to them.
+    #[inline]
+    pub(crate) fn cancel(&self, first: HostCluster, count: u64) {
+        if first.0 <= self.high.load(Ordering::SeqCst) && first.0 + count > self.low.load(Ordering::SeqCst) {
+            self.cancel_slow(first, count);
+        }
+    }
+
+    #[cold]
+    fn cancel_slow(&self, first: HostCluster, count: u64) {
+        let mut sources = self.sources.lock();
+        for c in first.0..first.0 + count {
+            if let Some(cancelled) = sources.get_mut(&HostCluster(c))
+                && !*cancelled
+            {
+                *cancelled = true;
+                self.cancelled.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether the move of this source is cancelled.
+    pub(crate) fn is_cancelled(&self, src: HostCluster) -> bool {
+        self.sources.lock().get(&src).copied().unwrap_or(true)
+    }
+
+    /// No move is active any more.
+    pub(crate) fn withdraw_all(&self) {
+        let mut sources = self.sources.lock();
+        sources.clear();
+        self.low.store(u64::MAX, Ordering::SeqCst);
+        self.high.store(0, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn a_move(src: u64) -> Move {
+        Move { src: HostCluster(src), dst: HostCluster(1), reference: Reference::L1Entry(0) }
+    }
+
+    #[test]
+    fn only_a_write_to_a_source_cancels() {
+        let active = ActiveMoves::default();
+        active.cancel(HostCluster(0), 100);
+        active.publish(&[a_move(10), a_move(20)]);
+        active.cancel(HostCluster(11), 9);
+        assert!(!active.is_cancelled(HostCluster(10)) && !active.is_cancelled(HostCluster(20)));
+        active.cancel(HostCluster(11), 10);
+        assert!(!active.is_cancelled(HostCluster(10)) && active.is_cancelled(HostCluster(20)));
+        active.cancel(HostCluster(20), 1);
+        assert_eq!(active.cancelled.load(Ordering::Relaxed), 1);
+        active.withdraw_all();
+        assert!(active.is_cancelled(HostCluster(10)));
+    }
+}

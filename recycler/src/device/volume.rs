@@ -1,0 +1,177 @@
+//! An open device as the engine sees it: its length is known, its errors have a place, a failed flush is remembered.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::{BlockDevice, Features};
+use crate::buf::{IoBuf, IoBufMut};
+use crate::error::{Error, Result};
+
+/// Zeroes are written, and clusters copied, in pieces of at most this many bytes.
+pub(crate) const PIECE: usize = 1 << 20;
+
+static ZEROES: [u8; PIECE] = [0; PIECE];
+
+/// A device with what the engine knows about it.
+pub(crate) struct Volume<D> {
+    device: D,
+    features: Features,
+    /// Its length in bytes, kept here so that requests need not ask.
+    length: AtomicU64,
+    /// Cleared for good when the device says that it cannot after all (a file system without the call).
+    can_punch: AtomicBool,
+    can_zero: AtomicBool,
+    can_copy: AtomicBool,
+    /// Set for good by a failed flush. What was written since the last good one may be lost, and a later flush that
+    /// succeeds says nothing about it, so nothing may be built on it.
+    failed: AtomicBool,
+    failure: Mutex<String>,
+    /// Flushes of the device, for the statistics.
+    pub(crate) flushes: AtomicU64,
+}
+
+impl<D: BlockDevice> Volume<D> {
+    pub(crate) async fn new(device: D) -> Result<Self> {
+        let features = device.features();
+        let length = device.length().await.map_err(Error::io("asking for the length", 0))?;
+        Ok(Volume {
+            device,
+            features,
+            length: AtomicU64::new(length),
+            can_punch: AtomicBool::new(features.punch_hole),
+            can_zero: AtomicBool::new(features.write_zeroes),
+            can_copy: AtomicBool::new(features.copy_range),
+            failed: AtomicBool::new(false),
+            failure: Mutex::new(String::new()),
+            flushes: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn device(&self) -> &D {
+        &self.device
+    }
+
+    pub(crate) fn length(&self) -> u64 {
+        self.length.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn can_resize(&self) -> bool {
+        self.features.resize
+    }
+
+    /// Fails when an earlier flush did.
+    pub(crate) fn ensure_sound(&self) -> Result<()> {
+        if self.failed.load(Ordering::Acquire) {
+            return Err(Error::Failed { reason: self.failure.lock().clone() });
+        }
+        Ok(())
+    }
+
+    /// Makes every later change fail with [`Error::Failed`]; the first reason stays.
+    pub(crate) fn fail(&self, reason: impl FnOnce() -> String) {
+        let mut failure = self.failure.lock();
+        if failure.is_empty() {
+            *failure = reason();
+        }
+        self.failed.store(true, Ordering::Release);
+    }
+
+    /// Reads; what lies past the end of the file reads as zeroes, since the last cluster may be cut short.
+    pub(crate) async fn read(&self, action: &'static str, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
+        let length = self.length();
+        let wanted = buf.len();
+        if offset.checked_add(wanted as u64).is_some_and(|end| end <= length) {
+            return self.device.read(offset, buf).await.map_err(Error::io(action, offset));
+        }
+        let there = length.saturating_sub(offset).min(wanted as u64) as usize;
+        if there > 0 {
+            self.device.read(offset, buf.slice(0..there)).await.map_err(Error::io(action, offset))?;
+        }
+        buf.slice(there..wanted).fill_zero();
+        Ok(())
+    }
+
+    /// Writes. The file must be long enough, but for a cut-short last cluster, which is completed.
+    pub(crate) async fn write(&self, action: &'static str, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        self.ensure_sound()?;
+        let end = offset.saturating_add(buf.len() as u64);
+        if end > self.length() {
+            self.truncate(end).await?;
+        }
+        self.device.write(offset, buf).await.map_err(Error::io(action, offset))
+    }
+
+    /// Makes everything durable that completed before the call.
+    pub(crate) async fn flush(&self) -> Result<()> {
+        self.ensure_sound()?;
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        self.device.flush().await.map_err(|source| {
+            self.fail(|| format!("a flush of the device failed: {source}"));
+            Error::Io { action: "a flush", offset: 0, source }
+        })
+    }
+
+    /// Makes the file `length` bytes long; a device of fixed length can only be asked for what it has.
+    pub(crate) async fn truncate(&self, length: u64) -> Result<()> {
+        self.ensure_sound()?;
+        if !self.features.resize {
+            if length <= self.length() {
+                return Ok(());
+            }
+            let source = std::io::Error::from_raw_os_error(libc::ENOSPC);
+            return Err(Error::Io { action: "extending past the end of the device", offset: length, source });
+        }
+        self.device.truncate(length).await.map_err(Error::io("changing the length", length))?;
+        self.length.store(length, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes a range of the file read as zeroes, by the cheapest means that the device has.
+    pub(crate) async fn erase(&self, offset: u64, length: u64) -> Result<()> {
+        self.ensure_sound()?;
+        // What lies past the end of the file is zero already, and must not be made to exist.
+        let length = length.min(self.length().saturating_sub(offset));
+        if length == 0 {
+            return Ok(());
+        }
+        if self.can_punch.load(Ordering::Relaxed) {
+            match self.device.punch_hole(offset, length).await {
+                Err(e) if e.kind() == std::io::ErrorKind::Unsupported => self.can_punch.store(false, Ordering::Relaxed),
+                other => return other.map_err(Error::io("punching a hole", offset)),
+            }
+        }
+        if self.can_zero.load(Ordering::Relaxed) {
+            match self.device.write_zeroes(offset, length).await {
+                Err(e) if e.kind() == std::io::ErrorKind::Unsupported => self.can_zero.store(false, Ordering::Relaxed),
+                other => return other.map_err(Error::io("writing zeroes", offset)),
+            }
+        }
+        let mut at = offset;
+        while at < offset + length {
+            let piece = (offset + length - at).min(PIECE as u64);
+            self.device.write(at, zeroes(piece as usize)).await.map_err(Error::io("writing zeroes", at))?;
+            at += piece;
+        }
+        Ok(())
+    }
+
+    /// Copies a range of at most [`PIECE`] bytes inside the file; what lies past its end is zero.
+    pub(crate) async fn copy(&self, from: u64, to: u64, length: u64, scratch: &mut Vec<u8>) -> Result<()> {
+        self.ensure_sound()?;
+        if self.can_copy.load(Ordering::Relaxed) && from + length <= self.length() && to + length <= self.length() {
+            match self.device.copy_range(from, to, length).await {
+                Err(e) if e.kind() == std::io::ErrorKind::Unsupported => self.can_copy.store(false, Ordering::Relaxed),
+                other => return other.map_err(Error::io("copying a cluster", from)),
+            }
+        }
+        scratch.resize(length as usize, 0);
+        self.read("reading a cluster to move", from, IoBufMut::new(scratch)).await?;
+        self.write("writing a moved cluster", to, IoBuf::new(scratch)).await
+    }
+}
+
+/// A buffer of at most [`PIECE`] zeroes.
+pub(crate) fn zeroes(length: usize) -> IoBuf<'static> {
+    IoBuf::new(&ZEROES[..length])
+}

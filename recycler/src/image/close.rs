@@ -1,0 +1,78 @@
+//! Closing: everything durable, no cluster leaked, the file as short as it can be.
+
+use std::sync::atomic::Ordering;
+
+use super::Image;
+use crate::device::BlockDevice;
+use crate::error::Result;
+use crate::format::header::{self, incompatible};
+
+impl<D: BlockDevice> Image<D> {
+    /// Waits for the requests under way, writes everything back and closes the image. Later calls fail with
+    /// [`Error::Closed`](crate::Error::Closed); closing twice does nothing.
+    ///
+    /// # Errors
+    /// As [`flush`](Self::flush). The image is closed even then; if it could not be written back whole, its next opening
+    /// repairs it.
+    pub async fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.work.notify_waiters();
+        self.work.notify_one();
+        // Requests first: they must not find the mapping frozen, or they would never end.
+        self.epochs.grace().await;
+        let _compaction = self.compaction.lock().await;
+        let _frozen = self.structure.write().await;
+        if self.options.read_only {
+            return Ok(());
+        }
+        if !self.prepared.load(Ordering::Acquire) {
+            // No table was changed; data may have been overwritten in place.
+            return self.volume.flush().await;
+        }
+        self.settle().await?;
+        self.return_pool().await?;
+        // The counts, and then the length: cut in between, the file is longer than it need be, which is no error.
+        self.shorten().await?;
+        self.commit().await?;
+        // Everything is durable and counted right: whoever opens the image next need not look for leaks.
+        let turn = self.meta.exclusive_turn().await;
+        let features = self.incompatible & !incompatible::DIRTY;
+        turn.rewrite_header(&self.volume, |sector| header::patch_incompatible(sector, features)).await
+    }
+
+    /// Commits until nothing is Freed any more. Nobody else is at work.
+    pub(crate) async fn settle(&self) -> Result<()> {
+        // Each round takes a cluster one step further: unlinked, durable, Junk; the old refcount table adds one round.
+        for _ in 0..8 {
+            self.commit().await?;
+            self.epochs.grace().await;
+            self.reap().await;
+            let states = self.clusters.lock();
+            if states.unlinked.is_empty() && states.grace.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the pool Junk again: its clusters are counted ahead, which must not outlast the handle.
+    async fn return_pool(&self) -> Result<()> {
+        let mut refcounts = self.meta.refcounts.lock().await;
+        loop {
+            let run = {
+                let states = self.clusters.lock();
+                states.available.runs().chain(states.erased.runs()).next()
+            };
+            let Some(run) = run else { return Ok(()) };
+            let free = refcounts.release(&self.volume, run.clone()).await?;
+            let mut states = self.clusters.lock();
+            states.available.remove_range(run.clone());
+            states.erased.remove_range(run);
+            for run in free {
+                states.junk.insert_range(run);
+            }
+        }
+    }
+}

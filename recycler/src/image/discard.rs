@@ -1,0 +1,202 @@
+//! Discards and zeroes.
+
+use std::ops::Range;
+
+use super::Image;
+use super::mapping::{Purpose, RunKind};
+use crate::clusters::epochs::Counter;
+use crate::device::BlockDevice;
+use crate::device::volume::{PIECE, zeroes};
+use crate::error::{Error, Result};
+use crate::format::l2::{self, Mapping};
+use crate::units::{GuestCluster, GuestOffset};
+
+/// What becomes of whole clusters that are to read as zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Clear {
+    /// Give the host clusters back.
+    Unmap,
+    /// Keep the host clusters for later writes.
+    Keep,
+    /// Give the host clusters back, and let the backing file show through: for what is past the end of the disk.
+    Forget,
+}
+
+/// Whether the one who changes the mapping has frozen it for all others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Not: it waits while somebody has.
+    Shared,
+    /// It has.
+    Frozen,
+}
+
+impl<D: BlockDevice> Image<D> {
+    /// Frees a range of the virtual disk, in bytes, multiples of 512: it reads as zeroes afterwards, and the clusters that
+    /// lie in it whole go back to the recycler. Pieces of clusters are overwritten with zeroes where they hold data.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); [`Error::Unsupported`] without the option `discard`, and for an image of version 2 with a
+    /// backing file, whose contents would show through.
+    pub async fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        if !self.options.discard {
+            return Err(Error::unsupported("discard is turned off by option"));
+        }
+        if self.meta.version < 3 && self.backing.exists() {
+            return Err(Error::unsupported("discard in a version 2 image with a backing file"));
+        }
+        self.clear_request(offset, length, Clear::Unmap).await
+    }
+
+    /// Makes a range of the virtual disk read as zeroes, in bytes, multiples of 512. With `may_unmap` whole clusters go
+    /// back to the recycler; without it they stay allocated for later writes.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub async fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<()> {
+        self.clear_request(offset, length, if may_unmap { Clear::Unmap } else { Clear::Keep }).await
+    }
+
+    async fn clear_request(&self, offset: u64, length: u64, clear: Clear) -> Result<()> {
+        let request = self.epochs.enter();
+        self.check_request(offset, length)?;
+        self.ensure_writable()?;
+        // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
+        let end = offset + length;
+        let whole_end = if end == self.virtual_size() { end.next_multiple_of(self.meta.geometry.cluster_size()) } else { end };
+        self.clear_range(offset, end, whole_end, clear, Access::Shared).await?;
+        request.count(Counter::Discards, 1);
+        request.count(Counter::DiscardBytes, length);
+        drop(request);
+        self.commit_if_due().await
+    }
+
+    /// Makes `offset..end` read as zeroes; clusters within `offset..whole_end` are treated as whole. The caller is in
+    /// flight.
+    pub(super) async fn clear_range(
+        &self,
+        offset: u64,
+        end: u64,
+        whole_end: u64,
+        clear: Clear,
+        access: Access,
+    ) -> Result<()> {
+        let cluster_size = self.meta.geometry.cluster_size();
+        let bits = self.meta.geometry.cluster_bits;
+        let first = offset.div_ceil(cluster_size);
+        let last = whole_end >> bits;
+        if first >= last {
+            return self.zero_piece(offset..end, access).await;
+        }
+        self.zero_piece(offset..first << bits, access).await?;
+        self.clear_clusters(first..last, clear, access).await?;
+        if last << bits < end { self.zero_piece(last << bits..end, access).await } else { Ok(()) }
+    }
+
+    /// Overwrites a piece of a cluster with zeroes where it does not read so already.
+    async fn zero_piece(&self, range: Range<u64>, access: Access) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let run = self.lookup(GuestOffset(at), range.end - at, Purpose::Read).await?;
+            let zero = match run.kind {
+                RunKind::Zero => true,
+                RunKind::Unallocated => self.backing.is_zero_from(at),
+                RunKind::Data { .. } | RunKind::Compressed { .. } => false,
+            };
+            let length = run.length.min(PIECE as u64);
+            if !zero {
+                self.write_range(at, zeroes(length as usize), access).await?;
+            }
+            at += length;
+        }
+        Ok(())
+    }
+
+    /// Clears whole clusters. The caller is in flight.
+    pub(super) async fn clear_clusters(&self, clusters: Range<u64>, clear: Clear, access: Access) -> Result<()> {
+        let per_slice = self.meta.l2.per_slice();
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let end = clusters.end.min((at / per_slice + 1) * per_slice);
+            if self.meta.version < 3 && clear != Clear::Forget && !self.can_unmap_v2(clear) {
+                // Version 2 has no zero flag: only real zeroes read as zeroes.
+                let bits = self.meta.geometry.cluster_bits;
+                self.zero_piece(at << bits..end << bits, access).await?;
+            } else {
+                self.clear_in_slice(at..end, clear, access).await?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Whether an unallocated cluster of a version 2 image reads as zeroes, so that clusters may be unmapped.
+    fn can_unmap_v2(&self, clear: Clear) -> bool {
+        clear == Clear::Unmap && !self.backing.exists()
+    }
+
+    /// Clears clusters that one slice maps.
+    async fn clear_in_slice(&self, clusters: Range<u64>, clear: Clear, access: Access) -> Result<()> {
+        let first = GuestCluster(clusters.start);
+        let cleared = |mapping: Mapping, entry: u64, at: u64| -> u64 {
+            // Version 3 marks what was discarded, as QEMU does: should the image get a backing file, it must not show.
+            let zero = if self.meta.version >= 3 { l2::ZERO } else { 0 };
+            match (mapping, clear) {
+                (_, Clear::Forget) => 0,
+                (Mapping::Unallocated, _) if self.backing.is_zero_from(at) => entry,
+                (Mapping::Data { copied: true, .. } | Mapping::Zero { .. }, Clear::Keep) => entry | zero,
+                _ => zero,
+            }
+        };
+        // A look first: a table that says so already is neither made, nor copied, nor written.
+        match self.meta.l2.slice(&self.volume, &self.meta.l1, first).await? {
+            None if clear == Clear::Forget || self.backing.is_zero_from(clusters.start << self.meta.geometry.cluster_bits) => {
+                return Ok(());
+            }
+            None => {}
+            Some((slice, index)) => {
+                let entries = slice.read();
+                let mut change = false;
+                for (i, guest) in clusters.clone().enumerate() {
+                    let entry = entries.get(index + i);
+                    let mapping = self.decode(GuestCluster(guest), entry)?;
+                    change |= cleared(mapping, entry, guest << self.meta.geometry.cluster_bits) != entry;
+                }
+                if !change {
+                    return Ok(());
+                }
+            }
+        }
+        let _unfrozen = self.unfrozen(access).await;
+        self.prepare_changes().await?;
+        let (slice, index) = self.slice_for_change(first).await?;
+        self.check_targets(&slice, first, index)?;
+        let mut entries = self.meta.l2.modify(&slice);
+        for (i, guest) in clusters.enumerate() {
+            let entry = entries.get(index + i);
+            // Undecodable entries were refused above; one that appeared since would be our own.
+            let mapping = self.decode(GuestCluster(guest), entry)?;
+            let new = cleared(mapping, entry, guest << self.meta.geometry.cluster_bits);
+            if new == entry {
+                continue;
+            }
+            entries.set(index + i, new);
+            match mapping {
+                // The host cluster stays, but what is in it is not shown any more.
+                Mapping::Data { host, copied: true } if new & l2::OFFSET == host.0 => {
+                    self.moves.cancel(self.meta.geometry.host_cluster(host), 1);
+                }
+                other => self.unlink(other),
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes of the mapping wait while somebody has frozen it, except for those of the one who did.
+    pub(super) async fn unfrozen(&self, access: Access) -> Option<tokio::sync::RwLockReadGuard<'_, ()>> {
+        match access {
+            Access::Shared => Some(self.structure.read().await),
+            Access::Frozen => None,
+        }
+    }
+}

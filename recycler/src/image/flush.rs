@@ -1,0 +1,178 @@
+//! Making things durable: the one place where a flush promotes what waited for it.
+
+use std::sync::atomic::Ordering;
+
+use super::Image;
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::format::header::{self, incompatible};
+use crate::metadata::commit::{CommitTurn, FlushToken, L1Move};
+use crate::options::LogLevel;
+
+impl<D: BlockDevice> Image<D> {
+    /// Makes every write, discard and resize that completed before this call durable.
+    ///
+    /// # Errors
+    /// [`Error::Closed`]; [`Error::Io`] if writing tables back failed: they stay in memory and a later flush tries again;
+    /// [`Error::Failed`] if the device's flush failed, now or before: what was written since the last good flush may be
+    /// lost, and the handle stays read-only.
+    pub async fn flush(&self) -> Result<()> {
+        if self.is_closed() {
+            return Err(Error::Closed);
+        }
+        self.counters.guest_flushes.fetch_add(1, Ordering::Relaxed);
+        if self.options.read_only {
+            return Ok(());
+        }
+        self.commit().await.map(|_| ())
+    }
+
+    /// Writes metadata back and flushes the device; what waited for that is promoted.
+    pub(crate) async fn commit(&self) -> Result<FlushToken> {
+        let token = match self.meta.commit_turn().await {
+            // Somebody else's commit began after this call did: it covers us.
+            Err(token) => token,
+            Ok(mut turn) => self.commit_in_turn(&mut turn, None).await?,
+        };
+        self.reap().await;
+        Ok(token)
+    }
+
+    /// The same, in a turn that the caller has.
+    pub(crate) async fn commit_in_turn(&self, turn: &mut CommitTurn<'_>, l1_move: Option<L1Move<'_>>) -> Result<FlushToken> {
+        // Taken note of before the tables are copied, so that the unlinking of what is freed is in the copy. A commit that
+        // failed leaves its part in `committing`.
+        let erased = {
+            let mut states = self.clusters.lock();
+            let unlinked = std::mem::take(&mut states.unlinked);
+            states.committing.merge(unlinked);
+            states.erased.clone()
+        };
+        let committed = turn.write_back_moving(&self.volume, l1_move).await?;
+        let mut states = self.clusters.lock();
+        // Erased → Available: those erased before the flush began, and not handed out meanwhile.
+        let available = states.erased.intersection(&erased);
+        states.erased.remove_all(&available);
+        states.available.add_all(&available);
+        // Freed: the unlinking is durable. Requests that began before now may still use the clusters.
+        let batch = std::mem::take(&mut states.committing);
+        if !batch.is_empty() {
+            states.grace.push((self.epochs.now(), batch));
+        }
+        if let Some(old) = committed.old_table {
+            self.meta.tables.lock().remove_range(old.clone());
+            states.unlinked.clusters.insert_range(old);
+        }
+        if self.options.runtime_asserts
+            && let Some(violation) = states.violation()
+        {
+            drop(states);
+            self.volume.fail(|| format!("the cluster sets are inconsistent: {violation}"));
+            return Err(Error::Failed { reason: violation });
+        }
+        Ok(committed.token)
+    }
+
+    /// Freed → Junk, for clusters whose unlinking is durable and whose older requests have ended. Never waits for them.
+    pub(crate) async fn reap(&self) {
+        loop {
+            let Some(work) = self.next_freed() else { return };
+            let mut refcounts = self.meta.refcounts.lock().await;
+            // Somebody else may have done it while we waited.
+            let Some(work) = self.next_freed().filter(|w| *w == work) else { continue };
+            let range = match &work {
+                Freed::Run(range) => range.clone(),
+                Freed::Shared(c) => c.0..c.0 + 1,
+            };
+            let free = match refcounts.release(&self.volume, range.clone()).await {
+                Ok(free) => free,
+                Err(e @ Error::Io { .. } | e @ Error::Failed { .. }) => {
+                    // It stays Freed; the next commit tries again.
+                    self.background_error("counting freed clusters", &e);
+                    return;
+                }
+                Err(e) => {
+                    // The image contradicts itself: what we believed to be counted was not. Leave the clusters alone.
+                    self.background_error("counting freed clusters", &e);
+                    Vec::new()
+                }
+            };
+            // No await from here on: the counts and the sets change together.
+            let mut states = self.clusters.lock();
+            match work {
+                Freed::Run(range) => {
+                    for (_, batch) in &mut states.grace {
+                        batch.clusters.remove_range(range.clone());
+                    }
+                }
+                Freed::Shared(c) => {
+                    for (_, batch) in &mut states.grace {
+                        if let Some(at) = batch.shared.iter().position(|&s| s == c) {
+                            batch.shared.swap_remove(at);
+                            break;
+                        }
+                    }
+                }
+            }
+            states.grace.retain(|(_, batch)| !batch.is_empty());
+            for run in free {
+                states.junk.insert_range(run);
+            }
+        }
+    }
+
+    fn next_freed(&self) -> Option<Freed> {
+        let states = self.clusters.lock();
+        for (ticket, batch) in &states.grace {
+            if self.epochs.elapsed(*ticket) {
+                if let Some(run) = batch.clusters.runs().next() {
+                    return Some(Freed::Run(run.start..run.end.min(run.start + 65536)));
+                }
+                if let Some(&c) = batch.shared.last() {
+                    return Some(Freed::Shared(c));
+                }
+            }
+        }
+        None
+    }
+
+    /// Commits if so much has changed since the last time that memory would grow.
+    pub(crate) async fn commit_if_due(&self) -> Result<()> {
+        self.work.notify_one();
+        if self.meta.l2.wants_commit() {
+            self.commit().await?;
+        }
+        Ok(())
+    }
+
+    /// To be called before the first change of any table: marks the image, durably, so that whoever opens it after a
+    /// crash knows that clusters may have leaked.
+    ///
+    /// In version 3 the mark is the dirty bit (also without lazy refcounts: it only says that refcounts *may* be
+    /// inconsistent). Version 2 has none, so there every opening looks for leaks. The flush also makes durable what was
+    /// in the file when it was opened, so that clusters that were free then may be reused.
+    pub(crate) async fn prepare_changes(&self) -> Result<()> {
+        if self.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let turn = self.meta.exclusive_turn().await;
+        if !self.prepared.load(Ordering::Acquire) {
+            let features = self.incompatible | incompatible::DIRTY;
+            turn.rewrite_header(&self.volume, |sector| header::patch_incompatible(sector, features)).await?;
+            self.prepared.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Reports a failure of work that no caller waits for.
+    pub(crate) fn background_error(&self, doing: &str, error: &Error) {
+        self.counters.background_errors.fetch_add(1, Ordering::Relaxed);
+        self.options.logger.log(LogLevel::Error, || format!("{}: {doing} failed: {error}", self.options.id));
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Freed {
+    Run(std::ops::Range<u64>),
+    Shared(crate::units::HostCluster),
+}

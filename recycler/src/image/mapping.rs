@@ -1,0 +1,156 @@
+//! From the virtual disk to the file: what the L2 tables say about a range.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Image;
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::format::l2::Mapping;
+use crate::metadata::l2::Slice;
+use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+
+/// How a run of bytes of the virtual disk is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RunKind {
+    /// In the file, in one piece, from this byte on. `copied`: ours alone, so it may be written in place.
+    Data { host: HostOffset, copied: bool },
+    /// Reads as zeroes.
+    Zero,
+    /// Reads as the backing file does.
+    Unallocated,
+    /// Part of one compressed cluster.
+    Compressed { descriptor: u64 },
+}
+
+/// A run of bytes of the virtual disk that is stored in one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) kind: RunKind,
+    /// In bytes.
+    pub(crate) length: u64,
+}
+
+/// Why a mapping is looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Read,
+    /// To write in place where that is possible: moves of the clusters found are cancelled.
+    Write,
+}
+
+impl<D: BlockDevice> Image<D> {
+    /// What is stored from `at` on, for at most `max` bytes. Clusters that follow one another in the file are one run, as
+    /// far as a slice of the L2 table tells.
+    ///
+    /// The caller must be in flight (see `Epochs`), which keeps the clusters from being reused.
+    pub(crate) async fn lookup(&self, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Run> {
+        let geometry = self.meta.geometry;
+        let cluster_size = geometry.cluster_size();
+        let guest = geometry.guest_cluster(at);
+        let within = at.0 & (cluster_size - 1);
+        let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? else {
+            // No table: nothing is allocated up to the end of what the missing slice would map.
+            let per_slice = self.meta.l2.per_slice();
+            let clusters = per_slice - guest.0 % per_slice;
+            return Ok(Run { kind: RunKind::Unallocated, length: (clusters * cluster_size - within).min(max) });
+        };
+        if purpose == Purpose::Write && !slice.targets_checked.load(Ordering::Acquire) {
+            self.check_targets(&slice, guest, index)?;
+        }
+        let entries = slice.read();
+        let first = self.decode(guest, entries.get(index))?;
+        let mut length = (cluster_size - within).min(max);
+        let mut next = index + 1;
+        // Decoding errors of later entries are left to the request that needs them.
+        let mut follow = |expected: &dyn Fn(Mapping, u64) -> bool| {
+            while length < max && next < entries.len() {
+                let clusters = (next - index) as u64;
+                match Mapping::decode(entries.get(next), self.meta.version, cluster_size) {
+                    Ok(m) if expected(m, clusters) => {}
+                    _ => break,
+                }
+                length = (length + cluster_size).min(max);
+                next += 1;
+            }
+        };
+        let kind = match first {
+            Mapping::Data { host, copied } => {
+                follow(&|m, n| m == Mapping::Data { host: HostOffset(host.0 + n * cluster_size), copied });
+                RunKind::Data { host: HostOffset(host.0 + within), copied }
+            }
+            Mapping::Zero { .. } => {
+                follow(&|m, _| matches!(m, Mapping::Zero { .. }));
+                RunKind::Zero
+            }
+            Mapping::Unallocated => {
+                follow(&|m, _| m == Mapping::Unallocated);
+                RunKind::Unallocated
+            }
+            Mapping::Compressed { descriptor } => RunKind::Compressed { descriptor },
+        };
+        if let RunKind::Data { host, copied } = kind {
+            let end = self.volume.length().next_multiple_of(cluster_size);
+            if host.0 + length > end {
+                let reason = format!("a data cluster lies outside the file of {} bytes", self.volume.length());
+                return Err(self.invalid_entry(guest, entries.get(index), &reason));
+            }
+            if purpose == Purpose::Write && copied {
+                // Still under the slice's lock: the reference cannot be rewritten between this and our write, whatever
+                // state the move was in.
+                let last = geometry.host_cluster(HostOffset(host.0 + length - 1));
+                let first = geometry.host_cluster(host);
+                self.moves.cancel(first, last.0 - first.0 + 1);
+            }
+        }
+        Ok(Run { kind, length })
+    }
+
+    /// Decodes an entry, with an error that names its place.
+    pub(crate) fn decode(&self, guest: GuestCluster, entry: u64) -> Result<Mapping> {
+        Mapping::decode(entry, self.meta.version, self.meta.geometry.cluster_size())
+            .map_err(|reason| self.invalid_entry(guest, entry, reason))
+    }
+
+    pub(crate) fn invalid_entry(&self, guest: GuestCluster, entry: u64, reason: &str) -> Error {
+        self.meta.l2.invalid_entry(&self.volume, &self.meta.l1, guest, entry, reason)
+    }
+
+    /// Refuses a slice in which an entry points at one of the image's own tables: a guest write there would destroy it.
+    /// Done once, before the first write through the slice; entries set later are right by construction.
+    pub(crate) fn check_targets(&self, slice: &Arc<Slice>, guest: GuestCluster, index: usize) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let entries = slice.read();
+        for i in 0..entries.len() {
+            let host = match Mapping::decode(entries.get(i), self.meta.version, geometry.cluster_size()) {
+                Ok(Mapping::Data { host, .. }) => host,
+                Ok(Mapping::Zero { preallocated: Some((host, _)) }) => host,
+                _ => continue,
+            };
+            let c = geometry.host_cluster(host);
+            if self.meta.tables.lock().contains(c) {
+                let entry_of = GuestCluster(guest.0 - index as u64 + i as u64);
+                return Err(self.invalid_entry(entry_of, entries.get(i), "it points at one of the image's own tables"));
+            }
+        }
+        slice.targets_checked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The host clusters that a compressed cluster's data touches: first and count. (Section "Compressed Clusters
+    /// Descriptor": the offset takes the low `62 - (cluster_bits - 8)` bits, then the number of further 512-byte sectors.)
+    pub(crate) fn compressed_clusters(&self, descriptor: u64) -> (HostCluster, u64) {
+        let (offset, length) = self.compressed_extent(descriptor);
+        let first = self.meta.geometry.host_cluster(HostOffset(offset));
+        let last = self.meta.geometry.host_cluster(HostOffset(offset + length - 1));
+        (first, last.0 - first.0 + 1)
+    }
+
+    /// Where a compressed cluster's data starts, and how many bytes it may take at most.
+    pub(crate) fn compressed_extent(&self, descriptor: u64) -> (u64, u64) {
+        let bits = 62 - (self.meta.geometry.cluster_bits - 8);
+        let offset = descriptor & ((1 << bits) - 1);
+        let sectors = (descriptor >> bits) + 1;
+        (offset, sectors * 512 - (offset & 511))
+    }
+}

@@ -1,0 +1,149 @@
+//! Opening an image.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use super::backing::Backing;
+use super::turns::Turns;
+use super::{Counters, Image};
+use crate::buf::IoBufMut;
+use crate::check::{Repair, check};
+use crate::clusters::Clusters;
+use crate::clusters::epochs::Epochs;
+use crate::clusters::moves::ActiveMoves;
+use crate::device::BlockDevice;
+use crate::device::volume::Volume;
+use crate::error::{Error, Result};
+use crate::format::header::{self, Header, incompatible};
+use crate::metadata::Metadata;
+use crate::options::{LogLevel, Options};
+
+impl<D: BlockDevice> Image<D> {
+    /// Opens the image on `device`: reads the header, the L1 table and the refcount table. An image that was not closed
+    /// cleanly is checked and repaired first, unless it is opened read-only (a version 2 image always, since it has no
+    /// mark for that).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] names the field and its offset; [`Error::Unsupported`] names the feature, and nothing was
+    /// changed; [`Error::BackingNotAllowed`]; [`Error::Io`].
+    pub async fn open(device: D, options: Options) -> Result<Self> {
+        Self::open_above(device, options, &[]).await
+    }
+
+    /// Opens an image that is behind those at the given paths.
+    pub(super) async fn open_above(device: D, options: Options, above: &[PathBuf]) -> Result<Self> {
+        let volume = Volume::new(device).await?;
+        let (mut header, mut sector) = read_header(&volume).await?;
+        let refusal =
+            if options.read_only { header.unsupported_for_reading() } else { header.unsupported_for_writing() };
+        if let Some(what) = refusal {
+            return Err(Error::Unsupported { what });
+        }
+        if options.check_on_connect {
+            let report = check(volume.device(), Repair::No).await?;
+            if report.corruptions > 0 && (options.read_only || header.incompatible & incompatible::DIRTY == 0) {
+                let reason = format!("a check found {} corruptions: {}", report.corruptions, report.messages.join("; "));
+                return Err(Error::invalid("image", 0, reason));
+            }
+        }
+        if !options.read_only && (header.version < 3 || header.incompatible & incompatible::DIRTY != 0) {
+            recover(&volume, &header, &options).await?;
+            (header, sector) = read_header(&volume).await?;
+        }
+        let backing = Backing::open(&header, &options, above).await?;
+        if !options.read_only && header.autoclear != 0 {
+            // Features that we do not keep up to date must not be believed any more once we write.
+            header::patch_autoclear(&mut sector, 0);
+            volume.write("writing the header", 0, crate::buf::IoBuf::new(&sector)).await?;
+            volume.flush().await?;
+        }
+        let meta = Metadata::open(&volume, &header, sector, options.l2_cache_size).await?;
+        let end = header.geometry.clusters_for(volume.length());
+        let image = Image {
+            meta,
+            clusters: Clusters::new(end),
+            epochs: Epochs::default(),
+            moves: ActiveMoves::default(),
+            counters: Counters::default(),
+            incompatible: header.incompatible & !incompatible::DIRTY,
+            compression_type: header.compression_type,
+            snapshot_count: header.snapshot_count,
+            virtual_size: AtomicU64::new(header.virtual_size),
+            header,
+            backing,
+            closed: AtomicBool::new(false),
+            prepared: AtomicBool::new(false),
+            allocating: Turns::default(),
+            table_turns: Turns::default(),
+            structure: tokio::sync::RwLock::default(),
+            compaction: tokio::sync::Mutex::default(),
+            work: tokio::sync::Notify::default(),
+            volume,
+            options,
+        };
+        if !image.options.read_only {
+            image.note_tables().await?;
+        }
+        Ok(image)
+    }
+
+    /// Takes note of where the image's own tables are.
+    async fn note_tables(&self) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let refcounts = self.meta.refcounts.lock().await;
+        let mut tables = self.meta.tables.lock();
+        for range in self.header.host_ranges() {
+            let end = range.offset.0.saturating_add(range.length);
+            tables.insert_range(geometry.host_cluster(range.offset).0..geometry.clusters_for(end));
+        }
+        for (_, block) in refcounts.blocks() {
+            tables.insert(geometry.host_cluster(block));
+        }
+        for l1_index in 0..self.meta.l1.len() {
+            // A bad entry is reported to the request that needs it.
+            if let Ok(Some(table)) = self.meta.l1.get(l1_index, self.volume.length()) {
+                tables.insert(geometry.host_cluster(table.host));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads and validates the header; also returns its first sector.
+async fn read_header<D: BlockDevice>(volume: &Volume<D>) -> Result<(Header, [u8; 512])> {
+    let length = volume.length();
+    let mut bytes = vec![0; length.min(4096) as usize];
+    volume.read("reading the header", 0, IoBufMut::new(&mut bytes)).await?;
+    // The extensions and the backing file's name may fill the first cluster.
+    let cluster_bits = bytes.get(20..24).map_or(0, |b| b.iter().fold(0u32, |v, &b| v << 8 | u32::from(b)));
+    if (13..=21).contains(&cluster_bits) {
+        bytes.resize(length.min(1 << cluster_bits) as usize, 0);
+        volume.read("reading the header", 0, IoBufMut::new(&mut bytes)).await?;
+    }
+    let header = Header::parse(&bytes, length)?;
+    let mut sector = [0; 512];
+    let there = bytes.len().min(512);
+    sector[..there].copy_from_slice(&bytes[..there]);
+    Ok((header, sector))
+}
+
+/// Repairs an image that was not closed cleanly.
+async fn recover<D: BlockDevice>(volume: &Volume<D>, header: &Header, options: &Options) -> Result<()> {
+    let dirty = header.incompatible & incompatible::DIRTY != 0;
+    let report = check(volume.device(), if dirty { Repair::All } else { Repair::Leaks }).await?;
+    let left = report.corruptions - report.corruptions_fixed;
+    if left > 0 {
+        let why = if dirty { "it was not closed cleanly and" } else { "it" };
+        let found = report.messages.join("; ");
+        return Err(Error::invalid("image", 0, format!("{why} has {left} errors that were not repaired: {found}")));
+    }
+    if report.corruptions_fixed + report.leaks_fixed > 0 {
+        options.logger.log(LogLevel::Info, || {
+            format!(
+                "{}: recovered: {} leaked clusters reclaimed, {} errors repaired",
+                options.id, report.leaks_fixed, report.corruptions_fixed
+            )
+        });
+    }
+    Ok(())
+}

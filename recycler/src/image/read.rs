@@ -1,0 +1,90 @@
+//! Reading the virtual disk.
+
+use std::io::Read as _;
+
+use super::Image;
+use super::mapping::{Purpose, RunKind};
+use crate::buf::IoBufMut;
+use crate::clusters::epochs::Counter;
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::units::GuestOffset;
+
+impl<D: BlockDevice> Image<D> {
+    /// Fills `buf` from byte `offset` of the virtual disk; both are multiples of 512 bytes.
+    ///
+    /// Any number of threads may read and write at once. A read that overlaps a write under way sees, for each 512-byte
+    /// sector, old or new data.
+    ///
+    /// # Errors
+    /// [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Closed`]; [`Error::Io`]; [`Error::Invalid`] for a table
+    /// entry that cannot be; [`Error::BackingNotAllowed`] where the contents are in a backing file that was skipped.
+    pub async fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
+        let request = self.epochs.enter();
+        let length = buf.len() as u64;
+        self.check_request(offset, length)?;
+        self.read_range(offset, buf.slice(0..length as usize)).await?;
+        request.count(Counter::Reads, 1);
+        request.count(Counter::ReadBytes, length);
+        Ok(())
+    }
+
+    /// Reads; the caller is in flight. What lies past the end of the disk reads as its cluster does.
+    pub(crate) async fn read_range(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let run = self.lookup(GuestOffset(at), (buf.len() - done) as u64, Purpose::Read).await?;
+            let end = done + run.length as usize;
+            let mut part = buf.slice(done..end);
+            match run.kind {
+                RunKind::Data { host, .. } => self.volume.read("reading guest data", host.0, part).await?,
+                RunKind::Zero => part.fill_zero(),
+                RunKind::Unallocated => self.backing.read(at, part).await?,
+                RunKind::Compressed { descriptor } => {
+                    let cluster = self.decompress(descriptor).await?;
+                    let within = (at & (self.meta.geometry.cluster_size() - 1)) as usize;
+                    let bytes = cluster.get(within..within + part.len()).unwrap_or_default();
+                    part.copy_from(bytes);
+                }
+            }
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// The contents of a compressed cluster.
+    async fn decompress(&self, descriptor: u64) -> Result<Vec<u8>> {
+        let (offset, length) = self.compressed_extent(descriptor);
+        let invalid = |reason: String| Error::invalid("compressed cluster", offset, reason);
+        if self.compression_type != 0 {
+            return Err(Error::unsupported("clusters compressed with zstd"));
+        }
+        let there = length.min(self.volume.length().saturating_sub(offset));
+        if there == 0 {
+            return Err(invalid("it lies outside the file".to_owned()));
+        }
+        let mut packed = vec![0; there as usize];
+        self.volume.read("reading a compressed cluster", offset, IoBufMut::new(&mut packed)).await?;
+        let mut cluster = vec![0; self.meta.geometry.cluster_size() as usize];
+        flate2::read::DeflateDecoder::new(&packed[..])
+            .read_exact(&mut cluster)
+            .map_err(|e| invalid(format!("it does not decompress to a cluster: {e}")))?;
+        Ok(cluster)
+    }
+
+    /// Whether a request is within the disk, aligned, and the image open.
+    pub(crate) fn check_request(&self, offset: u64, length: u64) -> Result<()> {
+        if self.is_closed() {
+            return Err(Error::Closed);
+        }
+        let size = self.virtual_size();
+        if (offset | length) & 511 != 0 {
+            return Err(Error::Misaligned { offset, length });
+        }
+        if offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(Error::OutOfRange { offset, length, size });
+        }
+        Ok(())
+    }
+}

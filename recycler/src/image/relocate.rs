@@ -1,0 +1,213 @@
+//! Moving clusters: the steps that touch the image. What is moved where, and when, the recycler decides.
+
+use std::ops::Range;
+
+use super::Image;
+use crate::clusters::moves::{Move, Reference};
+use crate::clusters::set::ClusterSet;
+use crate::device::BlockDevice;
+use crate::device::volume::PIECE;
+use crate::error::Result;
+use crate::format::l2::{self, Mapping};
+use crate::metadata::commit::L1Move;
+use crate::units::{HostCluster, HostOffset};
+
+impl<D: BlockDevice> Image<D> {
+    /// Junk → Copies: takes the lowest `count` holes below `limit`, or as many as there are, and counts them.
+    pub(crate) async fn take_holes(&self, count: u64, limit: u64) -> Result<ClusterSet> {
+        self.prepare_changes().await?;
+        let mut refcounts = self.meta.refcounts.lock().await;
+        // Only who has the refcounts takes from Junk, so the holes stay while they are counted.
+        let holes = {
+            let states = self.clusters.lock();
+            states.junk.lowest(count, limit)
+        };
+        let mut counted = ClusterSet::default();
+        for run in holes.runs() {
+            if let Err(e) = refcounts.add(&self.volume, run.clone(), 1).await {
+                if counted.is_empty() {
+                    return Err(e);
+                }
+                break;
+            }
+            counted.insert_range(run.clone());
+            let mut states = self.clusters.lock();
+            states.junk.remove_range(run.clone());
+            states.copies.insert_range(run);
+        }
+        Ok(counted)
+    }
+
+    /// Copies → Junk: nothing refers to these destinations, and nobody writes them.
+    pub(crate) async fn return_holes(&self, holes: &ClusterSet) -> Result<()> {
+        let mut refcounts = self.meta.refcounts.lock().await;
+        for run in holes.runs() {
+            let free = refcounts.release(&self.volume, run.clone()).await?;
+            let mut states = self.clusters.lock();
+            states.copies.remove_range(run);
+            for run in free {
+                states.junk.insert_range(run);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a run of moves whose sources, and whose destinations, follow one another: at most [`PIECE`] bytes at a time.
+    pub(crate) async fn copy_run(&self, first: &Move, count: u64, scratch: &mut Vec<u8>) -> Result<()> {
+        let bits = self.meta.geometry.cluster_bits;
+        let (src, dst, length) = (first.src.0 << bits, first.dst.0 << bits, count << bits);
+        let mut done = 0;
+        while done < length {
+            let piece = (length - done).min(PIECE as u64);
+            self.volume.copy(src + done, dst + done, piece, scratch).await?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Copies a table; from now on it is written at both places. `false` if it is not there any more.
+    ///
+    /// The copy is made while nobody writes metadata back, so it is what is on disk; what is changed in memory follows to
+    /// both places.
+    pub(crate) async fn copy_table(&self, m: &Move, scratch: &mut Vec<u8>) -> Result<bool> {
+        let geometry = self.meta.geometry;
+        let _turn = self.meta.exclusive_turn().await;
+        if !self.is_referenced(m).await? {
+            return Ok(false);
+        }
+        self.copy_run(m, 1, scratch).await?;
+        self.meta.tables.lock().insert(m.dst);
+        self.meta.mirrors.lock().begin(geometry.host_offset(m.src), geometry.host_offset(m.dst));
+        Ok(true)
+    }
+
+    /// Whether a table is where the move takes it from.
+    async fn is_referenced(&self, m: &Move) -> Result<bool> {
+        let src = self.meta.geometry.host_offset(m.src);
+        Ok(match m.reference {
+            Reference::L2Entry(_) => true,
+            Reference::L1Entry(index) => {
+                self.meta.l1.get(index, self.volume.length())?.is_some_and(|t| t.copied && t.host == src)
+            }
+            Reference::RefcountTable(index) => self.meta.refcounts.lock().await.block(index)? == Some(src),
+        })
+    }
+
+    /// Flushed → Referenced: rewrites the reference, if the move still stands. The copy is durable, so the new reference may
+    /// become durable at any time; the old one may, until it is, so the source stays as it is.
+    pub(crate) async fn rewrite_reference(&self, m: &Move) -> Result<bool> {
+        let geometry = self.meta.geometry;
+        let dst = geometry.host_offset(m.dst);
+        match m.reference {
+            Reference::L2Entry(guest) => {
+                let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? else {
+                    return Ok(false);
+                };
+                let l1_index = guest.0 / geometry.entries_per_cluster();
+                if !self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied) {
+                    return Ok(false);
+                }
+                let mut entries = self.meta.l2.modify(&slice);
+                let entry = entries.get(index);
+                let names_src = match self.decode(guest, entry)? {
+                    Mapping::Data { host, copied: true } | Mapping::Zero { preallocated: Some((host, true)) } => {
+                        geometry.host_cluster(host) == m.src
+                    }
+                    _ => false,
+                };
+                // The mark is looked for under the lock under which writers set it.
+                if !names_src || self.moves.is_cancelled(m.src) {
+                    return Ok(false);
+                }
+                entries.set(index, entry & !l2::OFFSET | dst.0);
+                let mut states = self.clusters.lock();
+                states.copies.remove(m.dst);
+                states.unlink(m.src, true);
+            }
+            Reference::L1Entry(index) => {
+                if !self.is_referenced(m).await? {
+                    return Ok(false);
+                }
+                self.meta.l1.set(index, Some(dst));
+                self.clusters.lock().copies.remove(m.dst);
+            }
+            Reference::RefcountTable(index) => {
+                let mut refcounts = self.meta.refcounts.lock().await;
+                if refcounts.block(index)? != Some(geometry.host_offset(m.src)) {
+                    return Ok(false);
+                }
+                refcounts.set_block(index, Some(dst));
+                self.clusters.lock().copies.remove(m.dst);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The new reference is durable. A data cluster was freed when its reference was rewritten; a table stood twice until
+    /// now, and its old place is freed here.
+    pub(crate) fn finish_move(&self, m: &Move) {
+        if !matches!(m.reference, Reference::L2Entry(_)) {
+            self.end_mirror(m);
+            self.meta.tables.lock().remove(m.src);
+            self.clusters.lock().unlink(m.src, true);
+        }
+    }
+
+    /// The move is given up before its reference was rewritten.
+    pub(crate) fn give_up(&self, m: &Move) {
+        if !matches!(m.reference, Reference::L2Entry(_)) {
+            self.end_mirror(m);
+            self.meta.tables.lock().remove(m.dst);
+        }
+    }
+
+    fn end_mirror(&self, m: &Move) {
+        let geometry = self.meta.geometry;
+        self.meta.mirrors.lock().end(geometry.host_offset(m.src), geometry.host_offset(m.dst));
+    }
+
+    /// Moves the L1 table and the refcount table into holes below cluster `limit`, if they lie past it and there are holes
+    /// that are large enough.
+    pub(crate) async fn move_header_tables(&self, limit: u64) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let old = self.meta.l1.clusters();
+        if old.end > limit
+            && let Some(hole) = self.clusters.allocate_hole(&self.volume, &self.meta, old.end - old.start, limit).await?
+        {
+            let new = hole.first().0..hole.first().0 + hole.len();
+            let mut turn = self.meta.exclusive_turn().await;
+            let to = geometry.host_offset(HostCluster(new.start));
+            let l1_move = L1Move { to, entries: self.meta.l1.len(), patch: &|_| {} };
+            self.commit_in_turn(&mut turn, Some(l1_move)).await?;
+            hole.linked();
+            self.table_moved(old, new);
+        }
+        let _length = self.clusters.length_turn.lock().await;
+        let old = self.meta.refcounts.lock().await.table_range();
+        if old.end > limit
+            && let Some(hole) = self.clusters.allocate_hole(&self.volume, &self.meta, old.end - old.start, limit).await?
+        {
+            self.meta.tables.lock().insert_range(hole.first().0..hole.first().0 + hole.len());
+            // Written with the next commit, which frees the old place when the header names the new one.
+            self.meta.refcounts.lock().await.move_table(hole.first());
+            hole.linked();
+            drop(_length);
+            self.commit().await?;
+        }
+        Ok(())
+    }
+
+    /// A table in consecutive clusters stands at a new place, which the header names durably.
+    pub(super) fn table_moved(&self, old: Range<u64>, new: Range<u64>) {
+        let mut tables = self.meta.tables.lock();
+        tables.remove_range(old.clone());
+        tables.insert_range(new);
+        drop(tables);
+        self.clusters.lock().unlinked.clusters.insert_range(old);
+    }
+
+    /// Where a cluster is in the file.
+    pub(crate) fn host_offset(&self, c: HostCluster) -> HostOffset {
+        self.meta.geometry.host_offset(c)
+    }
+}

@@ -1,0 +1,144 @@
+//! Changing the size of the virtual disk.
+
+use std::sync::atomic::Ordering;
+
+use super::Image;
+use super::discard::{Access, Clear};
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::format::header;
+use crate::metadata::commit::L1Move;
+
+/// An L1 table may take this many bytes.
+const MAX_L1_BYTES: u64 = 32 << 20;
+
+impl<D: BlockDevice> Image<D> {
+    /// Makes the virtual disk `size` bytes long, a multiple of 512; durable on return. What is new reads as zeroes. Making
+    /// the disk smaller loses what is past its new end, and must be asked for with `shrink`.
+    ///
+    /// Requests that allocate wait meanwhile; so does a compaction under way, which must end or be cancelled first.
+    ///
+    /// # Errors
+    /// [`Error::BadOption`] for an unusable size; [`Error::Unsupported`] for a version 2 image with snapshots;
+    /// [`Error::Busy`] while a compaction is under way; as [`write`](Self::write) otherwise.
+    pub async fn resize(&self, size: u64, shrink: bool) -> Result<()> {
+        let bad = |reason: String| Error::BadOption { name: "size".to_owned(), reason };
+        if self.is_closed() {
+            return Err(Error::Closed);
+        }
+        self.ensure_writable()?;
+        if size % 512 != 0 {
+            return Err(bad(format!("{size} is not a multiple of 512 bytes")));
+        }
+        let geometry = self.meta.geometry;
+        let entries = geometry.clusters_for(size).div_ceil(geometry.entries_per_cluster());
+        if entries * 8 > MAX_L1_BYTES || size > i64::MAX as u64 {
+            return Err(bad(format!("{size} bytes need an L1 table of more than 32 MiB at this cluster size")));
+        }
+        if self.meta.version < 3 && self.snapshot_count > 0 {
+            return Err(Error::unsupported("resizing a version 2 image with internal snapshots"));
+        }
+        let _compaction = self.compaction.try_lock().map_err(|_| Error::Busy { with: "a compaction is under way" })?;
+        self.prepare_changes().await?;
+        let old = self.virtual_size();
+        if size < old {
+            if !shrink {
+                return Err(bad(format!("{size} is less than the present {old} bytes, and shrinking was not asked for")));
+            }
+            self.shrink(size, old).await
+        } else if size > old {
+            self.grow_disk(size, old, entries).await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn shrink(&self, size: u64, old: u64) -> Result<()> {
+        // From here on no request reaches past the new end; those that do, end.
+        self.virtual_size.store(size, Ordering::SeqCst);
+        self.epochs.grace().await;
+        let _frozen = self.structure.write().await;
+        let mut turn = self.meta.exclusive_turn().await;
+        self.commit_in_turn(&mut turn, None).await?;
+        // The size first. Cut before: the disk is as it was. Cut after: what is past the end is still mapped; growing the
+        // disk again clears it before it can be seen.
+        let result = turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await;
+        drop(turn);
+        if let Err(e) = result {
+            self.virtual_size.store(old, Ordering::SeqCst);
+            return Err(e);
+        }
+        self.forget_past(size).await?;
+        self.commit().await.map(|_| ())
+    }
+
+    /// Unmaps every whole cluster past byte `size` of the disk, and drops L2 tables that map nothing else.
+    async fn forget_past(&self, size: u64) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let per_table = geometry.entries_per_cluster();
+        let first = geometry.clusters_for(size);
+        for l1_index in first / per_table..self.meta.l1.len() {
+            let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? else { continue };
+            let start = first.max(l1_index * per_table);
+            let end = (l1_index + 1) * per_table;
+            self.clear_clusters(start..end, Clear::Forget, Access::Frozen).await?;
+            if start == l1_index * per_table {
+                let table = self.meta.l1.get(l1_index, self.volume.length())?.unwrap_or(table);
+                self.meta.l1.set(l1_index, None);
+                self.meta.l2.forget(start..end);
+                let c = geometry.host_cluster(table.host);
+                if table.copied {
+                    self.meta.tables.lock().remove(c);
+                }
+                self.clusters.lock().unlink(c, table.copied);
+            }
+        }
+        Ok(())
+    }
+
+    async fn grow_disk(&self, size: u64, old: u64, entries: u64) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let _frozen = self.structure.write().await;
+        if self.meta.version < 3 && self.backing.size() > old {
+            return Err(Error::unsupported("growing a version 2 image over the end of a longer backing file"));
+        }
+        if entries > self.meta.l1.len() {
+            // At the end of the file; a compaction brings it down again.
+            let clusters = geometry.clusters_for(entries * 8);
+            let old_clusters = self.meta.l1.clusters();
+            let allocation = self.clusters.allocate_at_end(&self.volume, &self.meta, clusters).await?;
+            let first = allocation.first();
+            let mut turn = self.meta.exclusive_turn().await;
+            let l1_move = L1Move { to: geometry.host_offset(first), entries, patch: &|_| {} };
+            self.commit_in_turn(&mut turn, Some(l1_move)).await?;
+            self.table_moved(old_clusters, first.0..first.0 + clusters);
+            allocation.linked();
+        }
+        // What becomes part of the disk must read as zeroes before it does: the rest of the last cluster, clusters left by
+        // an interrupted shrink, and a backing file that is longer than the disk was.
+        let end = size.next_multiple_of(geometry.cluster_size());
+        self.clear_new(old, end).await?;
+        let mut turn = self.meta.exclusive_turn().await;
+        self.commit_in_turn(&mut turn, None).await?;
+        // Cut before: the disk has its old size. After: its new one, and everything new is zero.
+        turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await?;
+        self.virtual_size.store(size, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Makes `from..to` read as zeroes, skipping what has no L2 table unless a backing file shows there.
+    async fn clear_new(&self, from: u64, to: u64) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let table_bytes = geometry.entries_per_cluster() << geometry.cluster_bits;
+        let mut at = from;
+        while at < to {
+            let end = to.min((at / table_bytes + 1) * table_bytes);
+            let mapped = self.meta.l1.get(at / table_bytes, self.volume.length())?.is_some();
+            if mapped || !self.backing.is_zero_from(at) {
+                self.clear_range(at, end, end, Clear::Unmap, Access::Frozen).await?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+}

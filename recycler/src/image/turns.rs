@@ -1,0 +1,75 @@
+//! Turns on ranges: two writers that want the same guest clusters wait for one another, others do not.
+
+use std::ops::Range;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// Ranges that somebody is working on.
+#[derive(Default)]
+pub(crate) struct Turns {
+    held: Mutex<Vec<Range<u64>>>,
+    released: Notify,
+}
+
+/// A range that is held until this is dropped.
+#[must_use]
+pub(crate) struct Turn<'a> {
+    turns: &'a Turns,
+    range: Range<u64>,
+}
+
+impl Turns {
+    /// Waits until nobody holds any part of the range, and takes it.
+    pub(crate) async fn take(&self, range: Range<u64>) -> Turn<'_> {
+        loop {
+            let released = self.released.notified();
+            tokio::pin!(released);
+            {
+                let mut held = self.held.lock();
+                if !held.iter().any(|h| h.start < range.end && range.start < h.end) {
+                    held.push(range.clone());
+                    return Turn { turns: self, range };
+                }
+                // Registered under the lock, so that a release after it is not missed.
+                released.as_mut().enable();
+            }
+            released.await;
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut held = self.turns.held.lock();
+        if let Some(at) = held.iter().position(|h| *h == self.range) {
+            held.swap_remove(at);
+        }
+        drop(held);
+        self.turns.released.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[tokio::test]
+    async fn overlapping_ranges_wait_and_others_do_not() {
+        let turns = Arc::new(Turns::default());
+        let first = turns.take(4..8).await;
+        let other = turns.take(8..9).await;
+        let waiting = tokio::spawn({
+            let turns = turns.clone();
+            async move { drop(turns.take(7..20).await) }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(first);
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(other);
+        waiting.await.unwrap();
+    }
+}

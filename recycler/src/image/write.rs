@@ -1,0 +1,252 @@
+//! Writing the virtual disk.
+
+use super::Image;
+use super::discard::Access;
+use super::mapping::{Purpose, RunKind};
+use crate::buf::{IoBuf, IoBufMut};
+use crate::clusters::allocator::Allocation;
+use crate::clusters::epochs::Counter;
+use crate::device::BlockDevice;
+use crate::device::volume::{PIECE, zeroes};
+use crate::error::Result;
+use crate::format::l2::Mapping;
+use crate::metadata::l2::Slice;
+use crate::units::{GuestCluster, GuestOffset, HostOffset};
+use std::sync::Arc;
+
+/// At most this many bytes are allocated in one step.
+const STEP: u64 = 2 << 20;
+
+impl<D: BlockDevice> Image<D> {
+    /// Stores `buf` at byte `offset` of the virtual disk; both are multiples of 512 bytes.
+    ///
+    /// Durable once a [`flush`](Self::flush) that began later has completed. A power cut before that leaves, for each
+    /// 512-byte sector, old or new data. A dropped future leaves the same.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); also [`Error::ReadOnly`](crate::Error::ReadOnly) and
+    /// [`Error::Failed`](crate::Error::Failed). After an error each sector holds old or new data.
+    pub async fn write(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        let request = self.epochs.enter();
+        self.check_request(offset, buf.len() as u64)?;
+        self.ensure_writable()?;
+        self.write_range(offset, buf, Access::Shared).await?;
+        request.count(Counter::Writes, 1);
+        request.count(Counter::WriteBytes, buf.len() as u64);
+        drop(request);
+        self.commit_if_due().await
+    }
+
+    /// Writes; the caller is in flight.
+    pub(super) async fn write_range(&self, offset: u64, buf: IoBuf<'_>, access: Access) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = GuestOffset(offset + done as u64);
+            let rest = buf.slice(done..buf.len());
+            let run = self.lookup(at, rest.len() as u64, Purpose::Write).await?;
+            done += if let RunKind::Data { host, copied: true } = run.kind {
+                self.volume.write("writing guest data", host.0, rest.slice(0..run.length as usize)).await?;
+                run.length as usize
+            } else {
+                self.write_allocating(at, rest.slice(0..run.length.min(STEP) as usize), access).await?
+            };
+        }
+        Ok(())
+    }
+
+    /// Writes to guest clusters that cannot be written in place. Returns how many bytes were written: 0 if the clusters
+    /// have changed meanwhile, and are to be looked up again.
+    async fn write_allocating(&self, at: GuestOffset, buf: IoBuf<'_>, access: Access) -> Result<usize> {
+        let geometry = self.meta.geometry;
+        let cluster_size = geometry.cluster_size();
+        let first = geometry.guest_cluster(at);
+        let count = (at.0 + buf.len() as u64).div_ceil(cluster_size) - first.0;
+        let _turn = self.allocating.take(first.0..first.0 + count).await;
+        let _unfrozen = self.unfrozen(access).await;
+        self.prepare_changes().await?;
+        let (slice, index) = self.slice_for_change(first).await?;
+        self.check_targets(&slice, first, index)?;
+
+        // What the clusters are now. Of these, a discard or a move may still change them before we link ours.
+        let mut old = Vec::new();
+        {
+            let entries = slice.read();
+            for i in 0..(count as usize).min(entries.len() - index) {
+                let entry = entries.get(index + i);
+                let mapping = self.decode(GuestCluster(first.0 + i as u64), entry)?;
+                if matches!(mapping, Mapping::Data { copied: true, .. }) {
+                    break;
+                }
+                let preallocated = matches!(mapping, Mapping::Zero { preallocated: Some((_, true)) });
+                if preallocated && i > 0 {
+                    break;
+                }
+                old.push((entry, mapping));
+                if preallocated {
+                    break;
+                }
+            }
+        }
+        match old.first() {
+            None => Ok(0),
+            Some(&(entry, Mapping::Zero { preallocated: Some((host, true)) })) => {
+                self.write_preallocated(&slice, index, at, entry, host, buf).await
+            }
+            Some(_) => {
+                let allocation = self.clusters.allocate(&self.volume, &self.meta, old.len() as u64).await?;
+                old.truncate(allocation.len() as usize);
+                self.write_new(&slice, index, at, &old, allocation, buf).await
+            }
+        }
+    }
+
+    /// Writes to new clusters, which read as zeroes, and links them.
+    async fn write_new(
+        &self,
+        slice: &Arc<Slice>,
+        index: usize,
+        at: GuestOffset,
+        old: &[(u64, Mapping)],
+        allocation: Allocation<'_>,
+        buf: IoBuf<'_>,
+    ) -> Result<usize> {
+        let geometry = self.meta.geometry;
+        let first = geometry.guest_cluster(at);
+        let start = first.0 << geometry.cluster_bits;
+        let end = start + ((old.len() as u64) << geometry.cluster_bits);
+        let length = buf.len().min((end - at.0) as usize);
+        let host = geometry.host_offset(allocation.first()).0;
+        // The rest of the first and of the last cluster keeps its old contents.
+        let last = old.len() as u64 - 1;
+        for (from, to, cluster) in [(start, at.0, 0), (at.0 + length as u64, end, last)] {
+            if from < to && !self.reads_as_zero(old.get(cluster as usize).map(|o| o.1), from) {
+                let mut bytes = vec![0; (to - from) as usize];
+                self.read_range(from, IoBufMut::new(&mut bytes)).await?;
+                self.volume.write("copying old contents", host + (from - start), IoBuf::new(&bytes)).await?;
+            }
+        }
+        self.volume.write("writing guest data", host + (at.0 - start), buf.slice(0..length)).await?;
+        // If the clusters read as zeroes before, they may be linked without their data: a power cut then shows zeroes, the
+        // old contents. Otherwise the data must be durable first, lest neither old nor new shows. And zeroes that are not
+        // durable yet must become so first, lest what the cluster once held shows.
+        let zeroes_before = old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(Some(o.1), g << geometry.cluster_bits));
+        if !allocation.durable || !zeroes_before {
+            self.meta.require_barrier();
+        }
+        let mut entries = self.meta.l2.modify(slice);
+        if old.iter().enumerate().any(|(i, o)| entries.get(index + i) != o.0) {
+            return Ok(0);
+        }
+        for (i, (_, mapping)) in old.iter().enumerate() {
+            entries.set(index + i, Mapping::encode_data(HostOffset(host + ((i as u64) << geometry.cluster_bits))));
+            self.unlink(*mapping);
+        }
+        let mut allocation = allocation;
+        allocation.link_first(old.len() as u64);
+        Ok(length)
+    }
+
+    /// Writes to a cluster that reads as zeroes and has a host cluster of its own, which holds anything.
+    async fn write_preallocated(
+        &self,
+        slice: &Arc<Slice>,
+        index: usize,
+        at: GuestOffset,
+        old: u64,
+        host: HostOffset,
+        buf: IoBuf<'_>,
+    ) -> Result<usize> {
+        let cluster_size = self.meta.geometry.cluster_size();
+        let within = at.0 & (cluster_size - 1);
+        let length = buf.len().min((cluster_size - within) as usize);
+        for (from, to) in [(0, within), (within + length as u64, cluster_size)] {
+            let mut from = from;
+            while from < to {
+                let piece = (to - from).min(PIECE as u64);
+                self.volume.write("zeroing a preallocated cluster", host.0 + from, zeroes(piece as usize)).await?;
+                from += piece;
+            }
+        }
+        self.volume.write("writing guest data", host.0 + within, buf.slice(0..length)).await?;
+        // Without its data, the cluster would show what it held before it was zeroed.
+        self.meta.require_barrier();
+        let mut entries = self.meta.l2.modify(slice);
+        if entries.get(index) != old {
+            return Ok(0);
+        }
+        self.moves.cancel(self.meta.geometry.host_cluster(host), 1);
+        entries.set(index, Mapping::encode_data(host));
+        Ok(length)
+    }
+
+    /// Whether a cluster that is mapped so reads as zeroes from byte `at` of the disk to its end.
+    fn reads_as_zero(&self, mapping: Option<Mapping>, at: u64) -> bool {
+        match mapping {
+            Some(Mapping::Zero { .. }) => true,
+            Some(Mapping::Unallocated) => self.backing.is_zero_from(at),
+            _ => false,
+        }
+    }
+
+    /// A mapping was replaced: its clusters lose a reference. To be called under the slice's lock.
+    pub(super) fn unlink(&self, mapping: Mapping) {
+        let geometry = self.meta.geometry;
+        let mut states = self.clusters.lock();
+        match mapping {
+            Mapping::Unallocated | Mapping::Zero { preallocated: None } => {}
+            Mapping::Data { host, copied } | Mapping::Zero { preallocated: Some((host, copied)) } => {
+                let c = geometry.host_cluster(host);
+                if copied {
+                    self.moves.cancel(c, 1);
+                }
+                states.unlink(c, copied);
+            }
+            Mapping::Compressed { descriptor } => {
+                let (first, count) = self.compressed_clusters(descriptor);
+                states.unlinked.shared.extend((first.0..first.0 + count).map(crate::units::HostCluster));
+            }
+        }
+    }
+
+    /// The slice that maps a guest cluster, in an L2 table that is ours alone: the table is made, or copied if a snapshot
+    /// shares it.
+    pub(super) async fn slice_for_change(&self, guest: GuestCluster) -> Result<(Arc<Slice>, usize)> {
+        let geometry = self.meta.geometry;
+        let l1_index = guest.0 / geometry.entries_per_cluster();
+        loop {
+            if self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied)
+                && let Some(found) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await?
+            {
+                return Ok(found);
+            }
+            let _turn = self.table_turns.take(l1_index..l1_index + 1).await;
+            let old = self.meta.l1.get(l1_index, self.volume.length())?;
+            if old.is_some_and(|t| t.copied) {
+                continue;
+            }
+            let allocation = self.clusters.allocate(&self.volume, &self.meta, 1).await?;
+            let host = geometry.host_offset(allocation.first());
+            if let Some(old) = old {
+                // The table is never changed while it is shared, so the copy is exact whenever it is made.
+                let mut scratch = Vec::new();
+                let mut at = 0;
+                while at < geometry.cluster_size() {
+                    let piece = (geometry.cluster_size() - at).min(PIECE as u64);
+                    self.volume.copy(old.host.0 + at, host.0 + at, piece, &mut scratch).await?;
+                    at += piece;
+                }
+            }
+            // An empty table may be linked before it is durable, since it reads as zeroes; a copy may not.
+            if old.is_some() || !allocation.durable {
+                self.meta.require_barrier();
+            }
+            self.meta.tables.lock().insert(allocation.first());
+            self.meta.l1.set(l1_index, Some(host));
+            allocation.linked();
+            if let Some(old) = old {
+                // The snapshot still uses it, so it stays among the tables.
+                self.clusters.lock().unlink(geometry.host_cluster(old.host), false);
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! The image's tables: cached, changed in memory, and written back in an order that any power cut survives.
+//!
+//! Lock order, first to last: `commit_turn` (async), `refcounts` (async), then the synchronous locks, of which at most one
+//! slice lock, the L1 lock and one of the others nest in that order: slice → L1 → dirty list, mirrors, header.
+
+pub(crate) mod commit;
+pub(crate) mod l1;
+pub(crate) mod l2;
+pub(crate) mod mirror;
+pub(crate) mod refcounts;
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use parking_lot::Mutex;
+
+use crate::buf::IoBuf;
+use crate::clusters::set::ClusterSet;
+use crate::device::BlockDevice;
+use crate::device::volume::{PIECE, Volume};
+use crate::error::Result;
+use crate::format::header::Header;
+use crate::units::{Geometry, HostOffset};
+use commit::{Stamp, Unfinished};
+use l1::L1Table;
+use l2::L2Cache;
+use mirror::Mirrors;
+use refcounts::Refcounts;
+
+/// All tables of one image.
+pub(crate) struct Metadata {
+    pub(crate) geometry: Geometry,
+    pub(crate) version: u32,
+    /// The header's first sector as it is on disk. It is always written whole: a sector write is atomic.
+    header: Mutex<[u8; 512]>,
+    pub(crate) l1: L1Table,
+    pub(crate) l2: L2Cache,
+    pub(crate) refcounts: tokio::sync::Mutex<Refcounts>,
+    pub(crate) mirrors: Mutex<Mirrors>,
+    /// The clusters of every table: no guest data may be in them, whatever an L2 entry says.
+    pub(crate) tables: Mutex<ClusterSet>,
+    /// Whether an L1 or L2 change is waiting to be written back that must not become durable before what was written,
+    /// or counted, before it. Set *before* the change is made.
+    barrier: AtomicBool,
+    /// One at a time writes metadata back.
+    commit_turn: tokio::sync::Mutex<Unfinished>,
+    clock: AtomicU64,
+    completed: Mutex<Option<Stamp>>,
+    /// Bytes read and written, for the statistics.
+    pub(crate) written: AtomicU64,
+}
+
+impl Metadata {
+    /// Reads the tables that are kept in memory whole: L1 and refcount table.
+    pub(crate) async fn open<D: BlockDevice>(
+        volume: &Volume<D>,
+        header: &Header,
+        sector: [u8; 512],
+        l2_cache_size: u64,
+    ) -> Result<Self> {
+        let geometry = header.geometry;
+        let table = (header.refcount_table_offset, header.refcount_table_clusters);
+        Ok(Metadata {
+            geometry,
+            version: header.version,
+            header: Mutex::new(sector),
+            l1: L1Table::open(volume, geometry, header.l1_offset, header.l1_entries).await?,
+            l2: L2Cache::new(geometry, l2_cache_size),
+            refcounts: tokio::sync::Mutex::new(Refcounts::open(volume, geometry, table.0, table.1).await?),
+            mirrors: Mutex::default(),
+            tables: Mutex::default(),
+            barrier: AtomicBool::new(false),
+            commit_turn: tokio::sync::Mutex::default(),
+            clock: AtomicU64::new(0),
+            completed: Mutex::default(),
+            written: AtomicU64::new(0),
+        })
+    }
+}
+
+/// Bytes to be written to the device: pieces that follow one another become one write.
+#[derive(Default)]
+pub(crate) struct Writes(Vec<(u64, Vec<u8>)>);
+
+impl Writes {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn push(&mut self, offset: u64, bytes: &[u8]) {
+        match self.0.last_mut() {
+            Some((start, piece)) if *start + piece.len() as u64 == offset && piece.len() < PIECE => {
+                piece.extend_from_slice(bytes);
+            }
+            _ => self.0.push((offset, bytes.to_vec())),
+        }
+    }
+
+    pub(crate) async fn submit<D: BlockDevice>(&self, volume: &Volume<D>, action: &'static str) -> Result<u64> {
+        let mut written = 0;
+        for (offset, bytes) in &self.0 {
+            volume.write(action, *offset, IoBuf::new(bytes)).await?;
+            written += bytes.len() as u64;
+        }
+        Ok(written)
+    }
+}
+
+/// Entries of a table of big-endian 64-bit values.
+fn decode_table(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).map(|b| b.iter().fold(0, |v, &b| v << 8 | u64::from(b))).collect()
+}
+
+/// Adds the 512-byte sector `sector` of a table (as far as the table reaches) to `writes`.
+fn push_table_sector(writes: &mut Writes, table_offset: HostOffset, table: &[u64], sector: u64) {
+    let start = sector as usize * 64;
+    let entries = table.get(start..table.len().min(start + 64)).unwrap_or_default();
+    let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+    writes.push(table_offset.0 + sector * 512, &bytes);
+}
