@@ -33,7 +33,8 @@ system:
 	for pair in $(SYSTEM_PROGRAMS); do \
 		command -v "$${pair%%:*}" >/dev/null 2>&1 || missing="$$missing $${pair##*:}"; \
 	done; \
-	command -v $(PYTHON) >/dev/null 2>&1 || { echo 'Python 3.9 or later is needed ($(PYTHON) not found).' >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'Python 3.11 or later is needed as $(PYTHON); make PYTHON=... names another.' >&2; exit 1; }; \
 	$(PYTHON) -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$$missing python3-venv"; \
 	missing=$$(printf '%s\n' $$missing | sort -u | tr '\n' ' '); \
 	if [ -n "$${missing% }" ]; then \
