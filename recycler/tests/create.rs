@@ -1,9 +1,13 @@
 //! New images, judged by QEMU.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
 
 use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use qcow_recycler::Error;
 use qcow_recycler::blocking::block_on;
@@ -12,6 +16,12 @@ use qcow_recycler::device::host::HostFile;
 use qcow_recycler::device::{BlockDevice, Features};
 use qcow_recycler::format::header::Header;
 use qcow_recycler::image::{CreateOptions, create};
+
+use common::crash::Effort;
+use common::sim::{Fault, Settings, SimDevice};
+use parking_lot::Mutex;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
 
 const WIDTHS: [u32; 7] = [1, 2, 4, 8, 16, 32, 64];
 
@@ -171,7 +181,7 @@ fn unusable_options_are_named_and_the_device_is_left_alone() {
         ("lazy_refcounts", CreateOptions { lazy_refcounts: true, version: 2, ..base.clone() }),
         ("version", CreateOptions { version: 1, ..base.clone() }),
         ("virtual_size", CreateOptions { virtual_size: 1000, ..base.clone() }),
-        ("virtual_size", CreateOptions { virtual_size: u64::MAX & !511, ..base.clone() }),
+        ("virtual_size", CreateOptions { virtual_size: !511, ..base.clone() }),
         ("virtual_size", CreateOptions { virtual_size: (128 << 30) + 512, cluster_size: 512, ..base.clone() }),
         ("backing", CreateOptions { backing: backing("", "raw"), ..base.clone() }),
         ("backing", CreateOptions { backing: backing("base", ""), ..base.clone() }),
@@ -235,4 +245,72 @@ fn an_older_longer_file_is_replaced() {
     block_on(create(&HostFile::open(&path, false).unwrap(), &options)).unwrap();
     judge(&path, &options);
     assert_eq!(fs::metadata(&path).unwrap().len(), 4 * 65536);
+}
+
+/// Creates an image on a device that holds `old`, with the power cut at every instant: what is left opens as what was
+/// there before, or as the whole new image, or not at all.
+fn cut_power(old: &[u8], options: &CreateOptions, resize: bool) {
+    let settings = Settings { features: Features { resize, ..Features::default() }, ..Settings::new(7) };
+    let device = SimDevice::new(old.to_vec(), settings);
+    let survivors = Arc::new(Mutex::new(Vec::new()));
+    let collect = survivors.clone();
+    device.observe(move |device, event| {
+        let epoch = device.epoch(event);
+        let effort = Effort { exhaustive: 8, random: 30, singles: 40 };
+        for selection in epoch.selections(effort, &mut SmallRng::seed_from_u64(epoch.generation)).1 {
+            let image = epoch.image(&selection);
+            if Header::parse(&image, image.len() as u64).is_ok() {
+                collect.lock().push((image, event.to_owned()));
+            }
+        }
+    });
+    block_on(create(&device, options)).unwrap();
+    device.ignore();
+    assert_eq!(device.violations(), Vec::<String>::new());
+    assert_eq!(device.uncertain(), 0, "something was not flushed");
+    let new = device.contents();
+    assert!(Header::parse(&new, new.len() as u64).is_ok());
+    let survivors = survivors.lock();
+    for (image, event) in survivors.iter() {
+        assert!(image == old || *image == new, "neither the old image nor the new one after: {event}");
+    }
+    assert!(survivors.iter().any(|(image, _)| *image == new));
+}
+
+#[test]
+fn a_power_cut_leaves_the_old_image_or_the_new_one_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    make(&path, &CreateOptions { cluster_size: 4096, refcount_bits: 1, ..CreateOptions::new(64 << 20) });
+    qemu("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 256k"], &path);
+    let old = fs::read(&path).unwrap();
+    let backing = Some(("n".repeat(1023), "raw".to_owned()));
+    for options in [
+        CreateOptions { cluster_size: 512, refcount_bits: 64, ..CreateOptions::new(1 << 20) },
+        CreateOptions { cluster_size: 4096, backing, ..CreateOptions::new(16 << 20) },
+        CreateOptions { version: 2, ..CreateOptions::new(1 << 30) },
+    ] {
+        cut_power(&[], &options, true);
+        cut_power(&old, &options, true);
+        cut_power(&[&old[..], &[0xff; 65536]].concat(), &options, false);
+    }
+}
+
+#[test]
+fn after_any_failed_call_there_is_no_image_and_the_next_attempt_makes_one() {
+    let options = CreateOptions { cluster_size: 4096, ..CreateOptions::new(64 << 20) };
+    let settings = Settings::new(7);
+    for after in 0.. {
+        let device = SimDevice::new(Vec::new(), settings);
+        device.arm(Fault { after, errno: libc::EIO, lasting: false });
+        let result = block_on(create(&device, &options));
+        if device.disarm().is_empty() {
+            assert!(after > 5 && result.is_ok());
+            break;
+        }
+        assert_eq!(result.unwrap_err().errno(), libc::EIO);
+        block_on(create(&device, &options)).unwrap();
+        let image = device.contents();
+        assert!(Header::parse(&image, image.len() as u64).is_ok());
+    }
 }

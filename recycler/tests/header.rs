@@ -1,6 +1,9 @@
 //! Header parsing: what qemu-img writes is understood, and every hostile header is refused by field, before anything is
 //! allocated for it.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::process::Command;
 
@@ -359,8 +362,11 @@ fn qemu_img(args: &[&str]) {
 }
 
 fn parse_file(path: &Path) -> Header {
-    let bytes = std::fs::read(path).unwrap();
-    Header::parse(&bytes[..bytes.len().min(Header::READ_LEN)], bytes.len() as u64).unwrap()
+    let file = File::open(path).unwrap();
+    let length = file.metadata().unwrap().len();
+    let mut bytes = Vec::new();
+    file.take(Header::READ_LEN as u64).read_to_end(&mut bytes).unwrap();
+    Header::parse(&bytes, length).unwrap()
 }
 
 #[test]
@@ -395,21 +401,10 @@ fn headers_of_qemu_img_are_understood() {
     assert_eq!((h.snapshot_count, h.bitmaps.map(|b| b.count)), (1, Some(1)));
     assert!(h.bitmaps_consistent());
     assert_eq!(h.unsupported_for_writing().as_deref(), Some("persistent bitmaps"));
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-        "--object",
-        "secret,id=s,data=x",
-        name,
-        "1M",
-    ]);
+    let options = "encrypt.format=aes,encrypt.key-secret=s";
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, "--object", "secret,id=s,data=x", name, "1M"]);
     let h = parse_file(&path);
-    assert_eq!(h.unsupported_for_reading().as_deref(), Some("encryption (LUKS)"));
-    assert!(h.crypto_header.is_some());
+    assert_eq!(h.unsupported_for_reading().as_deref(), Some("encryption (AES)"));
 }
 
 proptest! {
