@@ -51,6 +51,14 @@ impl Counts {
 
     /// Counts a cluster `n` times more; returns how many of them the counter could not hold.
     pub(super) fn add(&mut self, cluster: u64, n: u64) -> u64 {
+        // Counted once, and not before: the first plane alone changes.
+        if n == 1
+            && let Some((first, others)) = self.planes.split_first_mut()
+            && others.iter().all(|p| !p.contains(cluster))
+            && first.insert(cluster)
+        {
+            return 0;
+        }
         let old = self.get(cluster);
         let room = self.max() - old;
         self.set(cluster, old + n.min(room));
@@ -66,8 +74,7 @@ impl Counts {
     /// Counts each of the `length` clusters from `first` on `n` times more; returns how many times a counter was full.
     pub(super) fn add_run(&mut self, first: u64, length: u64, n: u64) -> u64 {
         let range = first..first.saturating_add(length);
-        // Counted once, and not before: a plain range of the first plane.
-        if n == 1 && self.planes.iter().all(|p| p.range_cardinality(range.clone()) == 0) {
+        if n == 1 && length > 1 && self.planes.iter().all(|p| p.range_cardinality(range.clone()) == 0) {
             if self.planes.is_empty() {
                 self.planes.push(RoaringTreemap::new());
             }

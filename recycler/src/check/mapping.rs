@@ -220,6 +220,11 @@ impl Tables {
     }
 }
 
+/// How many of `length` clusters are in a set. A single one is by far the cheaper question.
+fn members(set: &RoaringTreemap, first: u64, length: u64) -> u64 {
+    if length == 1 { u64::from(set.contains(first)) } else { set.range_cardinality(first..first + length) }
+}
+
 /// How many L1 entries lead to a table: of all L1 tables, and of the active one.
 #[derive(Clone, Copy, Debug)]
 struct Shares {
@@ -339,14 +344,13 @@ impl<D: BlockDevice> Table<'_, '_, D> {
         if excess > 0 {
             self.findings.corruption(excess, || overflow(first << self.source.geometry.cluster_bits));
         }
-        if self.regions.claimed.range_cardinality(range.clone()) > 0 {
+        if members(&self.regions.claimed, first, length) > 0 {
             for cluster in range.clone().filter(|&c| self.regions.claimed.contains(c)) {
                 self.overlap(cluster);
             }
         }
         if self.shares.active > 0 {
-            let ones = self.ones.range_cardinality(range.clone());
-            if ones != if copied { length } else { 0 } {
+            if members(self.ones, first, length) != if copied { length } else { 0 } {
                 range.for_each(|cluster| self.check_flag(cluster, copied));
             }
         }

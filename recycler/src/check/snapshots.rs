@@ -3,17 +3,14 @@
 use super::counts::Counts;
 use super::findings::Findings;
 use super::regions::{L1, Regions};
-use super::source::{Source, Window};
+use super::source::Source;
 use crate::device::BlockDevice;
-use crate::error::Result;
-use crate::format::header::{Header, MAX_L1_BYTES, SNAPSHOT_ENTRY_MIN};
+use crate::error::{Error, Result};
+use crate::format::header::Header;
+use crate::format::snapshot::{self, MAX_ENTRY, MAX_TABLE, Snapshot};
 
-/// The longest snapshot table that QEMU accepts, in bytes.
-const MAX_TABLE: u64 = 1024 << 16;
-/// The most extra data of an entry that QEMU accepts, in bytes.
-const MAX_EXTRA: u64 = 1024;
 /// The extra data that version 3 asks for, in bytes.
-const V3_EXTRA: u64 = 16;
+const V3_EXTRA: usize = 16;
 
 /// Claims the snapshot table and the snapshots' L1 tables; adds the latter to `tables`, to be walked.
 pub(super) async fn claim<D: BlockDevice>(
@@ -25,59 +22,68 @@ pub(super) async fn claim<D: BlockDevice>(
     tables: &mut Vec<L1>,
 ) -> Result<()> {
     let start = header.snapshots_offset.0;
-    let mut window = Window::default();
-    let mut at = start;
+    let mut window = Window::new(start);
     let mut found = Vec::new();
+    let mut at = start;
     for index in 0..header.snapshot_count {
-        let fixed: [u8; SNAPSHOT_ENTRY_MIN as usize] = window.get(source, "reading the snapshot table", at).await?;
-        let entry = Entry::parse(&fixed);
-        let end = at + entry.length;
-        if end - start > MAX_TABLE || end > source.length || entry.extra > MAX_EXTRA {
-            findings.hiding(1, || format!("entry {index} of the snapshot table, at {at:#x}, is too long"));
-            break;
+        match window.next(source).await? {
+            Ok(entry) if window.at - start <= MAX_TABLE => {
+                if header.version >= 3 && entry.extra.len() < V3_EXTRA {
+                    findings.corruption(1, || format!("snapshot {index} lacks the extra data of version 3"));
+                }
+                let l1 = L1 { offset: entry.l1_offset.0, entries: entry.l1_entries.into(), active: false };
+                found.push((index, l1, entry.check_l1(source.geometry, source.length)));
+                at = window.at;
+            }
+            Ok(_) => {
+                findings.hiding(1, || format!("the snapshot table is longer than {MAX_TABLE} bytes"));
+                break;
+            }
+            Err(e) => {
+                findings.hiding(1, || format!("snapshot {index}: {e}"));
+                break;
+            }
         }
-        if header.version >= 3 && entry.extra < V3_EXTRA {
-            findings.corruption(1, || format!("snapshot {index} lacks the extra data of version 3"));
-        }
-        found.push((index, entry));
-        // The file may end before the padding does.
-        at = end.next_multiple_of(8);
     }
     regions.claim(source, counts, findings, "snapshot table", (start, at - start));
-    for (index, entry) in found {
-        let length = entry.l1_entries * 8;
-        if entry.l1_offset & (source.geometry.cluster_size() - 1) != 0 || length > MAX_L1_BYTES {
-            let Entry { l1_offset, l1_entries, .. } = entry;
-            findings
-                .hiding(1, || format!("snapshot {index} has an L1 table of {l1_entries} entries at {l1_offset:#x}"));
-        } else if regions.claim(source, counts, findings, "L1 table of a snapshot", (entry.l1_offset, length)) {
-            tables.push(L1 { offset: entry.l1_offset, entries: entry.l1_entries, active: false });
+    for (index, l1, place) in found {
+        if let Err(e) = place {
+            findings.hiding(1, || format!("snapshot {index}: {e}"));
+        } else if regions.claim(source, counts, findings, "L1 table of a snapshot", (l1.offset, l1.entries * 8)) {
+            tables.push(l1);
         }
     }
     Ok(())
 }
 
-/// What the check needs of a snapshot table entry.
-struct Entry {
-    l1_offset: u64,
-    l1_entries: u64,
-    /// Length of the extra data in bytes.
-    extra: u64,
-    /// Length of the whole entry in bytes, without the padding to a multiple of 8.
-    length: u64,
+/// A view of the table that slides over it; always long enough for one entry, unless the file ends.
+struct Window {
+    start: u64,
+    bytes: Vec<u8>,
+    /// Where the next entry starts in the file.
+    at: u64,
 }
 
-impl Entry {
-    fn parse(fixed: &[u8; SNAPSHOT_ENTRY_MIN as usize]) -> Self {
-        let number = |at: usize, length: usize| {
-            fixed.get(at..at + length).unwrap_or_default().iter().fold(0u64, |n, &b| n << 8 | u64::from(b))
-        };
-        let extra = number(36, 4);
-        Entry {
-            l1_offset: number(0, 8),
-            l1_entries: number(8, 4),
-            extra,
-            length: SNAPSHOT_ENTRY_MIN + extra + number(12, 2) + number(14, 2),
+impl Window {
+    fn new(start: u64) -> Self {
+        Window { start, bytes: Vec::new(), at: start }
+    }
+
+    /// Parses the entry at `at` and moves on. The inner error says what is wrong with it.
+    async fn next<D: BlockDevice>(&mut self, source: &Source<'_, D>) -> Result<Result<Snapshot, Error>> {
+        let rest = |this: &Self| usize::try_from(this.at - this.start).unwrap_or(usize::MAX).min(this.bytes.len());
+        let seen = self.bytes.get(rest(self)..).unwrap_or_default();
+        let short = snapshot::needed(seen, self.at).is_ok_and(|n| n > seen.len() || seen.len() < snapshot::FIXED);
+        if short {
+            let there = usize::try_from(source.length.saturating_sub(self.at)).unwrap_or(usize::MAX);
+            self.bytes.resize((2 * MAX_ENTRY).min(there), 0);
+            self.start = self.at;
+            source.read("reading the snapshot table", self.at, &mut self.bytes).await?;
         }
+        let parsed = snapshot::parse_entry(self.bytes.get(rest(self)..).unwrap_or_default(), self.at);
+        Ok(parsed.map(|(entry, length)| {
+            self.at += length as u64;
+            entry
+        }))
     }
 }

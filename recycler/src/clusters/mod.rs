@@ -80,18 +80,6 @@ impl States {
         self.junk.len() + self.erased.len() + self.available.len() + self.roots.len() + self.copies.len() + self.freed_len()
     }
 
-    /// Whether the cluster is in a set, that is, not Used.
-    pub(crate) fn is_unused(&self, c: HostCluster) -> bool {
-        [&self.junk, &self.erased, &self.available, &self.roots, &self.copies].iter().any(|s| s.contains(c))
-            || self.is_freed(c)
-    }
-
-    fn is_freed(&self, c: HostCluster) -> bool {
-        self.unlinked.clusters.contains(c)
-            || self.committing.clusters.contains(c)
-            || self.grace.iter().any(|(_, b)| b.clusters.contains(c))
-    }
-
     /// The end of the last cluster that is neither Junk nor in the pool: what a truncation could leave.
     pub(crate) fn last_needed(&self) -> u64 {
         let mut end = self.end;

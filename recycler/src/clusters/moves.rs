@@ -102,6 +102,8 @@ pub(crate) struct ActiveMoves {
     pub(crate) gauges: [AtomicU64; 4],
     pub(crate) cancelled: AtomicU64,
     pub(crate) completed: AtomicU64,
+    /// Batches that wait for a flush to make their new references durable.
+    referenced: Mutex<Vec<Batch<Referenced>>>,
 }
 
 impl Default for ActiveMoves {
@@ -113,6 +115,7 @@ impl Default for ActiveMoves {
             gauges: Default::default(),
             cancelled: AtomicU64::new(0),
             completed: AtomicU64::new(0),
+            referenced: Mutex::default(),
         }
     }
 }
@@ -154,6 +157,27 @@ impl ActiveMoves {
     /// Whether the move of this source is cancelled.
     pub(crate) fn is_cancelled(&self, src: HostCluster) -> bool {
         self.sources.lock().get(&src).copied().unwrap_or(true)
+    }
+
+    /// The references of a batch have been rewritten: it waits for a flush now.
+    pub(crate) fn await_flush(&self, batch: Batch<Referenced>) {
+        self.gauges[3].fetch_add(batch.moves.len() as u64, Ordering::Relaxed);
+        self.referenced.lock().push(batch);
+    }
+
+    /// The moves whose new references a flush made durable.
+    pub(crate) fn promote(&self, token: &FlushToken) -> Vec<Move> {
+        let mut done = Vec::new();
+        let mut waiting = self.referenced.lock();
+        for batch in std::mem::take(&mut *waiting) {
+            match batch.durable(token) {
+                Ok(moves) => done.extend(moves),
+                Err(batch) => waiting.push(batch),
+            }
+        }
+        self.gauges[3].fetch_sub(done.len() as u64, Ordering::Relaxed);
+        self.completed.fetch_add(done.len() as u64, Ordering::Relaxed);
+        done
     }
 
     /// No move is active any more.

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use super::Clusters;
 use super::moves::Reference;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
@@ -74,4 +75,40 @@ pub(crate) async fn scan<D: BlockDevice>(
     }
     let found = highest.into_sorted_vec().into_iter().map(|Reverse(x)| x).collect();
     Ok(Scan { found, complete_from: dropped })
+}
+
+/// Puts the clusters that were free when the image was opened into Junk: those with a refcount of 0.
+///
+/// Whoever counts or releases clusters holds the refcounts, as this does block by block, so a cluster with a count of 0
+/// that is not in Junk was free from the start.
+pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, clusters: &Clusters) -> Result<()> {
+    if clusters.lock().junk_is_complete {
+        return Ok(());
+    }
+    let mut index = 0;
+    loop {
+        let mut refcounts = meta.refcounts.lock().await;
+        let end = clusters.lock().end;
+        if index * meta.geometry.refcounts_per_block() >= end {
+            clusters.lock().junk_is_complete = true;
+            return Ok(());
+        }
+        let free = refcounts.free_in_block(volume, index, end).await?;
+        let tables = meta.tables.lock();
+        let mut states = clusters.lock();
+        for run in free {
+            if tables.count_in(run.clone()) == 0 {
+                states.junk.insert_range(run);
+                continue;
+            }
+            // The image is damaged: a table is not counted. It must not be overwritten.
+            for c in run.map(HostCluster).filter(|&c| !tables.contains(c)) {
+                states.junk.insert(c);
+            }
+        }
+        index += 1;
+        drop((states, tables, refcounts));
+        // A scan of a large image must not keep other work from this thread.
+        tokio::task::yield_now().await;
+    }
 }

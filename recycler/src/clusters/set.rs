@@ -62,11 +62,6 @@ impl ClusterSet {
         self.0.is_disjoint(&other.0)
     }
 
-    /// The members in ascending order.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = HostCluster> + '_ {
-        self.0.iter().map(HostCluster)
-    }
-
     /// The members in ascending order, as ranges of consecutive clusters.
     pub(crate) fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         runs(self.0.iter())
@@ -111,19 +106,6 @@ impl ClusterSet {
         Some(start..end)
     }
 
-    /// Takes the lowest members out, at most `max` of them.
-    pub(crate) fn take_lowest(&mut self, max: u64) -> ClusterSet {
-        let mut taken = ClusterSet::default();
-        let mut left = max;
-        while left > 0
-            && let Some(run) = self.take_run(left)
-        {
-            left -= run.end - run.start;
-            taken.insert_range(run);
-        }
-        taken
-    }
-
     /// The lowest run of `count` consecutive members that ends below `limit`.
     pub(crate) fn find_run(&self, count: u64, limit: u64) -> Option<Range<u64>> {
         self.runs().take_while(|r| r.start + count <= limit).find(|r| r.end - r.start >= count).map(|r| r.start..r.start + count)
@@ -162,10 +144,11 @@ mod tests {
         let mut s = set(&[3, 4, 5, 9, 20, 21]);
         assert_eq!(s.runs().collect::<Vec<_>>(), [3..6, 9..10, 20..22]);
         assert_eq!(s.take_run(2), Some(3..5));
-        assert_eq!(s.take_lowest(3), set(&[5, 9, 20]));
-        assert_eq!(s, set(&[21]));
-        assert_eq!(s.take_lowest(7).len(), 1);
-        assert_eq!(s.take_run(1), None);
+        assert_eq!(s.lowest(3, 100), set(&[5, 9, 20]));
+        assert_eq!(s.lowest(3, 20), set(&[5, 9]));
+        assert_eq!(s.runs_from(9).collect::<Vec<_>>(), [9..10, 20..22]);
+        assert_eq!(s.take_run(9), Some(5..6));
+        assert_eq!(ClusterSet::default().take_run(1), None);
     }
 
     #[test]

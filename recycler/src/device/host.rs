@@ -34,8 +34,8 @@ impl HostFile {
     /// Opens an image file and takes its locks.
     ///
     /// # Errors
-    /// [`Error::Locked`] if somebody uses the image in a way that excludes ours; [`Error::Unsupported`] for anything but
-    /// a regular file or a block device; [`Error::Io`].
+    /// [`Error::Locked`] if somebody uses the image in a way that excludes ours; [`Error::Unsupported`] for anything
+    /// but a regular file or a block device; [`Error::Io`].
     pub fn open(path: impl AsRef<Path>, read_only: bool) -> Result<HostFile> {
         Self::open_with(path, read_only, LockMode::Enforce)
     }

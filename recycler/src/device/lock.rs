@@ -1,10 +1,10 @@
 //! Image locks that QEMU understands.
 //!
 //! QEMU gives every permission on an image a number and two bytes of the file: byte 100 + n is read-locked by whoever
-//! *has* the permission, byte 200 + n by whoever does not *share* it with others. An opener first takes its own locks and
-//! then probes, with write locks that are tested but never taken, whether somebody refuses what it has, or has what it
-//! refuses. Two that open at once may both fail; they never both succeed. The locks are open-file-description locks: they
-//! vanish with the last descriptor of the file, also when the process dies.
+//! *has* the permission, byte 200 + n by whoever does not *share* it with others. An opener first takes its own locks
+//! and then probes, with write locks that are tested but never taken, whether somebody refuses what it has, or has what
+//! it refuses. Two that open at once may both fail; they never both succeed. The locks are open-file-description locks:
+//! they vanish with the last descriptor of the file, also when the process dies.
 //!
 //! Somebody who locks the whole file exclusively (cloud-hypervisor does) stands in the way of the first step.
 

@@ -45,7 +45,8 @@ pub(super) fn read(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io
         rest.fill_iovecs(&mut one);
         let [area] = one;
         let result = if area.iov_len == length - done {
-            // SAFETY: by `IoBufMut` the area is writable memory of this length, and belongs to no reference, while `buf` lives.
+            // SAFETY: by `IoBufMut` the area is writable memory of this length, and belongs to no reference, while
+            // `buf` lives.
             unsafe { libc::pread64(fd, area.iov_base, area.iov_len, at) }
         } else {
             let mut areas = [NO_AREA; AREAS];
@@ -76,7 +77,8 @@ pub(super) fn write(fd: BorrowedFd<'_>, offset: u64, buf: IoBuf<'_>) -> io::Resu
         rest.fill_iovecs(&mut one);
         let [area] = one;
         let result = if area.iov_len == length - done {
-            // SAFETY: by `IoBuf` the area is readable memory of this length while `buf` lives; the kernel only reads it.
+            // SAFETY: by `IoBuf` the area is readable memory of this length while `buf` lives; the kernel only reads
+            // it.
             unsafe { libc::pwrite64(fd, area.iov_base, area.iov_len, at) }
         } else {
             let mut areas = [NO_AREA; AREAS];

@@ -21,7 +21,8 @@ pub const MAX_HOST_OFFSET: u64 = 1 << 56;
 pub const MAX_BACKING_NAME: u32 = 1023;
 /// Length of a version 2 header in bytes.
 pub const V2_LENGTH: u32 = 72;
-/// Length in bytes of the version 3 headers that are written here, as by QEMU: up to `compression_type` with its padding.
+/// Length in bytes of the version 3 headers that are written here, as by QEMU: up to `compression_type` with its
+/// padding.
 pub const V3_LENGTH: u32 = 112;
 /// The shortest version 3 header in bytes.
 pub const V3_MIN_LENGTH: u32 = 104;
@@ -194,8 +195,8 @@ impl Header {
 
     /// Parses the first bytes of a file (as many as it has, up to its first cluster at least).
     ///
-    /// `file_length` is in bytes. A virtual size that is no multiple of 512 is rounded down, as QEMU does. What the header
-    /// points at is only checked to be a place where it may be; nothing of it has been read.
+    /// `file_length` is in bytes. A virtual size that is no multiple of 512 is rounded down, as QEMU does. What the
+    /// header points at is only checked to be a place where it may be; nothing of it has been read.
     ///
     /// # Errors
     /// [`Error::Invalid`] names the field and its offset; [`Error::Unsupported`] names an unknown incompatible feature.

@@ -1,9 +1,9 @@
 //! Making new images.
 //!
-//! The file starts with the header, the refcount table, the refcount blocks and the L1 table, one after another; nothing
-//! else is in it. Everything but the header's first sector is made durable first, so that after a crash there is either no
-//! image or the whole of it: a sector is written at once or not at all. An image that was there before loses its first
-//! sector before anything else happens to it.
+//! The file starts with the header, the refcount table, the refcount blocks and the L1 table, one after another;
+//! nothing else is in it. Everything but the header's first sector is made durable first, so that after a crash there
+//! is either no image or the whole of it: a sector is written at once or not at all. An image that was there before
+//! loses its first sector before anything else happens to it.
 
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};

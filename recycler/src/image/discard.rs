@@ -68,6 +68,7 @@ impl<D: BlockDevice> Image<D> {
         request.count(Counter::Discards, 1);
         request.count(Counter::DiscardBytes, length);
         drop(request);
+        self.work.notify_one();
         self.commit_if_due().await
     }
 

@@ -35,6 +35,7 @@ impl<D: BlockDevice> Image<D> {
             Ok(mut turn) => self.commit_in_turn(&mut turn, None).await?,
         };
         self.reap().await;
+        self.work.notify_one();
         Ok(token)
     }
 
@@ -48,7 +49,11 @@ impl<D: BlockDevice> Image<D> {
             states.committing.merge(unlinked);
             states.erased.clone()
         };
-        let committed = turn.write_back_moving(&self.volume, l1_move).await?;
+        let committed = turn.write_back(&self.volume, l1_move).await?;
+        // Referenced → done: the new references are durable.
+        for m in self.moves.promote(&committed.token) {
+            self.finish_move(&m);
+        }
         let mut states = self.clusters.lock();
         // Erased → Available: those erased before the flush began, and not handed out meanwhile.
         let available = states.erased.intersection(&erased);
@@ -138,7 +143,6 @@ impl<D: BlockDevice> Image<D> {
 
     /// Commits if so much has changed since the last time that memory would grow.
     pub(crate) async fn commit_if_due(&self) -> Result<()> {
-        self.work.notify_one();
         if self.meta.l2.wants_commit() {
             self.commit().await?;
         }

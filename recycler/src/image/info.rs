@@ -51,7 +51,7 @@ impl<D: BlockDevice> Image<D> {
             virtual_size: self.virtual_size(),
             cluster_size: self.meta.geometry.cluster_size(),
             refcount_bits: 1 << self.meta.geometry.refcount_order,
-            file_size: self.volume.length(),
+            file_size: self.file_size(),
             lazy_refcounts: self.header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0,
             snapshots: self.snapshot_count,
             backing_file: self.header.backing_file.clone(),
@@ -64,12 +64,13 @@ impl<D: BlockDevice> Image<D> {
     /// What the image and its recycler are doing. `recycler_running` is left 0: only who runs it knows.
     pub fn stats(&self) -> Stats {
         let bits = self.meta.geometry.cluster_bits;
+        let file_size = self.file_size();
         let states = self.clusters.lock();
         let [copying, copied, flushed, referenced] = self.moves.gauges.each_ref().map(|g| g.load(Relaxed) << bits);
         let total = |counter| self.epochs.total(counter);
         Stats {
             virtual_size: self.virtual_size(),
-            file_size: self.volume.length(),
+            file_size,
             used: states.end.saturating_sub(states.unused_len()) << bits,
             freed: states.freed_len() << bits,
             junk: states.junk.len() << bits,

@@ -11,7 +11,7 @@ mod length;
 mod mapping;
 mod open;
 mod read;
-mod relocate;
+pub(crate) mod relocate;
 mod resize;
 mod turns;
 mod write;
@@ -96,6 +96,15 @@ impl<D: BlockDevice> Image<D> {
     /// Size of the virtual disk in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size.load(Ordering::Acquire)
+    }
+
+    /// Length of the image file in bytes; on a device that cannot be resized, the length that the image needs.
+    pub(crate) fn file_size(&self) -> u64 {
+        if self.volume.can_resize() || self.options.read_only {
+            self.volume.length()
+        } else {
+            self.clusters.lock().end << self.meta.geometry.cluster_bits
+        }
     }
 
     pub(crate) fn is_closed(&self) -> bool {

@@ -58,7 +58,12 @@ impl<D: BlockDevice> Image<D> {
             volume.flush().await?;
         }
         let meta = Metadata::open(&volume, &header, sector, options.l2_cache_size).await?;
-        let end = header.geometry.clusters_for(volume.length());
+        // A device of fixed length says nothing about where the image ends; the last counted cluster does.
+        let end = if volume.can_resize() || options.read_only {
+            header.geometry.clusters_for(volume.length())
+        } else {
+            meta.refcounts.lock().await.counted_end(&volume).await?
+        };
         let image = Image {
             meta,
             clusters: Clusters::new(end),

@@ -10,11 +10,21 @@ use crate::device::volume::PIECE;
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
 use crate::metadata::commit::L1Move;
-use crate::units::{HostCluster, HostOffset};
+use crate::units::HostCluster;
+
+/// What a hole is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hole {
+    /// To be the destination of a move.
+    Copy,
+    /// To be erased.
+    Erase,
+}
 
 impl<D: BlockDevice> Image<D> {
-    /// Junk → Copies: takes the lowest `count` holes below `limit`, or as many as there are, and counts them.
-    pub(crate) async fn take_holes(&self, count: u64, limit: u64) -> Result<ClusterSet> {
+    /// Junk → Copies, or Roots to be erased: takes the lowest `count` holes below `limit`, or as many as there are, and
+    /// counts them. The caller has the compaction's turn.
+    pub(crate) async fn take_holes(&self, count: u64, limit: u64, purpose: Hole) -> Result<ClusterSet> {
         self.prepare_changes().await?;
         let mut refcounts = self.meta.refcounts.lock().await;
         // Only who has the refcounts takes from Junk, so the holes stay while they are counted.
@@ -24,6 +34,10 @@ impl<D: BlockDevice> Image<D> {
         };
         let mut counted = ClusterSet::default();
         for run in holes.runs() {
+            // Where no refcount block counts them (past what was ever used) clusters can only be cut off.
+            if !refcounts.can_count(&run)? {
+                continue;
+            }
             if let Err(e) = refcounts.add(&self.volume, run.clone(), 1).await {
                 if counted.is_empty() {
                     return Err(e);
@@ -33,18 +47,22 @@ impl<D: BlockDevice> Image<D> {
             counted.insert_range(run.clone());
             let mut states = self.clusters.lock();
             states.junk.remove_range(run.clone());
-            states.copies.insert_range(run);
+            match purpose {
+                Hole::Copy => states.copies.insert_range(run),
+                Hole::Erase => states.roots.insert_range(run),
+            }
         }
         Ok(counted)
     }
 
-    /// Copies → Junk: nothing refers to these destinations, and nobody writes them.
+    /// Copies or Roots → Junk: nothing refers to these clusters, and nobody writes them.
     pub(crate) async fn return_holes(&self, holes: &ClusterSet) -> Result<()> {
         let mut refcounts = self.meta.refcounts.lock().await;
         for run in holes.runs() {
             let free = refcounts.release(&self.volume, run.clone()).await?;
             let mut states = self.clusters.lock();
-            states.copies.remove_range(run);
+            states.copies.remove_range(run.clone());
+            states.roots.remove_range(run);
             for run in free {
                 states.junk.insert_range(run);
             }
@@ -204,10 +222,5 @@ impl<D: BlockDevice> Image<D> {
         tables.insert_range(new);
         drop(tables);
         self.clusters.lock().unlinked.clusters.insert_range(old);
-    }
-
-    /// Where a cluster is in the file.
-    pub(crate) fn host_offset(&self, c: HostCluster) -> HostOffset {
-        self.meta.geometry.host_offset(c)
     }
 }

@@ -143,6 +143,8 @@ impl<D: BlockDevice> Image<D> {
         }
         let mut allocation = allocation;
         allocation.link_first(old.len() as u64);
+        drop(entries);
+        self.work.notify_one();
         Ok(length)
     }
 

@@ -95,12 +95,9 @@ impl CommitTurn<'_> {
     /// Writes back every change made before this call, and makes durable whatever the device completed before it.
     ///
     /// What was freed must be taken note of *before* this call: its unlinking is then in the copy taken here.
-    pub(crate) async fn write_back<D: BlockDevice>(&mut self, volume: &Volume<D>) -> Result<Committed> {
-        self.write_back_moving(volume, None).await
-    }
-
-    /// The same, and moves the L1 table. Its old place is not referred to any more when this returns.
-    pub(crate) async fn write_back_moving<D: BlockDevice>(
+    ///
+    /// With `l1_move` the L1 table moves too; its old place is not referred to any more when this returns.
+    pub(crate) async fn write_back<D: BlockDevice>(
         &mut self,
         volume: &Volume<D>,
         l1_move: Option<L1Move<'_>>,

@@ -4,7 +4,7 @@
 //! accounts for is durable. So whatever part of it is written back at whatever moment, no count on disk is lower than the
 //! number of references that a crash could leave.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use super::Writes;
@@ -50,12 +50,6 @@ pub(crate) struct RefcountWrites {
     pub(crate) moved: Option<(HostOffset, u32, Range<u64>)>,
     slices: BTreeSet<u64>,
     table_entries: BTreeSet<u64>,
-}
-
-impl RefcountWrites {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.blocks.is_empty() && self.table.is_empty() && self.moved.is_none()
-    }
 }
 
 impl Refcounts {
@@ -150,14 +144,6 @@ impl Refcounts {
             let (dirty, writing) = (&self.dirty, &self.writing);
             self.slices.retain(|s, _| dirty.contains(s) || writing.contains(s));
         }
-    }
-
-    /// The refcount of a cluster.
-    pub(crate) async fn get<D: BlockDevice>(&mut self, volume: &Volume<D>, c: HostCluster) -> Result<u64> {
-        self.evict();
-        let slice = c.0 / self.per_slice();
-        self.load(volume, slice).await?;
-        Ok(self.cached(c))
     }
 
     /// The refcount of a cluster whose slice is loaded.
@@ -321,11 +307,6 @@ impl Refcounts {
         self.dirty_table.extend(0..self.table.len() as u64);
     }
 
-    /// Whether the header does not name the table's place yet.
-    pub(crate) fn is_moving(&self) -> bool {
-        self.moved.is_some()
-    }
-
     /// Copies what changed, to be written; it counts as clean from now on. `mirrors` are blocks that stand twice.
     pub(crate) fn capture(&mut self, mirrors: &Mirrors) -> Result<RefcountWrites> {
         let mut writes = RefcountWrites { slices: std::mem::take(&mut self.dirty), ..RefcountWrites::default() };
@@ -408,9 +389,30 @@ impl Refcounts {
         Ok(true)
     }
 
-    /// Blocks by host cluster.
-    pub(crate) fn block_clusters(&self) -> BTreeMap<HostCluster, u64> {
-        self.blocks().map(|(i, o)| (self.geometry.host_cluster(o), i)).collect()
+    /// Whether there are blocks that count every cluster of the range.
+    pub(crate) fn can_count(&self, range: &Range<u64>) -> Result<bool> {
+        let per_block = self.geometry.refcounts_per_block();
+        for index in range.start / per_block..=range.end.saturating_sub(1) / per_block {
+            if self.block(index)?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The end of the last cluster that is counted.
+    pub(crate) async fn counted_end<D: BlockDevice>(&mut self, volume: &Volume<D>) -> Result<u64> {
+        let per_block = self.geometry.refcounts_per_block();
+        let blocks: Vec<u64> = self.blocks().map(|(index, _)| index).collect();
+        for index in blocks.into_iter().rev() {
+            let end = (index + 1) * per_block;
+            let free = self.free_in_block(volume, index, end).await?;
+            let counted = free.last().filter(|run| run.end == end).map_or(end, |run| run.start);
+            if counted > index * per_block {
+                return Ok(counted);
+            }
+        }
+        Ok(0)
     }
 }
 

@@ -1,0 +1,100 @@
+//! Which clusters to move: a pure function of the cluster sets and of who refers to what.
+
+use crate::clusters::States;
+use crate::clusters::moves::Reference;
+use crate::clusters::scan::Scan;
+use crate::clusters::set::ClusterSet;
+use crate::units::HostCluster;
+
+/// What a compaction is to do.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Plan {
+    /// Where the file could end: everything that can be moved fits below this cluster.
+    pub(crate) limit: u64,
+    /// Clusters to move below the limit, in descending order, each with its reference.
+    pub(crate) sources: Vec<(HostCluster, Reference)>,
+}
+
+/// The lowest cluster at which the file could end if everything could be moved: what is in use takes the place below it.
+/// `empty_blocks` counts the refcount blocks that will not be needed then.
+pub(crate) fn floor(states: &States, empty_blocks: u64) -> u64 {
+    states.end.saturating_sub(states.unused_len()).saturating_sub(empty_blocks)
+}
+
+/// Chooses what to move, given who refers to the clusters from `floor` on.
+///
+/// A cluster in use that nobody is known to refer to (a snapshot shares it, or owns it; an unknown extension may) is
+/// pinned: the file ends behind the last such cluster at best, and what lies below it need not be moved.
+pub(crate) fn plan(states: &States, scan: &Scan, floor: u64, refcounts_per_block: u64) -> Plan {
+    let from = floor.max(scan.complete_from);
+    let mut pinned = ClusterSet::default();
+    pinned.insert_range(from..states.end);
+    let freed = [&states.unlinked, &states.committing].into_iter().chain(states.grace.iter().map(|(_, b)| b));
+    for set in [&states.junk, &states.erased, &states.available, &states.roots, &states.copies] {
+        pinned.remove_all(set);
+    }
+    for batch in freed {
+        pinned.remove_all(&batch.clusters);
+    }
+    let movable: ClusterSet = scan.found.iter().map(|(c, _)| *c).collect();
+    pinned.remove_all(&movable);
+    let limit = pinned.max().map_or(floor, |c| floor.max(c.0 + 1));
+    // A refcount block that counts clusters past the limit only will be empty, and is dropped then.
+    let needed = |reference: &Reference| match *reference {
+        Reference::RefcountTable(index) => index * refcounts_per_block < limit,
+        Reference::L1Entry(_) | Reference::L2Entry(_) => true,
+    };
+    let sources = scan.found.iter().filter(|(c, r)| c.0 >= limit && needed(r)).copied().collect();
+    Plan { limit, sources }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::GuestCluster;
+
+    fn states(end: u64, junk: &[std::ops::Range<u64>]) -> States {
+        let mut s = States { end, ..States::default() };
+        junk.iter().for_each(|r| s.junk.insert_range(r.clone()));
+        s
+    }
+
+    fn found(clusters: &[u64]) -> Scan {
+        let found = clusters.iter().map(|&c| (HostCluster(c), Reference::L2Entry(GuestCluster(c)))).collect();
+        Scan { found, complete_from: 0 }
+    }
+
+    #[test]
+    fn everything_past_the_used_amount_moves() {
+        let s = states(10, &[2..5, 7..8]);
+        let floor = floor(&s, 0);
+        assert_eq!(floor, 6);
+        let plan = plan(&s, &found(&[9, 8, 6]), floor, 1 << 20);
+        assert_eq!(plan.limit, 6);
+        assert_eq!(plan.sources.iter().map(|s| s.0.0).collect::<Vec<_>>(), [9, 8, 6]);
+    }
+
+    #[test]
+    fn nothing_below_a_pinned_cluster_moves() {
+        let s = states(10, &[2..5, 7..8]);
+        // 8 is in use and nobody is known to refer to it.
+        let plan = plan(&s, &found(&[9, 6]), 6, 1 << 20);
+        assert_eq!(plan.limit, 9);
+        assert_eq!(plan.sources.iter().map(|s| s.0.0).collect::<Vec<_>>(), [9]);
+    }
+
+    #[test]
+    fn what_the_scan_had_no_room_for_pins_nothing() {
+        let s = states(10, &[2..5, 7..8]);
+        let scan = Scan { complete_from: 9, ..found(&[9]) };
+        assert_eq!(plan(&s, &scan, 6, 1 << 20).limit, 6);
+    }
+
+    #[test]
+    fn blocks_that_will_be_empty_neither_pin_nor_move() {
+        let s = states(10, &[2..8]);
+        let found = vec![(HostCluster(9), Reference::RefcountTable(0)), (HostCluster(8), Reference::RefcountTable(1))];
+        let plan = plan(&s, &Scan { found, complete_from: 0 }, floor(&s, 1), 8);
+        assert_eq!(plan, Plan { limit: 3, sources: vec![(HostCluster(9), Reference::RefcountTable(0))] });
+    }
+}
