@@ -34,8 +34,8 @@ fn areas(pieces: &mut [Vec<u8>]) -> Vec<IoVec> {
     pieces.iter_mut().map(|p| IoVec { iov_base: p.as_mut_ptr().cast(), iov_len: p.len() }).collect()
 }
 
-/// Opens an image whose locks have just been given up. A process that another test is starting may hold duplicates of our
-/// descriptors, and with them the locks, until it executes its program.
+/// Opens an image whose locks have just been given up. A process that another test is starting may hold duplicates of
+/// our descriptors, and with them the locks, until it executes its program.
 #[track_caller]
 fn open_freed(path: &Path, read_only: bool) -> HostFile {
     let until = Instant::now() + Duration::from_secs(10);
@@ -189,7 +189,8 @@ impl Qemu {
             .unwrap();
         let mut qemu = Qemu(child);
         let until = Instant::now() + Duration::from_secs(60);
-        // Byte 203 is the last that it takes. We must not try to open the image ourselves meanwhile: that could refuse it.
+        // Byte 203 is the last that it takes. We must not try to open the image ourselves meanwhile: that could refuse
+        // it.
         while !qemu.has_locked("203 203") {
             assert!(qemu.0.try_wait().unwrap().is_none() && Instant::now() < until, "{program} did not start");
             std::thread::sleep(Duration::from_millis(20));
