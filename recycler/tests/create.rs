@@ -297,7 +297,7 @@ fn a_power_cut_leaves_the_old_image_or_the_new_one_or_none() {
 }
 
 #[test]
-fn after_any_failed_call_there_is_no_image_and_the_next_attempt_makes_one() {
+fn every_failed_call_is_reported_and_the_next_attempt_makes_an_image() {
     let options = CreateOptions { cluster_size: 4096, ..CreateOptions::new(64 << 20) };
     let settings = Settings::new(7);
     for after in 0.. {

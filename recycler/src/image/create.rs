@@ -81,7 +81,7 @@ fn bad(name: &str, reason: String) -> Error {
 ///
 /// # Errors
 /// [`Error::BadOption`] names the unusable option, and nothing has changed; [`Error::Unsupported`] if the device is too
-/// short and cannot grow. After [`Error::Io`] there is no image on the device.
+/// short and cannot grow. After [`Error::Io`] the device holds what it held before, or no image, or the new one.
 pub async fn create<D: BlockDevice>(device: &D, options: &CreateOptions) -> Result<()> {
     let geometry = options.geometry()?;
     let layout = Layout::new(geometry, options)?;
