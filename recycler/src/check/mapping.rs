@@ -349,10 +349,9 @@ impl<D: BlockDevice> Table<'_, '_, D> {
                 self.overlap(cluster);
             }
         }
-        if self.shares.active > 0 {
-            if members(self.ones, first, length) != if copied { length } else { 0 } {
-                range.for_each(|cluster| self.check_flag(cluster, copied));
-            }
+        let right = if copied { length } else { 0 };
+        if self.shares.active > 0 && members(self.ones, first, length) != right {
+            range.for_each(|cluster| self.check_flag(cluster, copied));
         }
     }
 

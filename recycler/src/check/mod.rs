@@ -1,11 +1,11 @@
 //! Consistency check and repair.
 //!
 //! The check counts every reference to every host cluster and compares the sums with the refcounts on disk, as QEMU's
-//! does, in this order: the regions that the header and the snapshot and bitmap tables name ([`regions`]); the refcount
-//! blocks, so that it is known which refcounts are one ([`refcounts`]); the L1 tables, which yield the set of L2
-//! tables; the L2 tables, each read once ([`mapping`]); the refcount blocks again, against the counts. All metadata is
+//! does, in this order: the regions that the header and the snapshot and bitmap tables name (`regions`); the refcount
+//! blocks, so that it is known which refcounts are one (`refcounts`); the L1 tables, which yield the set of L2
+//! tables; the L2 tables, each read once (`mapping`); the refcount blocks again, against the counts. All metadata is
 //! known before the first data cluster is counted, so an entry that leads into metadata is seen at once. What is found
-//! is repaired, if at all, in the order that [`repair`] argues for.
+//! is repaired, if at all, in the order that `repair` argues for.
 
 mod bitmaps;
 mod blocks;

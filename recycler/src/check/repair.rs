@@ -348,7 +348,10 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
     async fn mark_clean(&mut self) -> Result<()> {
         let marks = incompatible::DIRTY | incompatible::CORRUPT;
         let bits = self.header.incompatible;
-        if self.mode != Repair::All || bits & marks == 0 || !self.findings.report.is_clean() {
+        let report = &self.findings.report;
+        // Leaks that are left on purpose are no inconsistency.
+        let consistent = report.corruptions == report.corruptions_fixed;
+        if self.mode != Repair::All || bits & marks == 0 || !consistent {
             return Ok(());
         }
         self.begin().await?;
