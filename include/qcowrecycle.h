@@ -431,11 +431,14 @@ void qcr_free(struct qcr_image *image);
 /* Extent: not allocated; reads as the backing file does, or as zeroes without one. */
 #define QCR_EXTENT_UNALLOCATED 3
 
+/* Extent: stored in the image file, compressed. */
+#define QCR_EXTENT_COMPRESSED 4
+
 /* How a range of the disk is stored. */
 struct qcr_extent {
     /* sizeof(struct qcr_extent), set by the caller. */
     uint32_t struct_size;
-    /* QCR_EXTENT_DATA, QCR_EXTENT_ZERO or QCR_EXTENT_UNALLOCATED. */
+    /* One of QCR_EXTENT_DATA to QCR_EXTENT_COMPRESSED; a later version may know more. */
     uint32_t kind;
     /* In bytes, from the offset that was asked for. */
     uint64_t length;

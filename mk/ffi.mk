@@ -34,7 +34,7 @@ endif
 
 # The link is for programs that run with this library before it is installed.
 lib:
-	$(CARGO) build --locked --profile $(PROFILE) -p qcowrecycle-ffi
+	$(CARGO) build --locked --profile $(PROFILE) -p qcowrecycle-ffi $(if $(FEATURES),--features $(FEATURES))
 	ln -sf libqcowrecycle.so $(LIB_DIR)/$(LIB_SONAME)
 
 header:

@@ -163,6 +163,8 @@ pub const QCR_EXTENT_DATA: u32 = 1;
 pub const QCR_EXTENT_ZERO: u32 = 2;
 /// Extent: not allocated; reads as the backing file does, or as zeroes without one.
 pub const QCR_EXTENT_UNALLOCATED: u32 = 3;
+/// Extent: stored in the image file, compressed.
+pub const QCR_EXTENT_COMPRESSED: u32 = 4;
 
 /// How a range of the disk is stored.
 #[derive(Clone, Copy)]
@@ -170,7 +172,7 @@ pub const QCR_EXTENT_UNALLOCATED: u32 = 3;
 pub struct qcr_extent {
     /// sizeof(struct qcr_extent), set by the caller.
     pub struct_size: u32,
-    /// QCR_EXTENT_DATA, QCR_EXTENT_ZERO or QCR_EXTENT_UNALLOCATED.
+    /// One of QCR_EXTENT_DATA to QCR_EXTENT_COMPRESSED; a later version may know more.
     pub kind: u32,
     /// In bytes, from the offset that was asked for.
     pub length: u64,
@@ -203,6 +205,7 @@ pub unsafe extern "C" fn qcr_get_extent(
             ExtentKind::Data { host_offset } => (QCR_EXTENT_DATA, host_offset),
             ExtentKind::Zero => (QCR_EXTENT_ZERO, 0),
             ExtentKind::Unallocated => (QCR_EXTENT_UNALLOCATED, 0),
+            ExtentKind::Compressed => (QCR_EXTENT_COMPRESSED, 0),
         };
         out.store(qcr_extent { struct_size: 0, kind, length: found.length, host_offset });
         Ok(())
