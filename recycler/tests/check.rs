@@ -637,6 +637,46 @@ fn an_l1_table_that_refers_to_one_table_everywhere_is_walked_once() {
     assert!(began.elapsed() < std::time::Duration::from_secs(5), "{:?}", began.elapsed());
 }
 
+#[test]
+fn snapshots_that_all_claim_one_l1_table_are_refused_without_walking_it() {
+    let image = Image::create("cluster_size=512", "32M");
+    image.io(&["write 0 1M"]);
+    const COUNT: u64 = 65536;
+    image.edit(|l| {
+        let table = (l.bytes.len() as u64).next_multiple_of(l.cluster);
+        l.bytes.resize((table + COUNT * 56 + l.cluster) as usize, 0);
+        for at in (table..).step_by(56).take(COUNT as usize) {
+            l.put(at, l.l1);
+            l.put(at + 8, (l.get(36) >> 32) << 32);
+            l.put(at + 32, 16);
+        }
+        l.put(60, COUNT << 32 | table >> 32);
+        l.put(64, table);
+    });
+    let began = std::time::Instant::now();
+    let report = block_on(check(&Memory::new(image.bytes()), Repair::All)).unwrap();
+    assert!(!report.is_clean() && report.leaks_fixed == 0);
+    assert_eq!(report.messages.len(), CheckReport::MAX_MESSAGES);
+    assert!(began.elapsed() < std::time::Duration::from_secs(10), "{:?}", began.elapsed());
+}
+
+#[test]
+fn leaks_that_an_unknown_extension_may_own_are_left() {
+    let image = plain();
+    image.edit(|l| {
+        l.put(l.l2_entry(0), 0);
+        // Over the feature name table, right after the header.
+        let start = l.get(96) & 0xffff_ffff;
+        l.put(start, 0x1234_5678 << 32 | 8);
+        l.put(start + 16, 0);
+    });
+    for mode in [Repair::Leaks, Repair::All] {
+        let report = image.repair(mode, "unknown extension");
+        assert_eq!((report.leaks, report.leaks_fixed), (1, 0), "{report:#?}");
+        assert!(report.messages.iter().any(|m| m.contains("extension")), "{report:#?}");
+    }
+}
+
 /// Numbers without a pattern, the same in every run.
 struct Numbers(u64);
 
@@ -644,6 +684,10 @@ impl Numbers {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.0 >> 24
+    }
+
+    fn coin(&mut self) -> bool {
+        self.next() & 1 == 0
     }
 }
 
@@ -655,14 +699,14 @@ fn cut(before: &[u8], history: &[Change], at: usize, numbers: &mut Numbers) -> V
         match change {
             Change::Write(offset, new) => {
                 for (start, sector) in (*offset..).step_by(512).zip(new.chunks(512)) {
-                    if index < durable || numbers.next() % 2 == 0 {
+                    if index < durable || numbers.coin() {
                         let end = (start + sector.len()).min(bytes.len());
                         let start = start.min(end);
                         bytes[start..end].copy_from_slice(&sector[..end - start]);
                     }
                 }
             }
-            Change::Truncate(length) if index < durable || numbers.next() % 2 == 0 => bytes.resize(*length, 0),
+            Change::Truncate(length) if index < durable || numbers.coin() => bytes.resize(*length, 0),
             _ => {}
         }
     }
