@@ -30,8 +30,8 @@ class Sample(NamedTuple):
 class Changes:
     """What the filesystem's own work may have changed at any moment: the reader's second look at a block that differs.
 
-    Before a change begins a block holds what it held; once it has ended, the new contents; in between, either. A
-    discarded block may show zeroes or, where the discard did not cover its whole cluster, what it held.
+    Before its change begins a block holds what it held; once all changes have ended, what it was changed to; in
+    between, either.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,19 @@ class Changes:
         self.discarded: set[int] = set()
         self.ended = False
 
+    def after(self, block: int, before: bytes) -> bytes:
+        """Return what a block that held `before` holds in the end."""
+        return self.rewritten.get(block, _ZERO if block in self.discarded else before)
+
+    def apply(self, model: mmap.mmap) -> None:
+        """Make the changes in the model, when nobody compares with it any more."""
+        for block in self.discarded:
+            model[block * BLOCK : (block + 1) * BLOCK] = _ZERO
+        for block, data in self.rewritten.items():
+            model[block * BLOCK : (block + 1) * BLOCK] = data
+
     def allows(self, block: int, data: bytes, before: bytes, ended_at_start: bool) -> bool:
-        if block in self.rewritten:
-            return data == self.rewritten[block] or (data == before and not ended_at_start)
-        return data == before or (block in self.discarded and data == _ZERO)
+        return data == self.after(block, before) or (data == before and not ended_at_start)
 
 
 class Guest(threading.Thread):
@@ -106,12 +115,12 @@ class Reader(Guest):
         assert isinstance(data, bytes)
         self.bytes += len(data)
         expected = self.model[piece.offset : piece.offset + piece.length]
-        if data == expected:
+        if data == expected and not ended:
             return
         for at in range(0, piece.length, BLOCK):
             found, before = data[at : at + BLOCK], expected[at : at + BLOCK]
             block = (piece.offset + at) // BLOCK
-            if found != before and not self.changes.allows(block, found, before, ended):
+            if not self.changes.allows(block, found, before, ended):
                 raise DemoError(f"block {block} of the filesystem reads as something that was never written there")
 
 

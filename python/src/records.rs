@@ -77,6 +77,7 @@ pub(crate) fn progress(py: Python<'_>, progress: Progress) -> PyResult<Bound<'_,
 pub(crate) fn extent(py: Python<'_>, offset: u64, extent: Extent) -> PyResult<Bound<'_, PyAny>> {
     let (kind, host_offset) = match extent.kind {
         ExtentKind::Data { host_offset } => ("data", Some(host_offset)),
+        ExtentKind::Compressed => ("compressed", None),
         ExtentKind::Zero => ("zero", None),
         ExtentKind::Unallocated => ("unallocated", None),
     };

@@ -11,10 +11,10 @@ class Extent(NamedTuple):
 
     offset: int
     length: int
-    kind: Literal["data", "zero", "unallocated"]
-    """In the file; reading as zeroes; or reading as the backing file does (as zeroes without one)."""
+    kind: Literal["data", "compressed", "zero", "unallocated"]
+    """In the file; there, compressed; reading as zeroes; or as the backing file does (as zeroes without one)."""
     host_offset: int | None
-    """Where in the image file it is; for data only."""
+    """Where in the image file it is, in one piece; for data only."""
 
 
 class Progress(NamedTuple):

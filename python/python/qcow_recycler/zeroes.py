@@ -17,7 +17,7 @@ class ZeroScan(NamedTuple):
     scanned: int
     """Of `total`, how much was read so far."""
     total: int
-    """What is stored in the file."""
+    """What is stored in the file, compressed clusters aside."""
     discarded: int
     """What held zeroes and was given back."""
 
@@ -29,7 +29,7 @@ def discard_zeroes(image: Image, progress: Callable[[ZeroScan], object] | None =
     lost. `progress` is called after every chunk; what it raises ends the work, and nothing is lost by that.
     """
     info = image.info
-    # Over a backing file a discarded cluster might show what the backing file has there.
+    # A discard is refused where the format cannot keep a backing file from showing through; zeroes can be written then.
     give_back = image.discard if info.backing_file is None else image.write_zeroes
     cluster = info.cluster_size
     stored = [(e.offset, e.length) for e in image.extents() if e.kind == "data"]
