@@ -94,20 +94,22 @@ pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadat
             return Ok(());
         }
         let free = refcounts.free_in_block(volume, index, end).await?;
-        let tables = meta.tables.lock();
-        let mut states = clusters.lock();
-        for run in free {
-            if tables.count_in(run.clone()) == 0 {
-                states.junk.insert_range(run);
-                continue;
-            }
-            // The image is damaged: a table is not counted. It must not be overwritten.
-            for c in run.map(HostCluster).filter(|&c| !tables.contains(c)) {
-                states.junk.insert(c);
+        {
+            let tables = meta.tables.lock();
+            let mut states = clusters.lock();
+            for run in free {
+                if tables.count_in(run.clone()) == 0 {
+                    states.junk.insert_range(run);
+                    continue;
+                }
+                // The image is damaged: a table is not counted. It must not be overwritten.
+                for c in run.map(HostCluster).filter(|&c| !tables.contains(c)) {
+                    states.junk.insert(c);
+                }
             }
         }
+        drop(refcounts);
         index += 1;
-        drop((states, tables, refcounts));
         // A scan of a large image must not keep other work from this thread.
         tokio::task::yield_now().await;
     }

@@ -56,6 +56,13 @@ impl<D: BlockDevice> Volume<D> {
         self.length.load(Ordering::Acquire)
     }
 
+    /// Asks the device again: somebody else may have changed its length.
+    pub(crate) async fn refresh_length(&self) -> Result<()> {
+        let length = self.device.length().await.map_err(Error::io("asking for the length", 0))?;
+        self.length.store(length, Ordering::Release);
+        Ok(())
+    }
+
     pub(crate) fn can_resize(&self) -> bool {
         self.features.resize
     }

@@ -48,6 +48,8 @@ impl<D: BlockDevice> Image<D> {
         }
         if !options.read_only && (header.version < 3 || header.incompatible & incompatible::DIRTY != 0) {
             recover(&volume, &header, &options).await?;
+            // A repair may have made tables anew at the end of the file.
+            volume.refresh_length().await?;
             (header, sector) = read_header(&volume).await?;
         }
         let backing = Backing::open(&header, &options, above).await?;

@@ -58,18 +58,22 @@ impl<D: BlockDevice> Image<D> {
         self.virtual_size.store(size, Ordering::SeqCst);
         self.epochs.grace().await;
         let _frozen = self.structure.write().await;
-        let mut turn = self.meta.exclusive_turn().await;
-        self.commit_in_turn(&mut turn, None).await?;
-        // The size first. Cut before: the disk is as it was. Cut after: what is past the end is still mapped; growing the
-        // disk again clears it before it can be seen.
-        let result = turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await;
-        drop(turn);
-        if let Err(e) = result {
+        if let Err(e) = self.publish_size(size).await {
             self.virtual_size.store(old, Ordering::SeqCst);
             return Err(e);
         }
         self.forget_past(size).await?;
         self.commit().await.map(|_| ())
+    }
+
+    /// Makes a smaller size durable.
+    ///
+    /// The size first. Cut before: the disk is as it was. Cut after: what is past the end is still mapped; growing the disk
+    /// again clears it before it can be seen.
+    async fn publish_size(&self, size: u64) -> Result<()> {
+        let mut turn = self.meta.exclusive_turn().await;
+        self.commit_in_turn(&mut turn, None).await?;
+        turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await
     }
 
     /// Unmaps every whole cluster past byte `size` of the disk, and drops L2 tables that map nothing else.

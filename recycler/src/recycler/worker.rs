@@ -224,3 +224,19 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         }
     }
 }
+
+/// Hypervisors spawn these on runtimes with several threads.
+#[cfg(test)]
+#[allow(dead_code)]
+fn futures_are_send(image: &Image<crate::device::host::HostFile>, shared: Arc<Image<crate::device::host::HostFile>>) {
+    fn send<T: Send>(_: T) {}
+    send(run(shared, Control::new()));
+    send(compact(image, &mut |_| true));
+    send(image.read(0, crate::buf::IoBufMut::new(&mut [])));
+    send(image.write(0, crate::buf::IoBuf::new(&[])));
+    send(image.discard(0, 0));
+    send(image.flush());
+    send(image.resize(0, true));
+    send(image.check());
+    send(image.close());
+}
