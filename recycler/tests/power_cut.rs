@@ -31,11 +31,27 @@ fn fail(seed: u64, history: History, first: Failure, play: impl Fn(&History) -> 
     );
 }
 
-fn random_history(seed: u64) -> History {
+fn random_history(seed: u64) -> (History, Start) {
     let mut rng = SmallRng::seed_from_u64(seed);
     let config = Config::random(seed, Scale::Tiny, &mut rng);
     let compare = rng.random_bool(0.3);
-    History { compare, ..History::random(config, Length { rounds: 3, guests: 3, ops: 12 }, &mut rng) }
+    let history = History::random(config, Length { rounds: 3, guests: 3, ops: 12 }, &mut rng);
+    let start = if rng.random_bool(0.3) { Start::empty(&config) } else { full_of_holes(config, &mut rng) };
+    (History { compare, ..history }, start)
+}
+
+/// A disk that was written whole and then discarded in places: the recycler has work from the start.
+fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
+    let (sectors, cluster) = (config.image.sectors, config.image.cluster_sectors());
+    let mut ops = vec![Op::Write { first: 0, count: sectors }];
+    for first in (0..sectors).step_by(cluster as usize) {
+        if rng.random_bool(0.4) {
+            ops.push(Op::Discard { first, count: cluster.min(sectors - first) });
+        }
+    }
+    let history = History { config, compare: false, rounds: vec![round(&ops, false, After::Nothing)] };
+    let snapshot = config.image.refcount_bits > 1 && rng.random_bool(0.2);
+    Start::after(&history, snapshot).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
 }
 
 #[test]
@@ -48,10 +64,9 @@ fn random_histories() {
     };
     let (mut counts, start) = (Counts::default(), Instant::now());
     for seed in Slice::new(30, 10, 0.3) {
-        let history = random_history(seed);
-        let empty = Start::empty(&history.config);
-        if let Err(failure) = cuts::play(&history, &empty, budget, &mut counts) {
-            fail(seed, history, failure, |h| cuts::play(h, &empty, budget, &mut Counts::default()));
+        let (history, from) = random_history(seed);
+        if let Err(failure) = cuts::play(&history, &from, budget, &mut counts) {
+            fail(seed, history, failure, |h| cuts::play(h, &from, budget, &mut Counts::default()));
         }
     }
     println!("power cuts, random histories: {counts}, in {:?}", start.elapsed());

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::config::{Config, Scale};
-use common::guests::{Clock, Errors, Failure, Shared};
+use common::guests::{Clock, Errors, Failure, Shared, Work};
 use common::history::{self, History, Length, Op};
 use common::play as player;
 use common::sim::{Delay, SimDevice};
-use common::slice::Slice;
+use common::slice::{Slice, replay_seed};
 use common::verify::{self, Tolerance};
 use qcow_recycler::Disk;
 use qcow_recycler::blocking::block_on;
@@ -42,7 +42,7 @@ fn look_at_file(bytes: &[u8], shared: &Shared, qemu: bool) -> Result<(), String>
     Ok(())
 }
 
-fn play(history: &History, qemu: bool) -> Result<(), Failure> {
+fn play(history: &History, qemu: bool) -> Result<Work, Failure> {
     let config = history.config;
     let shared = Shared::new(config, Clock::Tokio, Errors::None);
     let device = SimDevice::new(config.image.create(), config.device(false));
@@ -51,7 +51,7 @@ fn play(history: &History, qemu: bool) -> Result<(), Failure> {
         player::play(history, &device, &shared, |d| look_at_file(&d.contents(), &shared, qemu)).await
     });
     match device.violations() {
-        broken if broken.is_empty() => result,
+        broken if broken.is_empty() => result.map(|()| *shared.work.lock()),
         broken => {
             let also = result.err().map_or_else(String::new, |f| format!("; then {}", f.message));
             Err(shared.failure(format!("rules of the device trait broken: {}{also}", broken.join("; "))))
@@ -61,28 +61,34 @@ fn play(history: &History, qemu: bool) -> Result<(), Failure> {
 
 #[test]
 fn on_paused_time() {
-    let (mut histories, mut requests) = (0, 0);
+    let (mut histories, mut requests, mut work) = (0, 0, Work::default());
     for seed in Slice::new(35, 30, 0.25) {
         let history = random_history(seed);
         let qemu = seed.is_multiple_of(QEMU_SHARE);
         histories += 1;
         requests += history.len();
-        if let Err(first) = play(&history, qemu) {
-            let short = history::shrink(history, 300, |h| play(h, qemu).is_err());
-            let last = play(&short, qemu).err().unwrap_or(first);
-            panic!(
-                "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test \
+        let first = match play(&history, qemu) {
+            Ok(done) => {
+                work += done;
+                continue;
+            }
+            Err(first) => first,
+        };
+        let short = history::shrink(history, 300, |h| play(h, qemu).is_err());
+        let last = play(&short, qemu).err().unwrap_or(first);
+        panic!(
+            "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test \
                 random_operations \
                  on_paused_time",
-                short.config, short.rounds
-            );
-        }
+            short.config, short.rounds
+        );
     }
-    println!("paused time: {histories} histories, {requests} requests");
+    println!("paused time: {histories} histories, {requests} requests; {work}");
+    assert!(replay_seed().is_some() || work.moved > 0 && work.cancelled > 0 && work.truncated > 0, "{work}");
 }
 
 /// One history in which guests are threads and the recycler runs on the library's own runtime.
-fn play_on_threads(seed: u64) -> Result<usize, Failure> {
+fn play_on_threads(seed: u64) -> Result<(usize, Work), Failure> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut config = Config::random(seed, Scale::Small, &mut rng);
     config.delay = if rng.random_bool(0.5) { Delay::None } else { Delay::Yields(2) };
@@ -121,12 +127,13 @@ fn play_on_threads(seed: u64) -> Result<usize, Failure> {
         if errors > 0 {
             return Err(shared.failure(format!("{errors} background errors")));
         }
+        shared.count(&disk.stats());
         disk.close().map_err(|e| shared.failure(format!("closing: {e}")))?;
         look_at_file(&device.contents(), &shared, seed.is_multiple_of(QEMU_SHARE))
             .map_err(|e| shared.failure(format!("after closing: {e}")))?;
     }
     match device.violations() {
-        broken if broken.is_empty() => Ok(history.len()),
+        broken if broken.is_empty() => Ok((history.len(), *shared.work.lock())),
         broken => Err(shared.failure(format!("rules of the device trait broken: {}", broken.join("; ")))),
     }
 }
@@ -148,13 +155,16 @@ fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &
 
 #[test]
 fn on_threads() {
-    let (mut histories, mut requests) = (0, 0);
+    let (mut histories, mut requests, mut work) = (0, 0, Work::default());
     for seed in Slice::new(15, 20, 0.1) {
         match play_on_threads(seed) {
-            Ok(count) => requests += count,
+            Ok((count, done)) => {
+                requests += count;
+                work += done;
+            }
             Err(failure) => panic!("seed {seed} (threads: may need several tries)\n{failure}"),
         }
         histories += 1;
     }
-    println!("threads: {histories} histories, {requests} requests");
+    println!("threads: {histories} histories, {requests} requests; {work}");
 }

@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 use super::config::Config;
 use super::content::{Content, SECTOR, recognise};
 use super::crash::{Atom, Effort, Epoch};
-use super::guests::{Clock, Errors, Failure, Shared};
+use super::guests::{Clock, Errors, Failure, Shared, Work};
 use super::history::History;
 use super::model::Model;
 use super::play;
@@ -74,6 +74,7 @@ pub struct Counts {
     /// Crash images that differ.
     pub images: u64,
     pub qemu: u64,
+    pub work: Work,
 }
 
 impl AddAssign for Counts {
@@ -83,14 +84,15 @@ impl AddAssign for Counts {
         self.exhaustive += other.exhaustive;
         self.images += other.images;
         self.qemu += other.qemu;
+        self.work += other.work;
     }
 }
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { histories, moments, exhaustive, images, qemu } = self;
+        let Counts { histories, moments, exhaustive, images, qemu, work } = self;
         write!(f, "{histories} histories, {moments} moments ({exhaustive} exhaustively), ")?;
-        write!(f, "{images} distinct crash images, {qemu} of them checked by QEMU")
+        write!(f, "{images} distinct crash images, {qemu} of them checked by QEMU; {work}")
     }
 }
 
@@ -126,6 +128,7 @@ pub fn play(history: &History, start: &Start, budget: Budget, counts: &mut Count
     let shared = Shared::new(config, Clock::Tokio, Errors::None);
     *shared.model.lock() = start.model.clone();
     let moments = moments(history, start, budget, &shared)?;
+    counts.work += *shared.work.lock();
     // What led to the moment is told by the trace up to it, not by what came later.
     cut(&config, start, &moments, budget, counts).map_err(|(order, message)| {
         let mut failure = shared.failure(message);

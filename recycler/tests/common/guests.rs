@@ -2,7 +2,7 @@
 //! wrote.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::recycler::compact;
-use qcow_recycler::{BlockDevice, Error, Image};
+use qcow_recycler::{BlockDevice, Error, Image, Stats};
 use tokio::sync::Notify;
 
 use super::config::Config;
@@ -72,6 +72,31 @@ pub enum Errors {
     Collected,
 }
 
+/// What the recycler did, to tell a test that proves something from one in which nothing happened. In bytes, or times.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    pub moved: u64,
+    pub cancelled: u64,
+    pub erased: u64,
+    pub truncated: u64,
+}
+
+impl AddAssign for Work {
+    fn add_assign(&mut self, other: Work) {
+        self.moved += other.moved;
+        self.cancelled += other.cancelled;
+        self.erased += other.erased;
+        self.truncated += other.truncated;
+    }
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Work { moved, cancelled, erased, truncated } = self;
+        write!(f, "{moved} bytes moved, {cancelled} moves cancelled, {erased} bytes erased, {truncated} cut off")
+    }
+}
+
 /// What guests and observers share.
 pub struct Shared {
     pub config: Config,
@@ -79,6 +104,8 @@ pub struct Shared {
     pub errors: Mutex<Vec<(String, Error)>>,
     /// Called when a guest's flush or resize has completed and the model knows.
     pub after_flush: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
+    /// What the recycler did in images that are closed again.
+    pub work: Mutex<Work>,
     pub policy: Errors,
     clock: Clock,
     trace: Mutex<Vec<String>>,
@@ -111,12 +138,23 @@ impl Shared {
             model: Mutex::new(Model::new(config.image.sectors)),
             errors: Mutex::default(),
             after_flush: Mutex::default(),
+            work: Mutex::default(),
             policy,
             clock,
             trace: Mutex::default(),
             busy: Mutex::default(),
             freed: Notify::new(),
         })
+    }
+
+    /// Counts what the recycler did in an image that is about to be dropped.
+    pub fn count(&self, stats: &Stats) {
+        *self.work.lock() += Work {
+            moved: stats.moved_bytes,
+            cancelled: stats.moves_cancelled,
+            erased: stats.erased_bytes,
+            truncated: stats.truncated_bytes,
+        };
     }
 
     /// Notes what goes on, for reports.

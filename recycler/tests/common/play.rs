@@ -30,6 +30,7 @@ pub async fn play<D: BlockDevice + Clone>(
         let began = shared.model.lock().flush_begins();
         image.close().await.map_err(|e| shared.failure(format!("closing: {e}")))?;
         shared.flushed(began);
+        shared.count(&image.stats());
         closed(device).map_err(|e| shared.failure(format!("after closing: {e}")))
     };
     let mut image = open().await?;

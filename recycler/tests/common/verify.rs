@@ -185,6 +185,7 @@ pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model) -> 
                     return Err(format!("extent {offset:#x}..{end:#x} is {:?} but holds data", extent.kind));
                 }
             }
+            other => return Err(format!("extent {offset:#x}..{end:#x} is {other:?}, which nobody made")),
         }
         offset = end;
     }
