@@ -24,11 +24,7 @@ use crate::stats::Stats;
 /// Drives the timers of all recyclers in the process; each recycler borrows one thread of its blocking pool, so that one
 /// image's slow device never holds up another's.
 static RUNTIME: Lazy<std::io::Result<tokio::runtime::Runtime>> = Lazy::new(|| {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .thread_name("qcowrecycle")
-        .enable_time()
-        .build()
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("qcowrecycle").enable_time().build()
 });
 
 fn runtime() -> Result<&'static tokio::runtime::Runtime> {

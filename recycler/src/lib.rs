@@ -10,6 +10,7 @@ pub mod error;
 pub mod format;
 pub mod image;
 mod metadata;
+pub mod mutation;
 pub mod options;
 pub mod recycler;
 pub mod stats;

@@ -184,7 +184,8 @@ mod tests {
     #[test]
     fn the_origins_string_is_accepted_with_sizes_in_sectors() {
         let mut o = Options::default();
-        o.apply_config("discard=true;compact_after_unmaps=262144;keep_erased=262144;runtime_asserts=false;id=disk0;").unwrap();
+        o.apply_config("discard=true;compact_after_unmaps=262144;keep_erased=262144;runtime_asserts=false;id=disk0;")
+            .unwrap();
         assert_eq!((o.keep_erased, o.compact_after_unmaps), (128 << 20, Some(128 << 20)));
         assert_eq!(o.id, "disk0");
         o.apply_config("compact_after_unmaps=0").unwrap();

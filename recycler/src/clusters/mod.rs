@@ -77,7 +77,12 @@ impl States {
 
     /// Clusters that nothing refers to, whatever state they are in.
     pub(crate) fn unused_len(&self) -> u64 {
-        self.junk.len() + self.erased.len() + self.available.len() + self.roots.len() + self.copies.len() + self.freed_len()
+        self.junk.len()
+            + self.erased.len()
+            + self.available.len()
+            + self.roots.len()
+            + self.copies.len()
+            + self.freed_len()
     }
 
     /// The end of the last cluster that is neither Junk nor in the pool: what a truncation could leave.

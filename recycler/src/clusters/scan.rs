@@ -25,12 +25,7 @@ pub(crate) struct Scan {
 /// the highest.
 ///
 /// Guests go on meanwhile, so what is found is a proposal, to be checked again when a move is committed.
-pub(crate) async fn scan<D: BlockDevice>(
-    volume: &Volume<D>,
-    meta: &Metadata,
-    floor: u64,
-    max: usize,
-) -> Result<Scan> {
+pub(crate) async fn scan<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, floor: u64, max: usize) -> Result<Scan> {
     let geometry = meta.geometry;
     let mut highest = BinaryHeap::new();
     let mut dropped = floor;

@@ -108,7 +108,10 @@ impl ClusterSet {
 
     /// The lowest run of `count` consecutive members that ends below `limit`.
     pub(crate) fn find_run(&self, count: u64, limit: u64) -> Option<Range<u64>> {
-        self.runs().take_while(|r| r.start + count <= limit).find(|r| r.end - r.start >= count).map(|r| r.start..r.start + count)
+        self.runs()
+            .take_while(|r| r.start + count <= limit)
+            .find(|r| r.end - r.start >= count)
+            .map(|r| r.start..r.start + count)
     }
 }
 

@@ -114,10 +114,7 @@ mod tests {
         let host = HostOffset(0x50000);
         assert_eq!(Mapping::decode(0, 3, 65536), Ok(Mapping::Unallocated));
         assert_eq!(Mapping::decode(1, 3, 65536), Ok(Mapping::Zero { preallocated: None }));
-        assert_eq!(
-            Mapping::decode(0x50001 | COPIED, 3, 65536),
-            Ok(Mapping::Zero { preallocated: Some((host, true)) })
-        );
+        assert_eq!(Mapping::decode(0x50001 | COPIED, 3, 65536), Ok(Mapping::Zero { preallocated: Some((host, true)) }));
         assert_eq!(Mapping::decode(Mapping::encode_data(host), 2, 65536), Ok(Mapping::Data { host, copied: true }));
         assert_eq!(decode_l1(0x50000, 65536), Ok(Some((host, false))));
     }

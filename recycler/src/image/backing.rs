@@ -46,7 +46,11 @@ impl Backing {
             return Err(refused("the image does not record its format, and formats are never guessed"));
         };
         let path = directory.join(name);
-        let place = path.canonicalize().map_err(|source| Error::Io { action: "opening the backing file", offset: 0, source })?;
+        let place = path.canonicalize().map_err(|source| Error::Io {
+            action: "opening the backing file",
+            offset: 0,
+            source,
+        })?;
         if above.contains(&place) {
             return Err(refused("the chain of backing files is a loop"));
         }

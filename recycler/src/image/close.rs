@@ -63,7 +63,9 @@ impl<D: BlockDevice> Image<D> {
         loop {
             let run = {
                 let states = self.clusters.lock();
-                [&states.available, &states.erased, &states.roots, &states.copies].into_iter().find_map(|s| s.runs().next())
+                [&states.available, &states.erased, &states.roots, &states.copies]
+                    .into_iter()
+                    .find_map(|s| s.runs().next())
             };
             let Some(run) = run else { return Ok(()) };
             let free = refcounts.release(&self.volume, run.clone()).await?;

@@ -63,7 +63,8 @@ impl<D: BlockDevice> Image<D> {
         self.ensure_writable()?;
         // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
         let end = offset + length;
-        let whole_end = if end == self.virtual_size() { end.next_multiple_of(self.meta.geometry.cluster_size()) } else { end };
+        let whole_end =
+            if end == self.virtual_size() { end.next_multiple_of(self.meta.geometry.cluster_size()) } else { end };
         self.clear_range(offset, end, whole_end, clear, Access::Shared).await?;
         request.count(Counter::Discards, 1);
         request.count(Counter::DiscardBytes, length);
@@ -151,7 +152,9 @@ impl<D: BlockDevice> Image<D> {
         };
         // A look first: a table that says so already is neither made, nor copied, nor written.
         match self.meta.l2.slice(&self.volume, &self.meta.l1, first).await? {
-            None if clear == Clear::Forget || self.backing.is_zero_from(clusters.start << self.meta.geometry.cluster_bits) => {
+            None if clear == Clear::Forget
+                || self.backing.is_zero_from(clusters.start << self.meta.geometry.cluster_bits) =>
+            {
                 return Ok(());
             }
             None => {}

@@ -7,6 +7,7 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::header::{self, incompatible};
 use crate::metadata::commit::{CommitTurn, FlushToken, L1Move};
+use crate::mutation::{Mutation, broken};
 use crate::options::LogLevel;
 
 impl<D: BlockDevice> Image<D> {
@@ -40,7 +41,11 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// The same, in a turn that the caller has.
-    pub(crate) async fn commit_in_turn(&self, turn: &mut CommitTurn<'_>, l1_move: Option<L1Move<'_>>) -> Result<FlushToken> {
+    pub(crate) async fn commit_in_turn(
+        &self,
+        turn: &mut CommitTurn<'_>,
+        l1_move: Option<L1Move<'_>>,
+    ) -> Result<FlushToken> {
         // Taken note of before the tables are copied, so that the unlinking of what is freed is in the copy. A commit that
         // failed leaves its part in `committing`.
         let erased = {
@@ -49,6 +54,9 @@ impl<D: BlockDevice> Image<D> {
             states.committing.merge(unlinked);
             states.erased.clone()
         };
+        if broken(Mutation::UncountSourceEarly) {
+            self.uncount_early().await?;
+        }
         let committed = turn.write_back(&self.volume, l1_move).await?;
         // Referenced → done: the new references are durable.
         for m in self.moves.promote(&committed.token) {
@@ -56,11 +64,15 @@ impl<D: BlockDevice> Image<D> {
         }
         let mut states = self.clusters.lock();
         // Erased → Available: those erased before the flush began, and not handed out meanwhile.
-        let available = states.erased.intersection(&erased);
+        let late = broken(Mutation::PromoteLateWork);
+        let available = if late { states.erased.clone() } else { states.erased.intersection(&erased) };
         states.erased.remove_all(&available);
         states.available.add_all(&available);
         // Freed: the unlinking is durable. Requests that began before now may still use the clusters.
-        let batch = std::mem::take(&mut states.committing);
+        let mut batch = std::mem::take(&mut states.committing);
+        if late {
+            batch.merge(std::mem::take(&mut states.unlinked));
+        }
         if !batch.is_empty() {
             states.grace.push((self.epochs.now(), batch));
         }
@@ -80,6 +92,11 @@ impl<D: BlockDevice> Image<D> {
 
     /// Freed → Junk, for clusters whose unlinking is durable and whose older requests have ended. Never waits for them.
     pub(crate) async fn reap(&self) {
+        if broken(Mutation::ReuseFreedAtOnce) {
+            let mut states = self.clusters.lock();
+            let unlinked = std::mem::take(&mut states.unlinked);
+            states.grace.push((self.epochs.now(), unlinked));
+        }
         loop {
             let Some(work) = self.next_freed() else { return };
             let mut refcounts = self.meta.refcounts.lock().await;
@@ -129,7 +146,7 @@ impl<D: BlockDevice> Image<D> {
     fn next_freed(&self) -> Option<Freed> {
         let states = self.clusters.lock();
         for (ticket, batch) in &states.grace {
-            if self.epochs.elapsed(*ticket) {
+            if self.epochs.elapsed(*ticket) || broken(Mutation::ReuseWithoutGrace) {
                 if let Some(run) = batch.clusters.runs().next() {
                     return Some(Freed::Run(run.start..run.end.min(run.start + 65536)));
                 }
@@ -139,6 +156,19 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         None
+    }
+
+    /// What the mutation does: the counts are lowered in the commit that only makes the unlinking durable.
+    async fn uncount_early(&self) -> Result<()> {
+        let freed = self.clusters.lock().committing.clusters.clone();
+        let mut refcounts = self.meta.refcounts.lock().await;
+        for run in freed.runs() {
+            let free = refcounts.release(&self.volume, run.clone()).await?;
+            let mut states = self.clusters.lock();
+            states.committing.clusters.remove_range(run);
+            free.into_iter().for_each(|r| states.junk.insert_range(r));
+        }
+        Ok(())
     }
 
     /// Commits if so much has changed since the last time that memory would grow.

@@ -41,7 +41,10 @@ impl<D: BlockDevice> Image<D> {
     pub fn info(&self) -> Info {
         let mut pinned = Vec::new();
         if self.snapshot_count > 0 {
-            pinned.push(format!("{} internal snapshots: the clusters that they use stay where they are", self.snapshot_count));
+            pinned.push(format!(
+                "{} internal snapshots: the clusters that they use stay where they are",
+                self.snapshot_count
+            ));
         }
         if !self.header.unknown_extensions.is_empty() {
             pinned.push("unknown header extensions: clusters without a known owner stay where they are".to_owned());

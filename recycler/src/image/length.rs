@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use super::Image;
 use crate::device::BlockDevice;
 use crate::error::Result;
+use crate::mutation::{Mutation, broken};
 use crate::units::HostCluster;
 
 /// The file is cut in steps of this many bytes: one large truncation can hold a file for seconds, and guest requests with
@@ -18,6 +19,13 @@ impl<D: BlockDevice> Image<D> {
     /// or after the truncation is durable, nothing refers to what was past the new end.
     pub(crate) async fn shorten(&self) -> Result<()> {
         // The counts of what is Junk, before the clusters vanish.
+        if broken(Mutation::TruncateBeforeDurable) {
+            let mut states = self.clusters.lock();
+            let unlinked = std::mem::take(&mut states.unlinked.clusters);
+            states.junk.add_all(&unlinked);
+            drop(states);
+            return self.truncate_to(0).await;
+        }
         self.settle_once().await?;
         loop {
             self.return_tail().await?;

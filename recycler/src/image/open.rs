@@ -42,7 +42,8 @@ impl<D: BlockDevice> Image<D> {
         if options.check_on_connect {
             let report = check(volume.device(), Repair::No).await?;
             if report.corruptions > 0 && (options.read_only || header.incompatible & incompatible::DIRTY == 0) {
-                let reason = format!("a check found {} corruptions: {}", report.corruptions, report.messages.join("; "));
+                let reason =
+                    format!("a check found {} corruptions: {}", report.corruptions, report.messages.join("; "));
                 return Err(Error::invalid("image", 0, reason));
             }
         }

@@ -10,6 +10,7 @@ use crate::device::volume::PIECE;
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
 use crate::metadata::commit::L1Move;
+use crate::mutation::{Mutation, broken};
 use crate::units::HostCluster;
 
 /// What a hole is taken for.
@@ -134,7 +135,8 @@ impl<D: BlockDevice> Image<D> {
                     _ => false,
                 };
                 // The mark is looked for under the lock under which writers set it.
-                if !names_src || self.moves.is_cancelled(m.src) {
+                let cancelled = self.moves.is_cancelled(m.src) && !broken(Mutation::CommitCancelledMove);
+                if !names_src || cancelled {
                     return Ok(false);
                 }
                 entries.set(index, entry & !l2::OFFSET | dst.0);
@@ -190,7 +192,8 @@ impl<D: BlockDevice> Image<D> {
         let geometry = self.meta.geometry;
         let old = self.meta.l1.clusters();
         if old.end > limit
-            && let Some(hole) = self.clusters.allocate_hole(&self.volume, &self.meta, old.end - old.start, limit).await?
+            && let Some(hole) =
+                self.clusters.allocate_hole(&self.volume, &self.meta, old.end - old.start, limit).await?
         {
             let new = hole.first().0..hole.first().0 + hole.len();
             let mut turn = self.meta.exclusive_turn().await;
@@ -203,7 +206,8 @@ impl<D: BlockDevice> Image<D> {
         let _length = self.clusters.length_turn.lock().await;
         let old = self.meta.refcounts.lock().await.table_range();
         if old.end > limit
-            && let Some(hole) = self.clusters.allocate_hole(&self.volume, &self.meta, old.end - old.start, limit).await?
+            && let Some(hole) =
+                self.clusters.allocate_hole(&self.volume, &self.meta, old.end - old.start, limit).await?
         {
             self.meta.tables.lock().insert_range(hole.first().0..hole.first().0 + hole.len());
             // Written with the next commit, which frees the old place when the header names the new one.

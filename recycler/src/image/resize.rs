@@ -43,7 +43,9 @@ impl<D: BlockDevice> Image<D> {
         let old = self.virtual_size();
         if size < old {
             if !shrink {
-                return Err(bad(format!("{size} is less than the present {old} bytes, and shrinking was not asked for")));
+                return Err(bad(format!(
+                    "{size} is less than the present {old} bytes, and shrinking was not asked for"
+                )));
             }
             self.shrink(size, old).await
         } else if size > old {

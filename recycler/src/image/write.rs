@@ -129,7 +129,8 @@ impl<D: BlockDevice> Image<D> {
         // If the clusters read as zeroes before, they may be linked without their data: a power cut then shows zeroes, the
         // old contents. Otherwise the data must be durable first, lest neither old nor new shows. And zeroes that are not
         // durable yet must become so first, lest what the cluster once held shows.
-        let zeroes_before = old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(Some(o.1), g << geometry.cluster_bits));
+        let zeroes_before =
+            old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(Some(o.1), g << geometry.cluster_bits));
         if !allocation.durable || !zeroes_before {
             self.meta.require_barrier();
         }

@@ -11,6 +11,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::header;
+use crate::mutation::{Mutation, broken};
 use crate::units::HostOffset;
 
 /// A point in the order of commits.
@@ -26,7 +27,14 @@ pub(crate) struct FlushToken {
 impl FlushToken {
     /// Whether the flush began after the moment `stamp` was taken: then what was complete at that moment is durable.
     pub(crate) fn covers(&self, stamp: Stamp) -> bool {
-        stamp < self.began
+        stamp < self.began || broken(Mutation::PromoteLateWork)
+    }
+}
+
+impl FlushToken {
+    /// A token without a flush, for the mutation that shows what that leads to.
+    pub(crate) fn unproven() -> Self {
+        FlushToken { began: Stamp(u64::MAX) }
     }
 }
 
@@ -136,6 +144,10 @@ impl CommitTurn<'_> {
         };
 
         let written = async {
+            if broken(Mutation::TablesBeforeCounts) {
+                l2_writes.submit(volume, "writing an L2 table").await?;
+                l1_writes.submit(volume, "writing the L1 table").await?;
+            }
             let mut bytes = counts.blocks.submit(volume, "writing a refcount block").await?;
             if !counts.table.is_empty() {
                 // A block must be durable before the table names it. Cut before: the table names the old block or none,
@@ -149,6 +161,7 @@ impl CommitTurn<'_> {
                 meta.write_header(volume, |sector| header::patch_refcount_table(sector, *offset, *clusters)).await?;
             }
             let tables = !l2_writes.is_empty() || !l1_writes.is_empty();
+            let barrier = barrier && !broken(Mutation::SkipBarrier);
             if tables && (barrier || l1_move.is_some() || !counts.table.is_empty() || counts.moved.is_some()) {
                 // Cut before this flush: no reference was written, so new clusters are leaks, and the guest sees old data.
                 // Cut after it: the clusters are counted and hold what they must hold, so any subset of the references

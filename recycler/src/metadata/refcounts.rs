@@ -95,7 +95,11 @@ impl Refcounts {
         }
         let at = self.table_offset.0 + index * 8;
         if entry != offset || offset & (self.geometry.cluster_size() - 1) != 0 || offset == 0 {
-            return Err(Error::invalid("refcount table entry", at, format!("{entry:#x} is not the offset of a cluster")));
+            return Err(Error::invalid(
+                "refcount table entry",
+                at,
+                format!("{entry:#x} is not the offset of a cluster"),
+            ));
         }
         Ok(Some(HostOffset(offset)))
     }
@@ -129,7 +133,11 @@ impl Refcounts {
         if let Some(offset) = self.slice_offset(slice)? {
             if offset >= volume.length() {
                 let field = "refcount table entry";
-                return Err(Error::invalid(field, self.table_offset.0, format!("the block at {offset:#x} is outside the file")));
+                return Err(Error::invalid(
+                    field,
+                    self.table_offset.0,
+                    format!("the block at {offset:#x} is outside the file"),
+                ));
             }
             volume.read("reading a refcount block", offset, IoBufMut::new(&mut bytes)).await?;
         }
@@ -155,7 +163,12 @@ impl Refcounts {
 
     /// Adds `delta` (1 or -1) to the refcount of every cluster in the range. All or nothing: an overflow, or a count
     /// that would fall below zero, is an error and changes nothing. The blocks must exist.
-    pub(crate) async fn add<D: BlockDevice>(&mut self, volume: &Volume<D>, range: Range<u64>, delta: i64) -> Result<()> {
+    pub(crate) async fn add<D: BlockDevice>(
+        &mut self,
+        volume: &Volume<D>,
+        range: Range<u64>,
+        delta: i64,
+    ) -> Result<()> {
         let max = self.geometry.refcount_max();
         self.evict();
         // The first pass loads and checks; the second finds everything in memory, so it neither fails nor waits.
@@ -166,7 +179,11 @@ impl Refcounts {
                 let end = range.end.min((slice + 1) * self.per_slice());
                 self.load(volume, slice).await?;
                 let offset = self.slice_offset(slice)?.ok_or_else(|| {
-                    Error::invalid("refcount table entry", self.table_offset.0, format!("no block counts cluster {at:#x}"))
+                    Error::invalid(
+                        "refcount table entry",
+                        self.table_offset.0,
+                        format!("no block counts cluster {at:#x}"),
+                    )
                 })?;
                 let (order, per_slice) = (self.geometry.refcount_order, self.per_slice());
                 let Some(bytes) = self.slices.get_mut(&slice) else { continue };
@@ -191,7 +208,11 @@ impl Refcounts {
     }
 
     /// Takes one reference from every cluster in the range; returns those that have none left.
-    pub(crate) async fn release<D: BlockDevice>(&mut self, volume: &Volume<D>, range: Range<u64>) -> Result<Vec<Range<u64>>> {
+    pub(crate) async fn release<D: BlockDevice>(
+        &mut self,
+        volume: &Volume<D>,
+        range: Range<u64>,
+    ) -> Result<Vec<Range<u64>>> {
         self.add(volume, range.clone(), -1).await?;
         let mut free: Vec<Range<u64>> = Vec::new();
         for c in range.filter(|&c| self.cached(HostCluster(c)) == 0) {
@@ -379,9 +400,8 @@ impl Refcounts {
         for slice in index * self.slices_per_block()..(index + 1) * self.slices_per_block() {
             self.evict();
             self.load(volume, slice).await?;
-            let others = (slice * per_slice..(slice + 1) * per_slice).any(|c| {
-                self.cached(HostCluster(c)) != u64::from(c == host.0)
-            });
+            let others = (slice * per_slice..(slice + 1) * per_slice)
+                .any(|c| self.cached(HostCluster(c)) != u64::from(c == host.0));
             if others {
                 return Ok(false);
             }

@@ -20,6 +20,8 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::relocate::Hole;
+use crate::metadata::commit::FlushToken;
+use crate::mutation::{Mutation, broken};
 use crate::options::LogLevel;
 use crate::units::HostCluster;
 
@@ -104,7 +106,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
             let moved_before = self.moved;
             go_on = self.round(progress).await?;
             // The last batch's references become durable, and its sources Junk.
-            self.settle().await?;
+            if !broken(Mutation::TruncateBeforeDurable) {
+                self.settle().await?;
+            }
             if self.moved == moved_before {
                 break;
             }
@@ -209,7 +213,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         image.moves.publish(&batch.moves);
         gauge(0, batch.moves.len());
         // Writers that looked a source up before the moves were published may still be writing to it.
-        image.epochs.grace().await;
+        if !broken(Mutation::CopyWithoutGrace) {
+            image.epochs.grace().await;
+        }
 
         let mut standing = Vec::new();
         if let Err(e) = self.copy(&batch.moves, &mut standing).await {
@@ -220,7 +226,8 @@ impl<D: BlockDevice> Compaction<'_, D> {
         gauge(0, 0);
         gauge(1, copied.moves.len());
         // Also the flush that makes the references of the batch before durable.
-        let committed = image.commit().await;
+        let committed =
+            if broken(Mutation::RewriteBeforeFlush) { Ok(FlushToken::unproven()) } else { image.commit().await };
         let flushed = match committed.map(|token| copied.flushed(&token)) {
             Ok(Ok(flushed)) => flushed,
             // Cannot be: the commit began after the stamp was taken. Nothing is rewritten then.

@@ -47,12 +47,22 @@ impl Control {
 
     /// Lets the recycler finish the step it is at, then rest. A compaction under way ends early.
     pub fn pause(&self) {
-        self.0.send_if_modified(|w| *w == Wanted::Run && { *w = Wanted::Pause; true });
+        self.0.send_if_modified(|w| {
+            *w == Wanted::Run && {
+                *w = Wanted::Pause;
+                true
+            }
+        });
     }
 
     /// Lets a paused recycler go on.
     pub fn resume(&self) {
-        self.0.send_if_modified(|w| *w == Wanted::Pause && { *w = Wanted::Run; true });
+        self.0.send_if_modified(|w| {
+            *w == Wanted::Pause && {
+                *w = Wanted::Run;
+                true
+            }
+        });
     }
 
     /// Lets the recycler end when it has finished the step it is at.
@@ -187,7 +197,8 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         view.erased = states.erased.len() << bits;
         view.available = states.available.len() << bits;
         view.free_tail = (states.end - states.last_needed()) << bits;
-        let waiting = dirty || !states.erased.is_empty() || states.freed_len() > 0 || !states.unlinked.shared.is_empty();
+        let waiting =
+            dirty || !states.erased.is_empty() || states.freed_len() > 0 || !states.unlinked.shared.is_empty();
         view.unflushed_since = if waiting { view.unflushed_since.or(Some(now)) } else { None };
     }
 

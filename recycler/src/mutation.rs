@@ -1,0 +1,66 @@
+//! Deliberate faults. With the feature `mutations`, which only tests turn on, each of these breaks one step of the crash
+//! or concurrency argument, to show that the simulation would find such a mistake. Without it they are constants.
+
+/// A step to be broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Mutation {
+    /// References are rewritten without a flush after the copy.
+    RewriteBeforeFlush = 1,
+    /// Clusters are Junk as soon as they are unlinked.
+    ReuseFreedAtOnce,
+    /// The sources of a move are uncounted in the commit that rewrites the references.
+    UncountSourceEarly,
+    /// The file is cut before the rewritten references are durable.
+    TruncateBeforeDurable,
+    /// A move that a guest write cancelled is committed.
+    CommitCancelledMove,
+    /// Sources are copied while earlier writers may still be writing to them.
+    CopyWithoutGrace,
+    /// Freed clusters become Junk while older requests may still use them.
+    ReuseWithoutGrace,
+    /// L2 tables are written before the counts and data that they need.
+    TablesBeforeCounts,
+    /// A flush promotes what was done after it began.
+    PromoteLateWork,
+    /// New references are written without the flush that their data needs.
+    SkipBarrier,
+}
+
+impl Mutation {
+    /// All of them.
+    pub const ALL: [Mutation; 10] = [
+        Mutation::RewriteBeforeFlush,
+        Mutation::ReuseFreedAtOnce,
+        Mutation::UncountSourceEarly,
+        Mutation::TruncateBeforeDurable,
+        Mutation::CommitCancelledMove,
+        Mutation::CopyWithoutGrace,
+        Mutation::ReuseWithoutGrace,
+        Mutation::TablesBeforeCounts,
+        Mutation::PromoteLateWork,
+        Mutation::SkipBarrier,
+    ];
+}
+
+#[cfg(feature = "mutations")]
+static ACTIVE: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
+/// Breaks one step, in the whole process, until the next call.
+#[cfg(feature = "mutations")]
+pub fn activate(mutation: Option<Mutation>) {
+    ACTIVE.store(mutation.map_or(0, |m| m as usize), std::sync::atomic::Ordering::SeqCst);
+}
+
+/// Whether this step is broken.
+#[cfg(feature = "mutations")]
+pub(crate) fn broken(mutation: Mutation) -> bool {
+    ACTIVE.load(std::sync::atomic::Ordering::SeqCst) == mutation as usize
+}
+
+/// Whether this step is broken: it is not.
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+pub(crate) const fn broken(_: Mutation) -> bool {
+    false
+}
