@@ -6,12 +6,12 @@
 #   install PREFIX= DESTDIR=   the library, its header, and files for pkg-config and CMake
 #   c-tests         the tests of the C interface alone
 #
-# PROFILE=dev builds without optimisation. This file also works on its own: make -f mk/ffi.mk install
+# QCR_PROFILE=dev builds without optimisation. This file also works on its own: make -f mk/ffi.mk install
 
 CARGO ?= cargo
-PROFILE ?= release
+QCR_PROFILE ?= release
 TARGET_DIR ?= $(or $(CARGO_TARGET_DIR),target)
-LIB_DIR := $(TARGET_DIR)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+LIB_DIR := $(TARGET_DIR)/$(if $(filter dev,$(QCR_PROFILE)),debug,$(QCR_PROFILE))
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -34,7 +34,7 @@ endif
 
 # The link is for programs that run with this library before it is installed.
 lib:
-	$(CARGO) build --locked --profile $(PROFILE) -p qcowrecycle-ffi $(if $(FEATURES),--features $(FEATURES))
+	$(CARGO) build --locked --profile $(QCR_PROFILE) -p qcowrecycle-ffi $(if $(FEATURES),--features $(FEATURES))
 	ln -sf libqcowrecycle.so $(LIB_DIR)/$(LIB_SONAME)
 
 header:

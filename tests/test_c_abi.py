@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Compiling the library the first time takes its time; every command has a limit of its own.
+pytestmark = pytest.mark.timeout(1900)
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "c"
 EXAMPLES = ROOT / "ffi" / "examples"
@@ -83,7 +86,7 @@ def with_hooks(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """A library that can be made to panic, apart from the one that users get."""
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve() / "test-hooks"
     prefix = tmp_path_factory.mktemp("hooks")
-    run("make", "-f", "mk/ffi.mk", "install", "PROFILE=dev", "FEATURES=test-hooks", f"TARGET_DIR={target}",
+    run("make", "-f", "mk/ffi.mk", "install", "QCR_PROFILE=dev", "FEATURES=test-hooks", f"TARGET_DIR={target}",
         f"PREFIX={prefix}", env={"CARGO_TARGET_DIR": str(target)}, timeout=1800)  # fmt: skip
     return Installed(prefix)
 
@@ -205,6 +208,14 @@ def test_behaviour(installed: Installed, language: str, name: str, tmp_path: Pat
     installed.run(program, *PROGRAMS[name])
 
 
+@pytest.mark.parametrize("checked", [[], VALGRIND], ids=["native", "valgrind"])
+def test_images_in_files(installed: Installed, language: str, checked: list[str], tmp_path: Path) -> None:
+    program = installed.compile(SOURCES / "paths.c", tmp_path / "paths", language)
+    place = tmp_path / "place"
+    place.mkdir()
+    installed.run(*checked, program, place)
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_behaviour_under_valgrind(installed: Installed, name: str, tmp_path: Path) -> None:
     program = installed.compile(SOURCES / f"{name}.c", tmp_path / name)
@@ -278,9 +289,10 @@ def test_details_of_a_backing_file_that_is_not_allowed(installed: Installed, det
 def test_versions_agree(installed: Installed) -> None:
     library = ctypes.CDLL(str(installed.library / "libqcowrecycle.so"))
     library.qcr_version_string.restype = ctypes.c_char_p
-    assert library.qcr_version_string().decode() == run(
-        "pkg-config", "--modversion", "qcowrecycle", env=installed.env
-    ).strip()
+    assert (
+        library.qcr_version_string().decode()
+        == run("pkg-config", "--modversion", "qcowrecycle", env=installed.env).strip()
+    )
 
 
 # The examples

@@ -200,6 +200,9 @@ pub unsafe extern "C" fn qcr_get_extent(
     let body = |image: &qcr_image| {
         // SAFETY: the header's rule for structs.
         let out = unsafe { Out::new(extent)? };
+        if length == 0 {
+            return Err(Fault::argument("length", "is 0"));
+        }
         let found = image.disk().extent(offset, length)?;
         let (kind, host_offset) = match found.kind {
             ExtentKind::Data { host_offset } => (QCR_EXTENT_DATA, host_offset),

@@ -1,12 +1,13 @@
-/* Many threads on one image, each with its own part of the disk, verified; the recycler and compactions beside them;
- * and a close under their feet. The argument is the number of rounds of each thread.
+/* Many threads on one image, each with its own pieces of the disk, verified; the recycler and compactions beside them;
+ * and a close under their feet. A cluster holds pieces of several threads, so they meet in it. The argument is the
+ * number of rounds of each thread.
  */
 #include "harness.h"
 
 #define THREADS 8
-#define PART (2 * MIB)
 #define PIECE 16384u
-#define PIECES (PART / PIECE)
+/* Of each thread. */
+#define PIECES 128u
 
 static struct qcr_image *image;
 static unsigned rounds;
@@ -15,7 +16,7 @@ static int closing;
 
 struct part {
     pthread_t thread;
-    uint64_t start;
+    unsigned index;
     /* The round that each piece was last written in; 0: it reads as zeroes. */
     unsigned written[PIECES];
     unsigned seed;
@@ -42,9 +43,9 @@ static void *guest(void *argument)
     unsigned round;
     QCR_INIT(error);
     for (round = 1; round <= rounds; round++) {
-        const unsigned piece = (part->seed = part->seed * 1103515245u + 12345u) / 65536u % (unsigned)PIECES;
+        const unsigned piece = (part->seed = part->seed * 1103515245u + 12345u) / 65536u % PIECES;
         const unsigned what = (part->seed = part->seed * 1103515245u + 12345u) / 65536u % 16u;
-        const uint64_t offset = part->start + (uint64_t)piece * PIECE;
+        const uint64_t offset = ((uint64_t)piece * THREADS + part->index) * PIECE;
         if (what < 6) {
             struct iovec iov[3];
             fill(data, PIECE, offset, round);
@@ -123,11 +124,11 @@ int main(int argc, char **argv)
     EXPECT(0, qcr_options_init(&options, &error));
     EXPECT(0, qcr_options_parse(&options, "keep_erased=512;compact_after_unmaps=256;settle_ms=1;flush_ms=5", &error));
     memory_init(&memory);
-    memory_create(&memory, THREADS * PART);
+    memory_create(&memory, (uint64_t)THREADS * PIECES * PIECE);
     callbacks = memory_callbacks(&memory);
 
     for (i = 0; i < THREADS; i++) {
-        parts[i].start = (uint64_t)i * PART;
+        parts[i].index = (unsigned)i;
         parts[i].seed = 4711u + (unsigned)i;
     }
     /* The second time, the image is closed while they work. */
