@@ -33,9 +33,15 @@ from programs import DemoError, run
 MIB = 1 << 20
 BASELINE = 10.0
 """How long the guests are measured without the recycler, in seconds."""
-PATIENCE = 90.0
-"""How long the recycler may take, in seconds."""
-POLL = 0.05
+WAVES = 6
+"""In how many goes the files are deleted."""
+SETTLE = 0.3
+"""How long the recycler waits for more discards before it compacts, in seconds."""
+REST = 1.0
+"""How long it must have done nothing to be at rest, in seconds."""
+PATIENCE = 60.0
+"""How long it may take to come to rest, in seconds."""
+POLL = 0.02
 
 
 @dataclass
@@ -80,6 +86,7 @@ class Demo:
         self.image_path = directory / "disk.qcow2"
         self.changes = Changes()
         self.files: list[tuple[str, int]] = []
+        self.began = 0.0
 
     def build(self) -> None:
         with step("choosing files of this machine"):
@@ -103,8 +110,8 @@ class Demo:
                 self.image_path,
                 keep_erased=MIB,
                 compact_after_unmaps=MIB,
-                settle_time=1.0,
-                flush_after=1.0,
+                settle_time=SETTLE,
+                flush_after=SETTLE,
                 rate_limit=self.rate_limit,
                 log=self.log,
             ) as image:
@@ -115,9 +122,10 @@ class Demo:
                 for guest in course.guests:
                     guest.start()
                 try:
-                    self.delete_half(image)
+                    with step("reading the filesystem through the library"):
+                        export(image, self.edited)
                     self.measure_quiet(course)
-                    self.let_it_work(image, course)
+                    self.delete_in_waves(image, course)
                 finally:
                     for guest in course.guests:
                         guest.stop()
@@ -142,54 +150,68 @@ class Demo:
             at = part.end
         return used
 
-    def delete_half(self, image: qcow_recycler.Image) -> None:
-        """Delete files as a guest's kernel would: change the filesystem's own blocks, then discard what is free."""
+    def delete_in_waves(self, image: qcow_recycler.Image, course: Course) -> None:
+        """Delete half of the files while the recycler runs, and let it come to rest after each wave."""
         victims = [path for path, _ in self.chance.sample(self.files, len(self.files) // 2)]
-        with step("reading the filesystem through the library"):
-            export(image, self.edited)
-            pristine = self.directory / "pristine.raw"
-            shutil.copyfile(self.edited, pristine)
-        with step(f"deleting {len(victims)} files in it (debugfs)"):
-            ext4.delete(self.edited, victims)
-            self.changes.rewritten = dict(ext4.changed_blocks(pristine, self.edited))
-            pristine.unlink()
-        with step(f"writing {len(self.changes.rewritten)} blocks back, discarding what ext4 calls free"):
-            free = ext4.free_blocks(self.edited)
-            self.changes.discarded = {block for part in free for block in range(part.first, part.end)}
-            for part in ext4.runs_of(sorted(self.changes.rewritten)):
-                data = b"".join(self.changes.rewritten[block] for block in range(part.first, part.end))
-                image.write(part.offset, data)
-            image.flush()
-            for part in free:
-                image.discard(part.offset, part.length)
-            image.flush()
-            self.changes.ended = True
-        say(f"  {len(free)} discards, {mib(sum(part.length for part in free))}")
+        say(f"deleting {len(victims)} files in {WAVES} waves while the recycler runs:")
+        self.began = time.perf_counter()
+        image.start()
+        free: list[ext4.Run] = []
+        for wave in range(1, WAVES + 1):
+            free = self.delete(image, wave, victims[wave - 1 :: WAVES], free)
+            self.watch(image, course)
+        image.stop()
+        stats = image.stats
+        if stats.background_errors:
+            raise DemoError(f"the recycler had {stats.background_errors} errors")
+        # What came free since the last automatic round.
+        image.compact()
+
+    def delete(
+        self, image: qcow_recycler.Image, wave: int, victims: list[str], free_before: list[ext4.Run]
+    ) -> list[ext4.Run]:
+        """Delete files as a guest would: change the filesystem's own blocks, then discard what is free, as fstrim does.
+
+        Runs of free blocks that were there before the wave are not discarded again. Return what is free now.
+        """
+        pristine = self.directory / "pristine.raw"
+        run("cp", "--sparse=always", "--reflink=auto", str(self.edited), str(pristine))
+        ext4.delete(self.edited, victims)
+        rewritten = dict(ext4.changed_blocks(pristine, self.edited))
+        pristine.unlink()
+        free, known = ext4.free_blocks(self.edited), set(free_before)
+        # Whole free runs, so that a cluster that came free bit by bit is given back when its last bit does.
+        discarded = [part for part in free if part not in known]
+        self.changes.announce(wave, rewritten, discarded)
+        for part in ext4.runs_of(sorted(rewritten)):
+            image.write(part.offset, b"".join(rewritten[block] for block in range(part.first, part.end)))
+        # A filesystem discards only what it has durably freed.
+        image.flush()
+        for part in discarded:
+            image.discard(part.offset, part.length)
+        image.flush()
+        self.changes.ended = wave
+        return free
 
     def measure_quiet(self, course: Course) -> None:
         with step("the guests alone"):
             began = time.perf_counter()
             time.sleep(BASELINE)
             course.quiet = [Window(began, time.perf_counter())]
-        self.verify_guests(course)
-
-    @staticmethod
-    def verify_guests(course: Course) -> None:
         for guest in course.guests:
             guest.verify()
 
-    def let_it_work(self, image: qcow_recycler.Image, course: Course) -> None:
-        """Run the recycler until it has nothing left to do, and show the file's length meanwhile."""
-        began = time.perf_counter()
-        line_due, last_work, previous = 0.0, began, image.stats
-        at = began
-        image.start()
-        say("the recycler runs:")
+    def watch(self, image: qcow_recycler.Image, course: Course) -> None:
+        """Show the file's length until the recycler is at rest, and note when it worked.
+
+        This thread sleeps meanwhile, so the guests have the machine as they had it when they were alone.
+        """
+        began = at = last_work = time.perf_counter()
+        previous, compactions, line_due = image.stats, image.stats.compactions, began
         while True:
             time.sleep(POLL)
             stats, now = image.stats, time.perf_counter()
-            worked = _work(stats) != _work(previous) or stats.moves_copying or stats.moves_copied
-            if worked:
+            if _work(stats) != _work(previous) or stats.moves_copying or stats.moves_copied:
                 last_work = now
                 # Windows that touch are one.
                 if course.busy and course.busy[-1].ended == at:
@@ -197,20 +219,16 @@ class Demo:
                 else:
                     course.busy.append(Window(at, now))
             previous, at = stats, now
-            quiet = now - last_work > 4.0 and stats.compactions > 0
-            if now >= line_due or quiet:
+            at_rest = now - last_work > REST and (stats.compactions > compactions or stats.junk <= MIB)
+            if now >= line_due or at_rest:
                 line_due = now + 1.0
-                self.show(now - began, course.before.length, stats)
-                self.verify_guests(course)
-            if quiet:
-                break
+                self.show(now - self.began, course.before.length, stats)
+                for guest in course.guests:
+                    guest.verify()
+            if at_rest:
+                return
             if now - began > PATIENCE:
-                raise DemoError(f"the recycler is not done after {PATIENCE:.0f} s: {stats}")
-        image.stop()
-        if stats.background_errors:
-            raise DemoError(f"the recycler had {stats.background_errors} errors")
-        # What came free since the last automatic round, the erased pool included.
-        image.compact()
+                raise DemoError(f"the recycler is not at rest after {PATIENCE:.0f} s: {stats}")
 
     @staticmethod
     def show(seconds: float, before: int, stats: qcow_recycler.Stats) -> None:

@@ -30,28 +30,37 @@ class Sample(NamedTuple):
 class Changes:
     """What the filesystem's own work may have changed at any moment: the reader's second look at a block that differs.
 
-    Before its change begins a block holds what it held; once all changes have ended, what it was changed to; in
-    between, either.
+    The work comes in waves, numbered from 1. Before a wave begins a block holds what the waves before it left there;
+    once the wave has ended, what the wave made of it; in between, either.
     """
 
     def __init__(self) -> None:
-        self.rewritten: dict[int, bytes] = {}
-        self.discarded: set[int] = set()
-        self.ended = False
+        self._versions: dict[int, list[tuple[int, bytes]]] = {}
+        self.ended = 0
+        """The last wave that has ended."""
 
-    def after(self, block: int, before: bytes) -> bytes:
-        """Return what a block that held `before` holds in the end."""
-        return self.rewritten.get(block, _ZERO if block in self.discarded else before)
+    def announce(self, wave: int, rewritten: dict[int, bytes], discarded: list[Run]) -> None:
+        """Say what `wave` is going to do, before it does any of it."""
+        for part in discarded:
+            for block in range(part.first, part.end):
+                self._versions[block] = [*self._versions.get(block, []), (wave, _ZERO)]
+        for block, data in rewritten.items():
+            self._versions[block] = [*self._versions.get(block, []), (wave, data)]
+
+    def allows(self, block: int, data: bytes, original: bytes, ended_at_start: int) -> bool:
+        """Whether a read that began after the wave `ended_at_start` had ended may return `data`."""
+        settled = original
+        for wave, version in self._versions.get(block, []):
+            if wave <= ended_at_start:
+                settled = version
+            elif data == version:
+                return True
+        return data == settled
 
     def apply(self, model: mmap.mmap) -> None:
         """Make the changes in the model, when nobody compares with it any more."""
-        for block in self.discarded:
-            model[block * BLOCK : (block + 1) * BLOCK] = _ZERO
-        for block, data in self.rewritten.items():
-            model[block * BLOCK : (block + 1) * BLOCK] = data
-
-    def allows(self, block: int, data: bytes, before: bytes, ended_at_start: bool) -> bool:
-        return data == self.after(block, before) or (data == before and not ended_at_start)
+        for block, versions in self._versions.items():
+            model[block * BLOCK : (block + 1) * BLOCK] = versions[-1][1]
 
 
 class Guest(threading.Thread):
@@ -114,14 +123,14 @@ class Reader(Guest):
         data = self.timed("read", self.image.read, piece.offset, piece.length)
         assert isinstance(data, bytes)
         self.bytes += len(data)
-        expected = self.model[piece.offset : piece.offset + piece.length]
-        if data == expected and not ended:
+        original = self.model[piece.offset : piece.offset + piece.length]
+        # Nothing has ended yet, so what was there may still be.
+        if data == original and not ended:
             return
         for at in range(0, piece.length, BLOCK):
-            found, before = data[at : at + BLOCK], expected[at : at + BLOCK]
             block = (piece.offset + at) // BLOCK
-            if not self.changes.allows(block, found, before, ended):
-                raise DemoError(f"block {block} of the filesystem reads as something that was never written there")
+            if not self.changes.allows(block, data[at : at + BLOCK], original[at : at + BLOCK], ended):
+                raise DemoError(f"block {block} of the filesystem reads as something that it must not hold")
 
 
 class Writer(Guest):

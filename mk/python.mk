@@ -21,7 +21,7 @@ python-lint: python-dev
 	$(VENV_BIN)/ruff check python tests demo
 	$(VENV_BIN)/ruff format --check python tests demo
 	$(VENV_BIN)/mypy --config-file python/pyproject.toml python/python demo
-	cd build && ../$(VENV_BIN)/python -m mypy.stubtest qcow_recycler --mypy-config-file ../python/pyproject.toml
+	cd build && ../$(VENV_BIN)/python -m mypy.stubtest qcow_recycler._ext --mypy-config-file ../python/pyproject.toml
 
 demo: setup python-dev
 	$(VENV_BIN)/python demo/demo.py --directory build/demo $(if $(IMAGE),--image '$(IMAGE)') $(DEMO)

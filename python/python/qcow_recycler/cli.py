@@ -162,7 +162,7 @@ def _compact(args: argparse.Namespace) -> int:
         meter.show(now.done, now.total, f"the file has {size_text(now.file_size)}", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip") as image:
+        with _api.open(args.image, backing="skip", keep_erased=0) as image:
             report = image.compact(show)
         # Closing drops what the work itself needed.
         length = os.stat(args.image).st_size
@@ -182,7 +182,7 @@ def _discard_zeroes(args: argparse.Namespace) -> int:
         meter.show(now.scanned, now.total, f"{size_text(now.discarded)} were zeroes", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip") as image:
+        with _api.open(args.image, backing="skip", keep_erased=0) as image:
             result = discard_zeroes(image, show)
     finally:
         meter.clear()
