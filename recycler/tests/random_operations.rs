@@ -36,7 +36,7 @@ fn look_at_file(bytes: &[u8], shared: &Shared, qemu: bool) -> Result<(), String>
     if qemu {
         verify::qemu_check(bytes, Tolerance::Clean)?;
         let mut model = shared.model.lock().clone();
-        let disk = verify::qemu_contents(bytes, None)?;
+        let disk = verify::qemu_contents(bytes)?;
         model.read(0, &disk).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
     }
     Ok(())

@@ -102,7 +102,8 @@ impl Config {
         let version = if rng.random_bool(0.15) { 2 } else { 3 };
         let clusters = match scale {
             Scale::Tiny if cluster_bits <= 10 => rng.random_range(20..200),
-            Scale::Tiny => rng.random_range(4..40),
+            Scale::Tiny if cluster_bits <= 12 => rng.random_range(4..40),
+            Scale::Tiny => rng.random_range(2..6),
             Scale::Small => match cluster_bits {
                 9 => rng.random_range(100..2000),
                 10..=12 => rng.random_range(50..1000),

@@ -46,7 +46,7 @@ impl Start {
         let device = SimDevice::new(history.config.image.create(), history.config.device(false));
         play::in_paused_time(&shared, async { play::play(history, &device, &shared, |_| Ok(())).await })?;
         let image = device.contents();
-        let disk = verify::qemu_contents(&image, None).map_err(|e| shared.failure(e))?;
+        let disk = verify::qemu_contents(&image).map_err(|e| shared.failure(e))?;
         let mut model = shared.model.lock().clone();
         model.settle(&disk);
         let image = if snapshot { verify::with_snapshot(&image) } else { image };
@@ -218,7 +218,10 @@ fn cut(
 }
 
 fn report(config: &Config, moment: &Moment, selection: &[bool], image: &[u8], message: &str) -> String {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cut-{}.qcow2", config.seed));
+    let mut hasher = DefaultHasher::new();
+    image.hash(&mut hasher);
+    let name = format!("cut-{}-{:08x}.qcow2", config.seed, hasher.finish() as u32);
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let _ = std::fs::write(&path, image);
     let happened: Vec<_> = moment.epoch.atoms.iter().zip(selection).map(describe).collect();
     format!(
