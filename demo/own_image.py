@@ -58,7 +58,7 @@ def recycle(image: Path, directory: Path) -> None:
     run("cp", "--sparse=always", "--reflink=auto", "--", str(copy), str(reference))
     before = oracle.size(copy)
     line = _Line()
-    with qcow_recycler.open(copy, backing="allow") as opened:
+    with qcow_recycler.open(copy, backing="allow", keep_erased=0) as opened:
         print("discarding what is zero", flush=True)
         zeroes = qcow_recycler.discard_zeroes(
             opened,
