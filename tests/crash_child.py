@@ -69,4 +69,5 @@ def main(path: str, seed: int, version: int, config: str) -> None:
                     image.write_zeroes(offset, length)
 
 
-main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -120,6 +120,16 @@ def qemu_session(path: Path, disk: Disk, rng: random.Random, operations: int, *,
         file.unlink()
 
 
+def qemu_resize(path: Path, disk: Disk, size: int) -> None:
+    """`qemu-img resize`. QEMU's growth shows what the last cluster held past the old end; the library's does not."""
+    old = disk.size
+    qemu.img("resize", "-q", "--shrink", "-f", "qcow2", path, size)
+    disk.resize(size)
+    rest = min(-old % disk.cluster_size, size - old)
+    if rest > 0:
+        disk.write(old, qemu.contents(path)[old : old + rest])
+
+
 def discarded(image: qcow_recycler.Image, disk: Disk, offset: int, length: int) -> None:
     """Whole discarded clusters read as zeroes; of a cluster discarded in part, each sector is zero or as before."""
     got = image.read(offset, length)

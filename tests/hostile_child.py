@@ -2,8 +2,8 @@
 
     hostile_child.py MODE IMAGE [GUEST_OFFSET]
 
-MODE is `open`, `write-open`, `check`, or `use`: open for writing, read everything, write and discard at GUEST_OFFSET,
-compact, close. Prints one JSON object: for each step its duration in seconds and its error, if any.
+MODE is `open`, `write-open`, `checked-open`, `check`, or `use`: open for writing, read everything, write and discard at
+GUEST_OFFSET, compact, close. Prints one JSON object: for each step its duration in seconds and its error, if any.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main(mode: str, path: str, guest_offset: int) -> None:
             steps["check"]["leaks"] = report.leaks
             steps["check"]["messages"] = list(report.messages)
     else:
-        image = step("open", lambda: qcow_recycler.open(path, read_only=mode == "open"))
+        checked = mode == "checked-open"
+        image = step("open", lambda: qcow_recycler.open(path, read_only=mode == "open", check_on_connect=checked))
         if image is not None:
             step("read", lambda: read_all(image))
             if mode == "use":

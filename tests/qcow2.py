@@ -71,9 +71,9 @@ class Qcow2:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         with open(path, "rb") as file:
-            self.head = file.read(104)
-            if self.get("version") < 3:
-                self.head = self.head[:72] + bytes(32)
+            self.head = file.read(112)
+        if self.get("version") < 3:
+            self.head = self.head[:72] + bytes(40)
         self.cluster_size = 1 << self.get("cluster_bits")
         self.entries = self.cluster_size // 8
         self.refcount_bits = 16 if self.get("version") < 3 else 1 << self.get("refcount_order")

@@ -59,8 +59,7 @@ def alternate(path: Path, seed: int) -> None:
             guest.qemu_session(path, disk, rng, rng.randint(2, 12))
         elif turn < 0.5:
             size = max(guest.SECTOR, disk.size + rng.randint(-20, 40) * guest.SECTOR * rng.choice([1, 64]))
-            qemu.img("resize", "-q", "--shrink", "-f", "qcow2", path, size)
-            disk.resize(size)
+            guest.qemu_resize(path, disk, size)
         else:
             with qcow_recycler.open(path, config=rng.choice(["", "runtime_asserts=true", EAGER])) as image:
                 guest.assert_reads(image, disk)
@@ -68,6 +67,8 @@ def alternate(path: Path, seed: int) -> None:
                     image.start()
                 guest.our_session(image, disk, rng, rng.randint(5, 40))
                 if rng.random() < 0.3:
+                    # A resize does not wait for a compaction that is under way.
+                    image.stop()
                     size = max(guest.SECTOR, disk.size + rng.randint(-20, 40) * guest.SECTOR * rng.choice([1, 64]))
                     image.resize(size, shrink=True)
                     disk.resize(size)
@@ -187,8 +188,7 @@ def test_resized_by_qemu(image_path: Path, cluster_size: int) -> None:
     qemu.create(image_path, disk.size, cluster_size=cluster_size)
     for size in (900 << 10, 4 << 20, (3 << 20) + 512, 300 << 10, 1 << 20):
         guest.qemu_session(image_path, disk, rng, 6)
-        qemu.img("resize", "-q", "--shrink", "-f", "qcow2", image_path, size)
-        disk.resize(size)
+        guest.qemu_resize(image_path, disk, size)
         with qcow_recycler.open(image_path) as image:
             assert image.info.virtual_size == size
             guest.assert_reads(image, disk)
@@ -213,6 +213,16 @@ def test_resized_by_us(image_path: Path, cluster_size: int) -> None:
             guest.assert_reads(image, disk)
         verify(image_path, disk)
         guest.qemu_session(image_path, disk, rng, 4)
+
+
+def test_growing_does_not_show_what_qemu_left_past_the_end(image_path: Path) -> None:
+    qemu.create(image_path, 100 << 10)
+    qemu.io(image_path, "write -P 7 0 100k")
+    qemu.img("resize", "-q", "--shrink", "-f", "qcow2", image_path, 90 << 10)
+    with qcow_recycler.open(image_path) as image:
+        image.resize(300 << 10)
+        assert image.read(0, 300 << 10) == b"\7" * (90 << 10) + bytes(210 << 10)
+    verify(image_path, guest.Disk(300 << 10, 65536, bytearray(b"\7" * (90 << 10) + bytes(210 << 10))))
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -245,6 +255,35 @@ def test_a_dirty_image_of_qemu_is_repaired_on_open(image_path: Path) -> None:
         guest.our_session(image, disk, random.Random(1), 20)
         image.compact()
     verify(image_path, disk)
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
+def test_compressed_clusters_are_read_and_written_over(image_path: Path, tmp_path: Path, cluster_size: int) -> None:
+    """Several compressed clusters share a host cluster and begin at any byte: none may lose its data with another."""
+    rng = random.Random(cluster_size)
+    disk = disk_of(rng, cluster_size)
+    for at in range(0, disk.size, 4096):
+        # Compressible, and of very different compressed lengths.
+        content = (guest.data(rng, rng.choice([16, 64, 1024])) * 512)[: min(4096, disk.size - at)]
+        disk.write(at, content)
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(disk.bytes)
+    options = ("-o", f"cluster_size={cluster_size}", raw, image_path)
+    qemu.img("convert", "-c", "-f", "raw", "-O", "qcow2", *options)
+    for _ in range(2):
+        with qcow_recycler.open(image_path) as image:
+            guest.assert_reads(image, disk)
+            guest.our_session(image, disk, rng, 30)
+            image.compact()
+            guest.assert_reads(image, disk)
+        verify(image_path, disk)
+        guest.qemu_session(image_path, disk, rng, 4)
+    with qcow_recycler.open(image_path) as image:
+        image.discard(0, disk.size)
+        disk.zero(0, disk.size)
+        image.compact()
+    verify(image_path, disk)
+    assert image_path.stat().st_size <= Qcow2(image_path).needed_bytes() + (1 << 20)
 
 
 def test_extents_agree_with_qemu(image_path: Path) -> None:

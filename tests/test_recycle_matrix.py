@@ -57,8 +57,18 @@ class Filled:
             lazy_refcounts=shape.lazy,
         )
         self.image = qcow_recycler.open(path, config=config)
+        try:
+            self.fill()
+        except BaseException:
+            self.image.close()
+            raise
+        self.full_size = path.stat().st_size
+        assert self.full_size >= self.disk.size
+
+    def fill(self) -> None:
+        shape, rng = self.shape, self.rng
         # In an order of extents that is not the guest's, so that guest and host order differ.
-        step = max(shape.cluster_size, 256 << 10)
+        step = shape.cluster_size if shape.cluster_size > WRITTEN else 256 << 10
         starts = list(range(0, self.disk.size, step))
         rng.shuffle(starts)
         for start in starts:
@@ -71,8 +81,6 @@ class Filled:
             self.image.write(start, content)
             self.disk.write(start, content)
         self.image.flush()
-        self.full_size = path.stat().st_size
-        assert self.full_size >= self.disk.size
 
     def discard_half(self) -> list[int]:
         """Discards half of the clusters, chosen at random; gives those that stay."""
