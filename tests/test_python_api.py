@@ -58,7 +58,7 @@ def test_exceptions_survive_pickling() -> None:
     assert type(copy) is qcow_recycler.InvalidImage
     assert (copy.errno, copy.strerror, copy.filename) == (errno.EUCLEAN, "bad", "disk.qcow2")
     assert (copy.offset, copy.field) == (40, "l1_table_offset")
-    assert str(qcow_recycler.Busy(errno.EBUSY, "busy: it")) == f"[Errno {errno.EBUSY}] busy: it"
+    assert str(qcow_recycler.BackingError(errno.ENOENT, "it")) == f"[Errno {errno.ENOENT}] it"
 
 
 def test_info_and_stats(path: Path) -> None:

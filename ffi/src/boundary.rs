@@ -53,6 +53,9 @@ pub(crate) unsafe fn on_image(
     let body = || {
         // SAFETY: as promised by the caller.
         let image = unsafe { image.as_ref() }.ok_or_else(|| Fault::null("image"))?;
+        if image.disk().image().has_panicked() {
+            image.fuse().blow();
+        }
         if image.fuse().is_blown() {
             return Err(poisoned("an earlier call found a fault of the library; close the image"));
         }

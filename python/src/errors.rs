@@ -26,7 +26,7 @@ fn class_name(error: &Error) -> &'static str {
         Error::BadOption { .. } => "BadOption",
         Error::Closed => "Closed",
         Error::Cancelled => "Cancelled",
-        Error::Busy { .. } => "Busy",
+        Error::Backing { .. } => "BackingError",
         _ => "Error",
     }
 }

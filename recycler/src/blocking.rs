@@ -5,6 +5,7 @@
 //! the library owns.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -161,7 +162,14 @@ impl<D: BlockDevice> Disk<D> {
         if worker.is_none() {
             let control = Control::new();
             let (image, remote, handle) = (self.image.clone(), control.clone(), runtime.handle().clone());
-            let task = runtime.spawn_blocking(move || handle.block_on(crate::recycler::run(image, remote)));
+            let task = runtime.spawn_blocking(move || {
+                let work = crate::recycler::run(image.clone(), remote.clone());
+                if std::panic::catch_unwind(AssertUnwindSafe(|| handle.block_on(work))).is_err() {
+                    // What the recycler was changing is in doubt: nothing more may be written.
+                    image.recycler_panicked();
+                }
+                remote.stop();
+            });
             *worker = Some(Worker { control, task });
         }
         Ok(())

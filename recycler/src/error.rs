@@ -76,6 +76,14 @@ pub enum Error {
         /// Which permission is missing.
         reason: String,
     },
+    /// The backing file could not be opened, or is no image that can be.
+    #[error("the backing file {path:?}: {source}")]
+    Backing {
+        /// Its path, or the name as the image gives it.
+        path: String,
+        /// What went wrong with it.
+        source: Box<Error>,
+    },
     /// An option with an unknown name or an unusable value.
     #[error("option {name}: {reason}")]
     BadOption {
@@ -90,12 +98,6 @@ pub enum Error {
     /// The caller cancelled the work; the image is consistent.
     #[error("cancelled")]
     Cancelled,
-    /// The work excludes something else that is under way.
-    #[error("busy: {with}")]
-    Busy {
-        /// What is under way.
-        with: &'static str,
-    },
 }
 
 impl Error {
@@ -118,9 +120,9 @@ impl Error {
             Error::OutOfRange { .. } | Error::Misaligned { .. } | Error::BadOption { .. } => libc::EINVAL,
             Error::Locked { .. } => libc::EAGAIN,
             Error::BackingNotAllowed { .. } => libc::EPERM,
+            Error::Backing { source, .. } => source.errno(),
             Error::Closed => libc::EBADF,
             Error::Cancelled => libc::ECANCELED,
-            Error::Busy { .. } => libc::EBUSY,
         }
     }
 

@@ -11,11 +11,11 @@ mod sim_tests;
 
 use std::time::{Duration, Instant};
 
-use common::config::{Config, ImageKind, Scale};
+use common::config::{Config, ImageKind};
 use common::crash::Effort;
 use common::cuts::{self, Budget, Counts, Start};
 use common::guests::Failure;
-use common::history::{self, After, History, Length, Op, Round};
+use common::history::{self, After, History, Op, Round};
 use common::sim::{Delay, Settings};
 use common::slice::{self, Slice};
 use rand::rngs::SmallRng;
@@ -31,29 +31,6 @@ fn fail(seed: u64, history: History, first: Failure, play: impl Fn(&History) -> 
     );
 }
 
-fn random_history(seed: u64) -> (History, Start) {
-    let mut rng = SmallRng::seed_from_u64(seed);
-    let config = Config::random(seed, Scale::Tiny, &mut rng);
-    let compare = rng.random_bool(0.3);
-    let history = History::random(config, Length { rounds: 3, guests: 3, ops: 12 }, &mut rng);
-    let start = if rng.random_bool(0.3) { Start::empty(&config) } else { full_of_holes(config, &mut rng) };
-    (History { compare, ..history }, start)
-}
-
-/// A disk that was written whole and then discarded in places: the recycler has work from the start.
-fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
-    let (sectors, cluster) = (config.image.sectors, config.image.cluster_sectors());
-    let mut ops = vec![Op::Write { first: 0, count: sectors }];
-    for first in (0..sectors).step_by(cluster as usize) {
-        if rng.random_bool(0.4) {
-            ops.push(Op::Discard { first, count: cluster.min(sectors - first) });
-        }
-    }
-    let history = History { config, compare: false, rounds: vec![round(&ops, false, After::Nothing)] };
-    let snapshot = config.image.refcount_bits > 1 && rng.random_bool(0.2);
-    Start::after(&history, snapshot).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
-}
-
 #[test]
 fn random_histories() {
     let soak = slice::soak_minutes().is_some();
@@ -64,7 +41,7 @@ fn random_histories() {
     };
     let (mut counts, start) = (Counts::default(), Instant::now());
     for seed in Slice::new(30, 10, 0.3) {
-        let (history, from) = random_history(seed);
+        let (history, from) = cuts::random_history(seed);
         if let Err(failure) = cuts::play(&history, &from, budget, &mut counts) {
             fail(seed, history, failure, |h| cuts::play(h, &from, budget, &mut Counts::default()));
         }
@@ -89,14 +66,10 @@ fn tiny(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64) -> Config {
     }
 }
 
-/// A round in which one thing happens.
-fn round(ops: &[Op], recycler: bool, after: After) -> Round {
-    Round { recycler, guests: vec![ops.to_vec()], after }
-}
-
 /// What a sequence is made of. The prefilled disk holds data in sectors 0..8, 12..14 and 64..66; the file has holes where
 /// 8..12 were.
 fn steps() -> Vec<(&'static str, Round)> {
+    let round = |ops: &[Op], recycler, after| Round { recycler, guests: vec![ops.to_vec()], after };
     let op = |op| round(&[op], false, After::Nothing);
     vec![
         ("write", op(Op::Write { first: 20, count: 2 })),
@@ -118,7 +91,7 @@ fn steps() -> Vec<(&'static str, Round)> {
 fn prefilled(config: Config, snapshot: bool) -> Start {
     let ops =
         [Op::Write { first: 0, count: 14 }, Op::Write { first: 64, count: 2 }, Op::Discard { first: 8, count: 4 }];
-    let history = History { config, compare: false, rounds: vec![round(&ops, false, After::Nothing)] };
+    let history = History { config, compare: false, rounds: vec![Round::of(&ops)] };
     Start::after(&history, snapshot).unwrap_or_else(|failure| panic!("filling the disk: {failure}"))
 }
 

@@ -16,7 +16,7 @@ use common::history::{self, History, Length, Op};
 use common::play as player;
 use common::sim::{Delay, SimDevice};
 use common::slice::{Slice, replay_seed};
-use common::verify::{self, Tolerance};
+
 use qcow_recycler::Disk;
 use qcow_recycler::blocking::block_on;
 use rand::rngs::SmallRng;
@@ -25,57 +25,23 @@ use rand::{Rng, SeedableRng};
 /// One history in so many is checked and read by QEMU whenever it closes the image.
 const QEMU_SHARE: u64 = 10;
 
-fn random_history(seed: u64) -> History {
-    let mut rng = SmallRng::seed_from_u64(seed);
-    let config = Config::random(seed, Scale::Small, &mut rng);
-    History::random(config, Length { rounds: 5, guests: 4, ops: 30 }, &mut rng)
-}
-
-fn look_at_file(bytes: &[u8], shared: &Shared, qemu: bool) -> Result<(), String> {
-    verify::our_check(bytes, Tolerance::Clean)?;
-    if qemu {
-        verify::qemu_check(bytes, Tolerance::Clean)?;
-        let mut model = shared.model.lock().clone();
-        let disk = verify::qemu_contents(bytes)?;
-        model.read(0, &disk).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
-    }
-    Ok(())
-}
-
-fn play(history: &History, qemu: bool) -> Result<Work, Failure> {
-    let config = history.config;
-    let shared = Shared::new(config, Clock::Tokio, Errors::None);
-    let device = SimDevice::new(config.image.create(), config.device(false));
-    device.limit_operations(2_000_000);
-    let result = player::in_paused_time(&shared, async {
-        player::play(history, &device, &shared, |d| look_at_file(&d.contents(), &shared, qemu)).await
-    });
-    match device.violations() {
-        broken if broken.is_empty() => result.map(|()| *shared.work.lock()),
-        broken => {
-            let also = result.err().map_or_else(String::new, |f| format!("; then {}", f.message));
-            Err(shared.failure(format!("rules of the device trait broken: {}{also}", broken.join("; "))))
-        }
-    }
-}
-
 #[test]
 fn on_paused_time() {
     let (mut histories, mut requests, mut work) = (0, 0, Work::default());
     for seed in Slice::new(35, 30, 0.25) {
-        let history = random_history(seed);
+        let history = player::random_history(seed);
         let qemu = seed.is_multiple_of(QEMU_SHARE);
         histories += 1;
         requests += history.len();
-        let first = match play(&history, qemu) {
+        let first = match player::against_model(&history, qemu) {
             Ok(done) => {
                 work += done;
                 continue;
             }
             Err(first) => first,
         };
-        let short = history::shrink(history, 300, |h| play(h, qemu).is_err());
-        let last = play(&short, qemu).err().unwrap_or(first);
+        let short = history::shrink(history, 300, |h| player::against_model(h, qemu).is_err());
+        let last = player::against_model(&short, qemu).err().unwrap_or(first);
         panic!(
             "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test \
                 random_operations \
@@ -129,7 +95,7 @@ fn play_on_threads(seed: u64) -> Result<(usize, Work), Failure> {
         }
         shared.count(&disk.stats());
         disk.close().map_err(|e| shared.failure(format!("closing: {e}")))?;
-        look_at_file(&device.contents(), &shared, seed.is_multiple_of(QEMU_SHARE))
+        player::look_at_file(&device.contents(), &shared, seed.is_multiple_of(QEMU_SHARE))
             .map_err(|e| shared.failure(format!("after closing: {e}")))?;
     }
     match device.violations() {
@@ -142,10 +108,7 @@ fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &
     for op in ops {
         if *op == Op::Compact {
             // Through the blocking call, which brings the timers that a compaction needs.
-            match disk.compact(|_| true) {
-                Ok(_) | Err(qcow_recycler::Error::Busy { .. }) => {}
-                Err(e) => return Err(shared.failure(format!("{name} compacting: {e}"))),
-            }
+            disk.compact(|_| true).map_err(|e| shared.failure(format!("{name} compacting: {e}")))?;
         } else {
             block_on(shared.guest(name, disk.image(), std::slice::from_ref(op)))?;
         }

@@ -92,15 +92,15 @@ class Cancelled(Error):
     """The caller cancelled the work; the image is consistent."""
 
 
-class Busy(Error):
-    """The work excludes something else that is under way."""
+class BackingError(Error):
+    """The backing file could not be opened, or is no image that can be."""
 
 
 __all__ = [
     "AlreadyExists",
     "BackingNotAllowed",
     "BadOption",
-    "Busy",
+    "BackingError",
     "Cancelled",
     "Closed",
     "DeviceError",

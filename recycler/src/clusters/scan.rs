@@ -90,18 +90,8 @@ pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadat
         }
         let free = refcounts.free_in_block(volume, index, end).await?;
         {
-            let tables = meta.tables.lock();
             let mut states = clusters.lock();
-            for run in free {
-                if tables.count_in(run.clone()) == 0 {
-                    states.junk.insert_range(run);
-                    continue;
-                }
-                // The image is damaged: a table is not counted. It must not be overwritten.
-                for c in run.map(HostCluster).filter(|&c| !tables.contains(c)) {
-                    states.junk.insert(c);
-                }
-            }
+            free.into_iter().for_each(|run| states.junk.insert_range(run));
         }
         drop(refcounts);
         index += 1;

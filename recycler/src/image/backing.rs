@@ -46,20 +46,17 @@ impl Backing {
             return Err(refused("the image does not record its format, and formats are never guessed"));
         };
         let path = directory.join(name);
-        let place = path.canonicalize().map_err(|source| Error::Io {
-            action: "opening the backing file",
-            offset: 0,
-            source,
-        })?;
+        let failed = |source: Error| Error::Backing { path: path.display().to_string(), source: Box::new(source) };
+        let place = path.canonicalize().map_err(|e| failed(Error::io("opening it", 0)(e)))?;
         if above.contains(&place) {
             return Err(refused("the chain of backing files is a loop"));
         }
         if above.len() >= MAX_DEPTH {
             return Err(refused("the chain of backing files is too long"));
         }
-        let file = HostFile::open(&place, true)?;
+        let file = HostFile::open(&place, true).map_err(failed)?;
         match format.as_str() {
-            "raw" => Ok(Backing::Raw(Volume::new(file).await?)),
+            "raw" => Ok(Backing::Raw(Volume::new(file).await.map_err(failed)?)),
             "qcow2" => {
                 let directory = place.parent().unwrap_or(Path::new("/")).to_owned();
                 let options = Options {
@@ -70,7 +67,7 @@ impl Backing {
                 };
                 let mut above = above.to_vec();
                 above.push(place);
-                Ok(Backing::Image(Box::new(open_boxed(file, options, above).await?)))
+                Ok(Backing::Image(Box::new(open_boxed(file, options, above).await.map_err(failed)?)))
             }
             other => Err(Error::unsupported(format!("a backing file of format {other:?}"))),
         }

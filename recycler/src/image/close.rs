@@ -57,23 +57,19 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// Makes the pool Junk again, and what failed work left behind: counted ahead, which must not outlast the handle.
+    /// Makes the pool Junk again: its clusters are counted ahead, which must not outlast the handle.
     async fn return_pool(&self) -> Result<()> {
         let mut refcounts = self.meta.refcounts.lock().await;
         loop {
             let run = {
                 let states = self.clusters.lock();
-                [&states.available, &states.erased, &states.roots, &states.copies]
-                    .into_iter()
-                    .find_map(|s| s.runs().next())
+                [&states.available, &states.erased].into_iter().find_map(|s| s.runs().next())
             };
             let Some(run) = run else { return Ok(()) };
             let free = refcounts.release(&self.volume, run.clone()).await?;
             let states = &mut *self.clusters.lock();
             states.available.remove_range(run.clone());
-            for set in [&mut states.erased, &mut states.roots, &mut states.copies] {
-                set.remove_range(run.clone());
-            }
+            states.erased.remove_range(run);
             for run in free {
                 states.junk.insert_range(run);
             }

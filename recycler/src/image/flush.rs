@@ -198,6 +198,18 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
+    /// The recycler's thread panicked: the image takes no changes from now on.
+    pub(crate) fn recycler_panicked(&self) {
+        self.panicked.store(true, Ordering::SeqCst);
+        self.volume.fail(|| "the recycler panicked".to_owned());
+        self.background_error("the recycler", &Error::Failed { reason: "it panicked".to_owned() });
+    }
+
+    /// Whether the recycler's thread panicked.
+    pub fn has_panicked(&self) -> bool {
+        self.panicked.load(Ordering::SeqCst)
+    }
+
     /// Reports a failure of work that no caller waits for.
     pub(crate) fn background_error(&self, doing: &str, error: &Error) {
         self.counters.background_errors.fetch_add(1, Ordering::Relaxed);

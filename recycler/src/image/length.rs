@@ -1,16 +1,19 @@
 //! Making the file shorter.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::Image;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::mutation::{Mutation, broken};
+use crate::clusters::set::ClusterSet;
 use crate::units::HostCluster;
 
-/// The file is cut in steps of this many bytes: one large truncation can hold a file for seconds, and guest requests with
+/// The file is cut in steps of this many bytes, and larger ones while a step takes no time: one large truncation can hold a file for seconds, and guest requests with
 /// it.
 const TRUNCATE_STEP: u64 = 64 << 20;
+const TRUNCATE_QUICK: Duration = Duration::from_millis(2);
 
 impl<D: BlockDevice> Image<D> {
     /// Cuts off what is free at the end of the file. The caller has the compaction's turn.
@@ -20,10 +23,7 @@ impl<D: BlockDevice> Image<D> {
     pub(crate) async fn shorten(&self) -> Result<()> {
         // The counts of what is Junk, before the clusters vanish.
         if broken(Mutation::TruncateBeforeDurable) {
-            let mut states = self.clusters.lock();
-            let unlinked = std::mem::take(&mut states.unlinked.clusters);
-            states.junk.add_all(&unlinked);
-            drop(states);
+            self.clusters.lock().free_unlinked();
             return self.truncate_to(0).await;
         }
         self.settle_once().await?;
@@ -75,37 +75,49 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// Drops refcount blocks at the end of the table that count nothing but themselves. Whether there were any.
+    /// Drops refcount blocks at the end of the table that count nothing but blocks that are dropped. Whether there were any.
     async fn drop_empty_blocks(&self) -> Result<bool> {
         let geometry = self.meta.geometry;
         let per_block = geometry.refcounts_per_block();
-        let mut dropped: Vec<HostCluster> = Vec::new();
+        let mut dropped = ClusterSet::default();
+        let first;
         {
             // No file growth meanwhile: it would count clusters in a block that is about to go.
             let _length = self.clusters.length_turn.lock().await;
             let mut refcounts = self.meta.refcounts.lock().await;
-            let blocks: Vec<_> = refcounts.blocks().collect();
-            for (index, block) in blocks.into_iter().rev() {
+            let mut blocks: Vec<_> = refcounts.blocks().collect();
+            let mut lowest = None;
+            while let Some((index, block)) = blocks.pop() {
                 let host = geometry.host_cluster(block);
-                let covered = index * per_block..(index + 1) * per_block;
-                if !covered.contains(&host.0) || !refcounts.counts_only(&self.volume, index, host).await? {
+                dropped.insert(host);
+                if !refcounts.counts_only(&self.volume, index, &dropped).await? {
+                    dropped.remove(host);
                     break;
                 }
                 refcounts.set_block(index, None);
-                dropped.push(host);
+                lowest = Some(index);
+            }
+            let Some(lowest) = lowest else { return Ok(false) };
+            first = lowest * per_block;
+        }
+        // Cut before this commit: the table names the blocks, which are counted, and the file still has them. After it: they
+        // are not referred to. Those that were counted in one of them are not counted any more either.
+        self.commit().await?;
+        {
+            let mut states = self.clusters.lock();
+            let mut tables = self.meta.tables.lock();
+            for run in dropped.runs() {
+                tables.remove_range(run.clone());
+                for c in run.map(HostCluster) {
+                    if c.0 >= first {
+                        states.junk.insert(c);
+                    } else {
+                        states.unlink(c, true);
+                    }
+                }
             }
         }
-        if dropped.is_empty() {
-            return Ok(false);
-        }
-        // Cut before this commit: the table names the block, which counts itself, and the file still has it. After it: the
-        // block is not referred to, and not counted, since its count was in itself.
-        self.commit().await?;
-        let mut states = self.clusters.lock();
-        for c in dropped {
-            self.meta.tables.lock().remove(c);
-            states.junk.insert(c);
-        }
+        self.settle_once().await?;
         Ok(true)
     }
 
@@ -126,11 +138,16 @@ impl<D: BlockDevice> Image<D> {
             }
             states.end << bits
         };
+        let mut step = TRUNCATE_STEP;
         while self.volume.can_resize() && self.volume.length() > length {
-            let step = length.max(self.volume.length().saturating_sub(TRUNCATE_STEP));
-            let before = self.volume.length();
-            self.volume.truncate(step).await?;
-            self.counters.truncated_bytes.fetch_add(before - step, Ordering::Relaxed);
+            let (before, began) = (self.volume.length(), Instant::now());
+            let to = length.max(before.saturating_sub(step));
+            self.volume.truncate(to).await?;
+            self.counters.truncated_bytes.fetch_add(before - to, Ordering::Relaxed);
+            // A hole of a terabyte is cut off in no time.
+            if began.elapsed() < TRUNCATE_QUICK {
+                step = step.saturating_mul(2);
+            }
             // Let guests in between.
             tokio::task::yield_now().await;
         }

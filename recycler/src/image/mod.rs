@@ -56,6 +56,7 @@ pub struct Image<D: BlockDevice> {
     virtual_size: AtomicU64,
     backing: Backing,
     closed: AtomicBool,
+    panicked: AtomicBool,
     /// Whether the image is marked as being changed: see `prepare_changes`.
     prepared: AtomicBool,
     /// Guest clusters that a request is allocating.

@@ -15,6 +15,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::header::{self, Header, incompatible};
+use crate::format::snapshot::{self, Snapshot};
 use crate::metadata::Metadata;
 use crate::options::{LogLevel, Options};
 
@@ -47,6 +48,7 @@ impl<D: BlockDevice> Image<D> {
                 return Err(Error::invalid("image", 0, reason));
             }
         }
+        let snapshots = read_snapshots(&volume, &header).await?;
         if !options.read_only && (header.version < 3 || header.incompatible & incompatible::DIRTY != 0) {
             recover(&volume, &header, &options).await?;
             // A repair may have made tables anew at the end of the file.
@@ -54,12 +56,6 @@ impl<D: BlockDevice> Image<D> {
             (header, sector) = read_header(&volume).await?;
         }
         let backing = Backing::open(&header, &options, above).await?;
-        if !options.read_only && header.autoclear != 0 {
-            // Features that we do not keep up to date must not be believed any more once we write.
-            header::patch_autoclear(&mut sector, 0);
-            volume.write("writing the header", 0, crate::buf::IoBuf::new(&sector)).await?;
-            volume.flush().await?;
-        }
         let meta = Metadata::open(&volume, &header, sector, options.l2_cache_size).await?;
         // A device of fixed length says nothing about where the image ends; the last counted cluster does.
         let end = if volume.can_resize() || options.read_only {
@@ -80,6 +76,7 @@ impl<D: BlockDevice> Image<D> {
             header,
             backing,
             closed: AtomicBool::new(false),
+            panicked: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
             allocating: Turns::default(),
             table_turns: Turns::default(),
@@ -90,31 +87,98 @@ impl<D: BlockDevice> Image<D> {
             options,
         };
         if !image.options.read_only {
-            image.note_tables().await?;
+            image.note_tables(&snapshots).await?;
+            image.check_coverage().await?;
+            if image.header.autoclear != 0 {
+                // Features that we do not keep up to date must not be believed any more once we write.
+                let turn = image.meta.exclusive_turn().await;
+                turn.rewrite_header(&image.volume, |sector| header::patch_autoclear(sector, 0)).await?;
+            }
         }
         Ok(image)
     }
 
-    /// Takes note of where the image's own tables are.
-    async fn note_tables(&self) -> Result<()> {
+    /// Takes note of where the image's own tables are; no two may be at one place, or writing one would destroy another.
+    async fn note_tables(&self, snapshots: &[Snapshot]) -> Result<()> {
         let geometry = self.meta.geometry;
+        let cluster_size = geometry.cluster_size();
         let refcounts = self.meta.refcounts.lock().await;
         let mut tables = self.meta.tables.lock();
         for range in self.header.host_ranges() {
             let end = range.offset.0.saturating_add(range.length);
             tables.insert_range(geometry.host_cluster(range.offset).0..geometry.clusters_for(end));
         }
-        for (_, block) in refcounts.blocks() {
-            tables.insert(geometry.host_cluster(block));
+        for s in snapshots {
+            let clusters = geometry.clusters_for(u64::from(s.l1_entries) * 8);
+            let first = geometry.host_cluster(s.l1_offset).0;
+            if tables.count_in(first..first + clusters) > 0 {
+                let reason = format!("its L1 table at {} is at the place of another table", s.l1_offset);
+                return Err(Error::invalid("snapshot table entry", s.at, reason));
+            }
+            tables.insert_range(first..first + clusters);
         }
+        let file_end = self.volume.length().next_multiple_of(cluster_size);
+        for index in 0..refcounts.table_len() {
+            let Some(block) = refcounts.block(index)? else { continue };
+            let at = refcounts.table_range().start * cluster_size + index * 8;
+            let invalid = |reason: &str| Error::invalid("refcount table entry", at, format!("{block}: {reason}"));
+            if block.0 >= file_end {
+                return Err(invalid("the block lies outside the file"));
+            }
+            if !tables.insert(geometry.host_cluster(block)) {
+                return Err(invalid("the block is at the place of another table"));
+            }
+        }
+        let l1_start = self.meta.l1.clusters().start * cluster_size;
         for l1_index in 0..self.meta.l1.len() {
-            // A bad entry is reported to the request that needs it.
-            if let Ok(Some(table)) = self.meta.l1.get(l1_index, self.volume.length()) {
-                tables.insert(geometry.host_cluster(table.host));
+            // An entry that cannot be is reported to the request that needs it.
+            if let Ok(Some(table)) = self.meta.l1.get(l1_index, self.volume.length())
+                && !tables.insert(geometry.host_cluster(table.host))
+            {
+                let reason = format!("{}: the L2 table is at the place of another table", table.host);
+                return Err(Error::invalid("L1 table entry", l1_start + l1_index * 8, reason));
             }
         }
         Ok(())
     }
+
+    /// What no refcount block counts is taken for free. If there is such a place below one that is counted, or at the end
+    /// of the file, a block may have been lost: then a check must show that nothing is there.
+    async fn check_coverage(&self) -> Result<()> {
+        let refcounts = self.meta.refcounts.lock().await;
+        let past = self.volume.can_resize() && refcounts.coverage() < self.clusters.lock().end;
+        if !refcounts.has_holes() && !past {
+            return Ok(());
+        }
+        let report = check(self.volume.device(), Repair::No).await?;
+        if report.corruptions > 0 {
+            let at = refcounts.table_range().start * self.meta.geometry.cluster_size();
+            let reason = format!("blocks are missing, and clusters that they must count are in use: {}", report.messages.join("; "));
+            return Err(Error::invalid("refcount table", at, reason));
+        }
+        Ok(())
+    }
+}
+
+/// Reads and validates the snapshot table.
+async fn read_snapshots<D: BlockDevice>(volume: &Volume<D>, header: &Header) -> Result<Vec<Snapshot>> {
+    let mut snapshots = Vec::new();
+    let mut at = header.snapshots_offset.0;
+    for _ in 0..header.snapshot_count {
+        let mut bytes = vec![0; (volume.length().saturating_sub(at)).min(snapshot::FIXED as u64) as usize];
+        volume.read("reading the snapshot table", at, IoBufMut::new(&mut bytes)).await?;
+        let needed = snapshot::needed(&bytes, at)?.min(volume.length().saturating_sub(at) as usize);
+        bytes.resize(needed, 0);
+        volume.read("reading the snapshot table", at, IoBufMut::new(&mut bytes)).await?;
+        let (entry, consumed) = snapshot::parse_entry(&bytes, at)?;
+        entry.check_l1(header.geometry, volume.length())?;
+        at += consumed as u64;
+        if at - header.snapshots_offset.0 > snapshot::MAX_TABLE {
+            return Err(Error::invalid("snapshot table", header.snapshots_offset.0, "it is too long"));
+        }
+        snapshots.push(entry);
+    }
+    Ok(snapshots)
 }
 
 /// Reads and validates the header; also returns its first sector.

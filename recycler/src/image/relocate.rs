@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::Image;
+use crate::clusters::Clusters;
 use crate::clusters::moves::{Move, Reference};
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
@@ -13,62 +14,84 @@ use crate::metadata::commit::L1Move;
 use crate::mutation::{Mutation, broken};
 use crate::units::HostCluster;
 
-/// What a hole is taken for.
+/// What holes are taken for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Hole {
-    /// To be the destination of a move.
+pub(crate) enum Purpose {
+    /// To be destinations of moves: Copies.
     Copy,
-    /// To be erased.
+    /// To be erased: Roots.
     Erase,
+}
+
+/// Clusters taken out of Junk, counted. What is still in it when it is dropped takes the way of freed clusters, back to Junk.
+#[must_use]
+pub(crate) struct Holes<'a> {
+    clusters: &'a Clusters,
+    pub(crate) set: ClusterSet,
+}
+
+impl Holes<'_> {
+    /// A move refers to the hole now: it is Used.
+    pub(crate) fn used(&mut self, c: HostCluster) {
+        self.set.remove(c);
+        self.clusters.lock().copies.remove(c);
+    }
+
+    /// The holes have been erased.
+    pub(crate) fn erased(&mut self, range: Range<u64>) {
+        self.set.remove_range(range.clone());
+        let mut states = self.clusters.lock();
+        states.roots.remove_range(range.clone());
+        states.erased.insert_range(range);
+    }
+}
+
+impl Drop for Holes<'_> {
+    fn drop(&mut self) {
+        if !self.set.is_empty() {
+            let mut states = self.clusters.lock();
+            states.roots.remove_all(&self.set);
+            states.copies.remove_all(&self.set);
+            states.unlinked.clusters.add_all(&self.set);
+        }
+    }
 }
 
 impl<D: BlockDevice> Image<D> {
     /// Junk → Copies, or Roots to be erased: takes the lowest `count` holes below `limit`, or as many as there are, and
     /// counts them. The caller has the compaction's turn.
-    pub(crate) async fn take_holes(&self, count: u64, limit: u64, purpose: Hole) -> Result<ClusterSet> {
+    pub(crate) async fn take_holes(&self, count: u64, limit: u64, purpose: Purpose) -> Result<Holes<'_>> {
         self.prepare_changes().await?;
         let mut refcounts = self.meta.refcounts.lock().await;
+        let mut holes = Holes { clusters: &self.clusters, set: ClusterSet::default() };
         // Only who has the refcounts takes from Junk, so the holes stay while they are counted.
-        let holes = {
-            let states = self.clusters.lock();
-            states.junk.lowest(count, limit)
-        };
-        let mut counted = ClusterSet::default();
-        for run in holes.runs() {
+        let free = self.clusters.lock().junk.lowest(count, limit);
+        for run in free.runs() {
             // Where no refcount block counts them (past what was ever used) clusters can only be cut off.
             if !refcounts.can_count(&run)? {
                 continue;
             }
-            if let Err(e) = refcounts.add(&self.volume, run.clone(), 1).await {
-                if counted.is_empty() {
-                    return Err(e);
-                }
-                break;
-            }
-            counted.insert_range(run.clone());
+            refcounts.add(&self.volume, run.clone(), 1).await?;
+            holes.set.insert_range(run.clone());
             let mut states = self.clusters.lock();
             states.junk.remove_range(run.clone());
             match purpose {
-                Hole::Copy => states.copies.insert_range(run),
-                Hole::Erase => states.roots.insert_range(run),
+                Purpose::Copy => states.copies.insert_range(run),
+                Purpose::Erase => states.roots.insert_range(run),
             }
         }
-        Ok(counted)
-    }
-
-    /// Copies or Roots → Junk: nothing refers to these clusters, and nobody writes them.
-    pub(crate) async fn return_holes(&self, holes: &ClusterSet) -> Result<()> {
-        let mut refcounts = self.meta.refcounts.lock().await;
-        for run in holes.runs() {
-            let free = refcounts.release(&self.volume, run.clone()).await?;
-            let mut states = self.clusters.lock();
-            states.copies.remove_range(run.clone());
-            states.roots.remove_range(run);
-            for run in free {
-                states.junk.insert_range(run);
+        if purpose == Purpose::Copy && holes.set.len() < count {
+            // Then the pool, which is counted already: what it held near the start of the file would stay there as holes
+            // when it is given back. New clusters for guests can be made at the end.
+            let states = &mut *self.clusters.lock();
+            for set in [&mut states.available, &mut states.erased] {
+                let taken = set.lowest(count - holes.set.len(), limit);
+                set.remove_all(&taken);
+                states.copies.add_all(&taken);
+                holes.set.add_all(&taken);
             }
         }
-        Ok(())
+        Ok(holes)
     }
 
     /// Copies a run of moves whose sources, and whose destinations, follow one another: at most [`PIECE`] bytes at a time.
@@ -140,16 +163,13 @@ impl<D: BlockDevice> Image<D> {
                     return Ok(false);
                 }
                 entries.set(index, entry & !l2::OFFSET | dst.0);
-                let mut states = self.clusters.lock();
-                states.copies.remove(m.dst);
-                states.unlink(m.src, true);
+                self.clusters.lock().unlink(m.src, true);
             }
             Reference::L1Entry(index) => {
                 if !self.is_referenced(m).await? {
                     return Ok(false);
                 }
                 self.meta.l1.set(index, Some(dst));
-                self.clusters.lock().copies.remove(m.dst);
             }
             Reference::RefcountTable(index) => {
                 let mut refcounts = self.meta.refcounts.lock().await;
@@ -157,7 +177,6 @@ impl<D: BlockDevice> Image<D> {
                     return Ok(false);
                 }
                 refcounts.set_block(index, Some(dst));
-                self.clusters.lock().copies.remove(m.dst);
             }
         }
         Ok(true)

@@ -16,11 +16,11 @@ impl<D: BlockDevice> Image<D> {
     /// Makes the virtual disk `size` bytes long, a multiple of 512; durable on return. What is new reads as zeroes. Making
     /// the disk smaller loses what is past its new end, and must be asked for with `shrink`.
     ///
-    /// Requests that allocate wait meanwhile; so does a compaction under way, which must end or be cancelled first.
+    /// Requests that allocate wait meanwhile, and so does a compaction, when it is through with the batch it is at.
     ///
     /// # Errors
     /// [`Error::BadOption`] for an unusable size; [`Error::Unsupported`] for a version 2 image with snapshots;
-    /// [`Error::Busy`] while a compaction is under way; as [`write`](Self::write) otherwise.
+    /// as [`write`](Self::write) otherwise.
     pub async fn resize(&self, size: u64, shrink: bool) -> Result<()> {
         let bad = |reason: String| Error::BadOption { name: "size".to_owned(), reason };
         if self.is_closed() {
@@ -38,7 +38,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.version < 3 && self.snapshot_count > 0 {
             return Err(Error::unsupported("resizing a version 2 image with internal snapshots"));
         }
-        let _compaction = self.compaction.try_lock().map_err(|_| Error::Busy { with: "a compaction is under way" })?;
+        let _compaction = self.compaction.lock().await;
         self.prepare_changes().await?;
         let old = self.virtual_size();
         if size < old {

@@ -9,6 +9,7 @@ pub(crate) mod l2;
 pub(crate) mod mirror;
 pub(crate) mod refcounts;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use parking_lot::Mutex;
@@ -37,7 +38,7 @@ pub(crate) struct Metadata {
     pub(crate) refcounts: tokio::sync::Mutex<Refcounts>,
     pub(crate) mirrors: Mutex<Mirrors>,
     /// The clusters of every table: no guest data may be in them, whatever an L2 entry says.
-    pub(crate) tables: Mutex<ClusterSet>,
+    pub(crate) tables: Arc<Mutex<ClusterSet>>,
     /// Whether an L1 or L2 change is waiting to be written back that must not become durable before what was written,
     /// or counted, before it. Set *before* the change is made.
     barrier: AtomicBool,
@@ -59,15 +60,17 @@ impl Metadata {
     ) -> Result<Self> {
         let geometry = header.geometry;
         let table = (header.refcount_table_offset, header.refcount_table_clusters);
+        let tables = Arc::new(Mutex::new(ClusterSet::default()));
+        let refcounts = Refcounts::open(volume, geometry, table.0, table.1, tables.clone()).await?;
         Ok(Metadata {
             geometry,
             version: header.version,
             header: Mutex::new(sector),
             l1: L1Table::open(volume, geometry, header.l1_offset, header.l1_entries).await?,
             l2: L2Cache::new(geometry, l2_cache_size),
-            refcounts: tokio::sync::Mutex::new(Refcounts::open(volume, geometry, table.0, table.1).await?),
+            refcounts: tokio::sync::Mutex::new(refcounts),
             mirrors: Mutex::default(),
-            tables: Mutex::default(),
+            tables,
             barrier: AtomicBool::new(false),
             commit_turn: tokio::sync::Mutex::default(),
             clock: AtomicU64::new(0),

@@ -6,10 +6,14 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::Writes;
 use super::mirror::Mirrors;
 use crate::buf::IoBufMut;
+use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
@@ -29,6 +33,8 @@ pub(crate) struct Refcounts {
     table: Vec<u64>,
     table_offset: HostOffset,
     table_clusters: u32,
+    /// The clusters of every table, which must be counted.
+    tables: Arc<Mutex<ClusterSet>>,
     slices: HashMap<u64, Box<[u8]>>,
     dirty: BTreeSet<u64>,
     /// Slices that the commit under way is writing; they must not be forgotten before it has.
@@ -59,6 +65,7 @@ impl Refcounts {
         geometry: Geometry,
         table_offset: HostOffset,
         table_clusters: u32,
+        tables: Arc<Mutex<ClusterSet>>,
     ) -> Result<Self> {
         let mut bytes = vec![0u8; (u64::from(table_clusters) << geometry.cluster_bits) as usize];
         volume.read("reading the refcount table", table_offset.0, IoBufMut::new(&mut bytes)).await?;
@@ -69,6 +76,7 @@ impl Refcounts {
             table,
             table_offset,
             table_clusters,
+            tables,
             slices: HashMap::new(),
             dirty: BTreeSet::new(),
             writing: BTreeSet::new(),
@@ -115,8 +123,8 @@ impl Refcounts {
         start..start + u64::from(self.table_clusters)
     }
 
-    /// Clusters that the table could count without growing.
-    fn table_capacity(&self) -> u64 {
+    /// Blocks that the table could name without growing.
+    pub(crate) fn table_len(&self) -> u64 {
         self.table.len() as u64
     }
 
@@ -141,8 +149,36 @@ impl Refcounts {
             }
             volume.read("reading a refcount block", offset, IoBufMut::new(&mut bytes)).await?;
         }
+        let counted = slice * self.per_slice()..(slice + 1) * self.per_slice();
+        for c in self.tables.lock().runs_from(counted.start).flatten().take_while(|&c| c < counted.end) {
+            let index = (c - counted.start) as usize;
+            if refcount::get(&bytes, self.geometry.refcount_order, index) == 0 {
+                // Free clusters are told by their counts: with counts like these we would hand out what is in use.
+                let at = self.slice_offset(slice)?.unwrap_or(self.table_offset.0);
+                return Err(Error::invalid("refcount block entry", at, format!("cluster {c:#x} holds a table and is not counted")));
+            }
+        }
         self.slices.insert(slice, bytes);
         Ok(())
+    }
+
+    /// Whether the table has holes: clusters that no block counts, below others that one does.
+    pub(crate) fn has_holes(&self) -> bool {
+        let mut ended = false;
+        for &entry in &self.table {
+            if entry == 0 {
+                ended = true;
+            } else if ended {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Clusters up to here could be counted by the blocks that there are.
+    pub(crate) fn coverage(&self) -> u64 {
+        let blocks = self.table.iter().rposition(|&e| e != 0).map_or(0, |i| i as u64 + 1);
+        blocks * self.geometry.refcounts_per_block()
     }
 
     /// Forgets clean slices when there are too many. Everything clean goes at once: work on refcounts is local, so what is
@@ -234,7 +270,7 @@ impl Refcounts {
             for index in first..=last {
                 missing += u64::from(self.block(index)?.is_none());
             }
-            let table = if last < self.table_capacity() {
+            let table = if last < self.table_len() {
                 0
             } else {
                 // Half as much again, so that growing stays rare.
@@ -295,6 +331,7 @@ impl Refcounts {
             return Err(e);
         }
         let left = spare + missing.len() as u64..end;
+        self.tables.lock().insert_range(start..left.start);
         self.dirty_table.extend(missing);
         if growth.table > 0 {
             let old = geometry.host_cluster(old_table.0).0;
@@ -374,7 +411,11 @@ impl Refcounts {
         let per_block = self.geometry.refcounts_per_block();
         let clusters = index * per_block..((index + 1) * per_block).min(end);
         if self.block(index)?.is_none() {
-            return Ok(vec![clusters]);
+            if clusters.is_empty() || self.tables.lock().count_in(clusters.clone()) == 0 {
+                return Ok(vec![clusters]);
+            }
+            let at = self.table_offset.0 + index * 8;
+            return Err(Error::invalid("refcount table entry", at, "there is no block, but tables that it must count".to_owned()));
         }
         let mut free: Vec<Range<u64>> = Vec::new();
         for c in clusters {
@@ -389,19 +430,19 @@ impl Refcounts {
         Ok(free)
     }
 
-    /// Whether block `index` counts nothing but the cluster `host`, once.
+    /// Whether block `index` counts nothing but clusters among `allowed`, once each.
     pub(crate) async fn counts_only<D: BlockDevice>(
         &mut self,
         volume: &Volume<D>,
         index: u64,
-        host: HostCluster,
+        allowed: &ClusterSet,
     ) -> Result<bool> {
         let per_slice = self.per_slice();
         for slice in index * self.slices_per_block()..(index + 1) * self.slices_per_block() {
             self.evict();
             self.load(volume, slice).await?;
             let others = (slice * per_slice..(slice + 1) * per_slice)
-                .any(|c| self.cached(HostCluster(c)) != u64::from(c == host.0));
+                .any(|c| self.cached(HostCluster(c)) > u64::from(allowed.contains(HostCluster(c))));
             if others {
                 return Ok(false);
             }

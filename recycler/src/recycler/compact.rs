@@ -15,11 +15,10 @@ use super::pacing::Pacer;
 use super::plan::{floor, plan};
 use crate::clusters::moves::{Batch, Copying, Move, Reference};
 use crate::clusters::scan::{find_junk, scan};
-use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::image::relocate::Hole;
+use crate::image::relocate::{Holes, Purpose};
 use crate::metadata::commit::FlushToken;
 use crate::mutation::{Mutation, broken};
 use crate::options::LogLevel;
@@ -33,7 +32,7 @@ const COPY_BYTES: u64 = 1 << 20;
 /// A scan remembers at most this many clusters; what does not fit is found by the next one.
 const SCAN_CLUSTERS: usize = 1 << 18;
 
-/// How far a compaction is.
+/// How far a compaction is. Counts are of clusters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Clusters handled so far: moved, or found in use by the guest and left.
@@ -58,8 +57,8 @@ pub struct CompactReport {
     pub cancelled: u64,
 }
 
-/// Compacts the image now, while guests go on. `progress` is called between batches of at most 64 MiB; returning `false`
-/// cancels the rest, which leaves a consistent image.
+/// Compacts the image now, while guests go on. `progress` is called at least once for each MiB that is
+/// copied; returning `false` cancels the rest, which leaves a consistent image.
 ///
 /// Waits while the background recycler erases or compacts. Needs tokio's timers if the options have a rate limit.
 ///
@@ -71,11 +70,12 @@ pub async fn compact<D: BlockDevice>(
     progress: &mut (dyn FnMut(Progress) -> bool + Send),
 ) -> Result<CompactReport> {
     image.ensure_writable()?;
-    let _turn = image.compaction.lock().await;
+    let turn = image.compaction.lock().await;
     // It may have been closed while we waited.
     image.ensure_writable()?;
     let mut compaction = Compaction {
         image,
+        turn: Some(turn),
         pacer: Pacer::new(image.options.rate_limit),
         progress: Progress::default(),
         scratch: Vec::new(),
@@ -84,8 +84,47 @@ pub async fn compact<D: BlockDevice>(
     compaction.run(progress).await
 }
 
+/// A batch whose moves are active. When it is dropped, for whatever reason, none of them is any more: those that were not
+/// rewritten are given up, the others wait for a flush.
+struct Active<'a, D: BlockDevice> {
+    image: &'a Image<D>,
+    /// Copied, and not rewritten.
+    standing: Vec<Move>,
+    rewritten: Vec<Move>,
+}
+
+impl<D: BlockDevice> Active<'_, D> {
+    /// For the statistics: all are in this state.
+    fn gauge(&self, state: usize, count: usize) {
+        for (n, gauge) in self.image.moves.gauges[..3].iter().enumerate() {
+            gauge.store(if n == state { count as u64 } else { 0 }, Ordering::Relaxed);
+        }
+    }
+}
+
+impl<D: BlockDevice> Drop for Active<'_, D> {
+    fn drop(&mut self) {
+        let image = self.image;
+        self.standing.iter().for_each(|m| image.give_up(m));
+        image.moves.withdraw_all();
+        image.moves.await_flush(Batch::referenced(std::mem::take(&mut self.rewritten), image.meta.stamp()));
+        self.gauge(0, 0);
+    }
+}
+
+/// How a batch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    Whole,
+    /// There was no hole left to move to.
+    NoHoles,
+    /// The caller cancelled; what had been copied was moved.
+    Cancelled,
+}
+
 struct Compaction<'a, D: BlockDevice> {
     image: &'a Image<D>,
+    turn: Option<tokio::sync::MutexGuard<'a, ()>>,
     pacer: Pacer,
     progress: Progress,
     scratch: Vec<u8>,
@@ -162,10 +201,14 @@ impl<D: BlockDevice> Compaction<'_, D> {
             if image.is_closed() {
                 return Err(Error::Closed);
             }
-            if !self.batch(sources, plan.limit).await? {
-                break;
+            // Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
+            self.turn = None;
+            self.turn = Some(image.compaction.lock().await);
+            match self.batch(sources, plan.limit, progress).await? {
+                Ended::Whole => self.progress.done += sources.len() as u64,
+                Ended::NoHoles => break,
+                Ended::Cancelled => return Ok(false),
             }
-            self.progress.done += sources.len() as u64;
         }
         Ok(true)
     }
@@ -180,75 +223,64 @@ impl<D: BlockDevice> Compaction<'_, D> {
         floor(&states, empty as u64)
     }
 
-    /// Moves a batch of clusters below `limit`. `false` if there was no hole left.
-    async fn batch(&mut self, sources: &[(HostCluster, Reference)], limit: u64) -> Result<bool> {
+    /// Moves a batch of clusters below `limit`.
+    async fn batch(
+        &mut self,
+        sources: &[(HostCluster, Reference)],
+        limit: u64,
+        progress: &mut (dyn FnMut(Progress) -> bool + Send),
+    ) -> Result<Ended> {
         let image = self.image;
-        let mut holes = image.take_holes(sources.len() as u64, limit, Hole::Copy).await?;
-        if holes.is_empty() {
-            return Ok(false);
+        let mut holes = image.take_holes(sources.len() as u64, limit, Purpose::Copy).await?;
+        if holes.set.is_empty() {
+            return Ok(Ended::NoHoles);
         }
         // In the guest's order into ascending holes: what the guest reads in sequence stays in sequence.
-        let mut sources: Vec<_> = sources.iter().take(holes.len() as usize).copied().collect();
+        let mut sources: Vec<_> = sources.iter().take(holes.set.len() as usize).copied().collect();
         sources.sort_by_key(|&(_, reference)| reference);
         let moves: Vec<Move> = holes
+            .set
             .runs()
             .flatten()
             .zip(sources)
             .map(|(dst, (src, reference))| Move { src, dst: HostCluster(dst), reference })
             .collect();
-        let done = self.carry_out(Batch::new(moves), &mut holes).await;
-        image.moves.withdraw_all();
-        for gauge in &image.moves.gauges[..3] {
-            gauge.store(0, Ordering::Relaxed);
-        }
-        // Destinations that nothing refers to.
-        image.return_holes(&holes).await?;
-        done.map(|()| true)
+        self.carry_out(Batch::new(moves), &mut holes, progress).await
     }
 
     /// Takes a batch through its states. `holes` keeps the destinations that were not used.
-    async fn carry_out(&mut self, batch: Batch<Copying>, holes: &mut ClusterSet) -> Result<()> {
+    async fn carry_out(
+        &mut self,
+        batch: Batch<Copying>,
+        holes: &mut Holes<'_>,
+        progress: &mut (dyn FnMut(Progress) -> bool + Send),
+    ) -> Result<Ended> {
         let image = self.image;
-        let gauge = |state: usize, count: usize| image.moves.gauges[state].store(count as u64, Ordering::Relaxed);
+        let mut active = Active { image, standing: Vec::new(), rewritten: Vec::new() };
         image.moves.publish(&batch.moves);
-        gauge(0, batch.moves.len());
+        active.gauge(0, batch.moves.len());
         // Writers that looked a source up before the moves were published may still be writing to it.
         if !broken(Mutation::CopyWithoutGrace) {
             image.epochs.grace().await;
         }
-
-        let mut standing = Vec::new();
-        if let Err(e) = self.copy(&batch.moves, &mut standing).await {
-            standing.iter().for_each(|m| image.give_up(m));
-            return Err(e);
-        }
-        let copied = Batch::copied(standing, image.meta.stamp());
-        gauge(0, 0);
-        gauge(1, copied.moves.len());
+        let ended = self.copy(&batch.moves, &mut active.standing, progress).await?;
+        let copied = Batch::copied(active.standing.clone(), image.meta.stamp());
+        active.gauge(1, copied.moves.len());
         // Also the flush that makes the references of the batch before durable.
-        let committed =
-            if broken(Mutation::RewriteBeforeFlush) { Ok(FlushToken::unproven()) } else { image.commit().await };
-        let flushed = match committed.map(|token| copied.flushed(&token)) {
-            Ok(Ok(flushed)) => flushed,
-            // Cannot be: the commit began after the stamp was taken. Nothing is rewritten then.
-            Ok(Err(copied)) => {
-                copied.moves.iter().for_each(|m| image.give_up(m));
-                return Ok(());
-            }
-            Err(e) => {
-                batch.moves.iter().for_each(|m| image.give_up(m));
-                return Err(e);
-            }
-        };
-        gauge(1, 0);
-        gauge(2, flushed.moves.len());
-        let mut rewritten = Vec::new();
+        let token = if broken(Mutation::RewriteBeforeFlush) { FlushToken::unproven() } else { image.commit().await? };
+        // The commit began after the stamp was taken; if it had not, nothing would be rewritten.
+        let Ok(flushed) = copied.flushed(&token) else { return Ok(ended) };
+        active.gauge(2, flushed.moves.len());
         let mut error = None;
-        for m in flushed.moves {
-            match image.rewrite_reference(&m).await {
+        while let Some(m) = active.standing.last().copied() {
+            let rewritten = image.rewrite_reference(&m).await;
+            // No await from here on: a compaction that is dropped must not forget a move.
+            active.standing.pop();
+            match rewritten {
                 Ok(true) => {
-                    holes.remove(m.dst);
-                    rewritten.push(m);
+                    holes.used(m.dst);
+                    active.rewritten.push(m);
+                    self.moved += 1;
                 }
                 Ok(false) => image.give_up(&m),
                 Err(e) => {
@@ -257,17 +289,24 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 }
             }
         }
-        self.moved += rewritten.len() as u64;
-        image.moves.await_flush(Batch::referenced(rewritten, image.meta.stamp()));
-        error.map_or(Ok(()), Err)
+        error.map_or(Ok(ended), Err)
     }
 
     /// Copies; `standing` gets the moves whose copies were made.
-    async fn copy(&mut self, moves: &[Move], standing: &mut Vec<Move>) -> Result<()> {
+    async fn copy(
+        &mut self,
+        moves: &[Move],
+        standing: &mut Vec<Move>,
+        progress: &mut (dyn FnMut(Progress) -> bool + Send),
+    ) -> Result<Ended> {
         let image = self.image;
         let cluster_size = image.meta.geometry.cluster_size();
         let mut rest = moves;
         while let Some((first, _)) = rest.split_first() {
+            // What is copied so far is seen through to its end.
+            if !progress(Progress { done: self.progress.done + (moves.len() - rest.len()) as u64, ..self.progress }) {
+                return Ok(Ended::Cancelled);
+            }
             if !matches!(first.reference, Reference::L2Entry(_)) {
                 self.pacer.spend(cluster_size).await;
                 if image.copy_table(first, &mut self.scratch).await? {
@@ -294,6 +333,6 @@ impl<D: BlockDevice> Compaction<'_, D> {
             image.copy_run(first, count as u64, &mut self.scratch).await?;
             standing.extend_from_slice(run);
         }
-        Ok(())
+        Ok(Ended::Whole)
     }
 }

@@ -13,11 +13,11 @@ use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::config::Config;
+use super::config::{Config, Scale};
 use super::content::{Content, SECTOR, recognise};
 use super::crash::{Atom, Effort, Epoch};
 use super::guests::{Clock, Errors, Failure, Shared, Work};
-use super::history::History;
+use super::history::{History, Length, Op, Round};
 use super::model::Model;
 use super::play;
 use super::sim::SimDevice;
@@ -52,6 +52,31 @@ impl Start {
         let image = if snapshot { verify::with_snapshot(&image) } else { image };
         Ok(Start { image, model, snapshot: snapshot.then_some(disk) })
     }
+}
+
+/// A random history, and what it starts from: a new image, or one full of holes, so that the recycler has work from the
+/// start.
+pub fn random_history(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let config = Config::random(seed, Scale::Tiny, &mut rng);
+    let compare = rng.random_bool(0.3);
+    let history = History::random(config, Length { rounds: 3, guests: 3, ops: 12 }, &mut rng);
+    let start = if rng.random_bool(0.3) { Start::empty(&config) } else { full_of_holes(config, &mut rng) };
+    (History { compare, ..history }, start)
+}
+
+/// A disk that was written whole and then discarded in places.
+fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
+    let (sectors, cluster) = (config.image.sectors, config.image.cluster_sectors());
+    let mut ops = vec![Op::Write { first: 0, count: sectors }];
+    for first in (0..sectors).step_by(cluster as usize) {
+        if rng.random_bool(0.4) {
+            ops.push(Op::Discard { first, count: cluster.min(sectors - first) });
+        }
+    }
+    let history = History { config, compare: false, rounds: vec![Round::of(&ops)] };
+    let snapshot = config.image.refcount_bits > 1 && rng.random_bool(0.2);
+    Start::after(&history, snapshot).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
 }
 
 /// How much one history may cost.

@@ -241,7 +241,6 @@ impl Shared {
             }
             Op::Compact => match at_most(polls, compact(image, &mut |_| true)).await {
                 Some(Ok(report)) => self.note(format!("{what}: {report:?}")),
-                Some(Err(Error::Busy { .. })) => {}
                 Some(Err(e)) => self.failed(&what, e)?,
                 None => self.note(format!("{what} is dropped")),
             },

@@ -67,6 +67,13 @@ pub struct Round {
     pub after: After,
 }
 
+impl Round {
+    /// One guest, alone.
+    pub fn of(ops: &[Op]) -> Round {
+        Round { recycler: false, guests: vec![ops.to_vec()], after: After::Nothing }
+    }
+}
+
 /// A whole history.
 #[derive(Clone, Debug)]
 pub struct History {

@@ -5,9 +5,14 @@ use std::time::Duration;
 
 use qcow_recycler::recycler::{Control, run};
 use qcow_recycler::{BlockDevice, Image};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
 
-use super::guests::{Errors, Failure, Shared};
-use super::history::{After, History};
+use super::config::{Config, Scale};
+use super::guests::{Clock, Errors, Failure, Shared, Work};
+use super::history::{After, History, Length};
+use super::sim::SimDevice;
+use super::verify::{self, Tolerance};
 
 /// Runs a history on a device in tokio tasks; afterwards the image is closed. `closed` looks at the file after each
 /// close.
@@ -103,4 +108,47 @@ pub fn in_paused_time(shared: &Shared, future: impl Future<Output = Result<(), F
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
         Err(shared.failure(format!("panicked: {text}")))
     })
+}
+
+/// A random history on a disk with several L2 tables.
+pub fn random_history(seed: u64) -> History {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let config = Config::random(seed, Scale::Small, &mut rng);
+    History::random(config, Length { rounds: 5, guests: 4, ops: 30 }, &mut rng)
+}
+
+/// Checks the file of a closed image; with `qemu`, QEMU checks and reads it too.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn look_at_file(bytes: &[u8], shared: &Shared, qemu: bool) -> Result<(), String> {
+    verify::our_check(bytes, Tolerance::Clean)?;
+    if qemu {
+        verify::qemu_check(bytes, Tolerance::Clean)?;
+        let mut model = shared.model.lock().clone();
+        let disk = verify::qemu_contents(bytes)?;
+        model.read(0, &disk).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
+    }
+    Ok(())
+}
+
+/// Plays a history on paused time against the model. Returns what the recycler did.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn against_model(history: &History, qemu: bool) -> Result<Work, Failure> {
+    let config = history.config;
+    let shared = Shared::new(config, Clock::Tokio, Errors::None);
+    let device = SimDevice::new(config.image.create(), config.device(false));
+    device.limit_operations(2_000_000);
+    let result = in_paused_time(&shared, async {
+        play(history, &device, &shared, |d| look_at_file(&d.contents(), &shared, qemu)).await
+    });
+    match device.violations() {
+        broken if broken.is_empty() => result.map(|()| *shared.work.lock()),
+        broken => {
+            let also = result.err().map_or_else(String::new, |f| format!("; then {}", f.message));
+            Err(shared.failure(format!("rules of the device trait broken: {}{also}", broken.join("; "))))
+        }
+    }
 }
