@@ -12,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-# Cargo uses all cores by itself; recipes in order make a log that can be read.
+# Cargo uses all cores by itself; recipes that run in order give a log that can be read.
 .NOTPARALLEL:
 
 CARGO ?= cargo

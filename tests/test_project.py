@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import qemu
+
 TOP = Path(__file__).resolve().parent.parent
 SOURCES = ["recycler/src", "ffi/src", "python/src"]
 
@@ -92,15 +94,23 @@ def test_links_in_the_papers_lead_somewhere() -> None:
     assert not broken, ", ".join(broken)
 
 
+def readme_code(language: str) -> str:
+    (code,) = re.findall(rf"```{language}\n(.*?)```", text(TOP / "README.md"), re.S)
+    return code
+
+
+@pytest.mark.parametrize("compiler", [["cc", "-std=c99", "-xc"], ["g++", "-std=c++17", "-xc++"]], ids=["c", "c++"])
+def test_the_readmes_c_compiles(compiler: list[str]) -> None:
+    command = [*compiler, "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", f"-I{TOP / 'include'}", "-"]
+    qemu.run(*command, stdin=readme_code("c").encode())
+
+
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python snippet is run as it stands, on an image of the name it uses."""
-    import qemu
-
-    (code,) = re.findall(r"```python\n(.*?)```", text(TOP / "README.md"), re.S)
     qemu.create(tmp_path / "disk.qcow2", 64 << 20)
     qemu.io(tmp_path / "disk.qcow2", "write -P 1 0 16M")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(readme_code("python"), "README.md", "exec"), {"__name__": "readme"})
     qemu.assert_clean(tmp_path / "disk.qcow2")
 
 
