@@ -14,7 +14,8 @@ from typing import NamedTuple
 from programs import DemoError, run
 
 BLOCK = 4096
-LIVE_FILE = "/guest/live.bin"
+# The last directory of all, so that it lies at the end of the image, where the recycler works.
+LIVE_FILE = "/var/guest/live.bin"
 
 _ROOTS = ("/usr/share", "/usr/lib", "/usr/bin", "/usr/local", "/opt")
 _SMALLEST, _LARGEST = 16 << 10, 8 << 20
