@@ -77,8 +77,16 @@ fn judge(path: &Path, options: &CreateOptions) {
     assert_eq!(h.unsupported_for_writing(), None);
 }
 
+/// A process that another test starts holds our open files, with their locks, from its fork to its exec. So tests that lock
+/// images and then start QEMU on them take turns.
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 #[test]
 fn every_cluster_size_and_refcount_width_is_a_right_image() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
     for bits in 9..=21 {
@@ -100,6 +108,7 @@ fn every_cluster_size_and_refcount_width_is_a_right_image() {
 
 #[test]
 fn a_large_l1_table_has_refcount_blocks_enough() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
     for (cluster_size, width) in [(512, 1), (512, 16), (512, 64), (1024, 64), (4096, 64)] {
@@ -114,6 +123,7 @@ fn a_large_l1_table_has_refcount_blocks_enough() {
 
 #[test]
 fn sizes_at_the_edges() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
     for (size, cluster_size) in [(0, 65536), (512, 65536), (32768, 512), (32768 + 512, 512), (1 << 60, 2 << 20)] {
@@ -125,6 +135,7 @@ fn sizes_at_the_edges() {
 
 #[test]
 fn qemu_writes_to_it_and_grows_it() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
     for (cluster_size, refcount_bits) in [(512, 64), (65536, 16), (2 << 20, 1)] {
@@ -141,6 +152,7 @@ fn qemu_writes_to_it_and_grows_it() {
 
 #[test]
 fn a_backing_file_is_recorded_and_read_through() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
     fs::write(dir.path().join("base"), vec![9; 1 << 20]).unwrap();
@@ -162,6 +174,7 @@ fn a_backing_file_is_recorded_and_read_through() {
 
 #[test]
 fn unusable_options_are_named_and_the_device_is_left_alone() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     fs::write(&path, b"precious").unwrap();
@@ -221,6 +234,7 @@ impl BlockDevice for Volume {
 
 #[test]
 fn whatever_was_on_a_device_of_fixed_length_is_gone() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     for cluster_size in [512, 65536, 2 << 20] {
@@ -238,6 +252,7 @@ fn whatever_was_on_a_device_of_fixed_length_is_gone() {
 
 #[test]
 fn an_older_longer_file_is_replaced() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     fs::write(&path, vec![0xff; 3 << 20]).unwrap();
@@ -279,6 +294,7 @@ fn cut_power(old: &[u8], options: &CreateOptions, resize: bool) {
 
 #[test]
 fn a_power_cut_leaves_the_old_image_or_the_new_one_or_none() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     make(&path, &CreateOptions { cluster_size: 4096, refcount_bits: 1, ..CreateOptions::new(64 << 20) });

@@ -76,7 +76,7 @@ impl<D: BlockDevice> Image<D> {
         if !batch.is_empty() {
             states.grace.push((self.epochs.now(), batch));
         }
-        if let Some(old) = committed.old_table {
+        for old in committed.old_tables {
             self.meta.tables.lock().remove_range(old.clone());
             states.unlinked.clusters.insert_range(old);
         }

@@ -10,10 +10,12 @@ use crate::mutation::{Mutation, broken};
 use crate::clusters::set::ClusterSet;
 use crate::units::HostCluster;
 
-/// The file is cut in steps of this many bytes, and larger ones while a step takes no time: one large truncation can hold a file for seconds, and guest requests with
-/// it.
-const TRUNCATE_STEP: u64 = 64 << 20;
-const TRUNCATE_QUICK: Duration = Duration::from_millis(2);
+/// The file is cut in steps that take about a millisecond: guest writes wait while a file is being cut, and one large
+/// truncation can hold it for seconds.
+const TRUNCATE_FIRST: u64 = 4 << 20;
+const TRUNCATE_LEAST: u64 = 1 << 20;
+const TRUNCATE_QUICK: Duration = Duration::from_micros(300);
+const TRUNCATE_SLOW: Duration = Duration::from_millis(1);
 
 impl<D: BlockDevice> Image<D> {
     /// Cuts off what is free at the end of the file. The caller has the compaction's turn.
@@ -138,15 +140,17 @@ impl<D: BlockDevice> Image<D> {
             }
             states.end << bits
         };
-        let mut step = TRUNCATE_STEP;
+        let mut step = TRUNCATE_FIRST;
         while self.volume.can_resize() && self.volume.length() > length {
             let (before, began) = (self.volume.length(), Instant::now());
             let to = length.max(before.saturating_sub(step));
             self.volume.truncate(to).await?;
             self.counters.truncated_bytes.fetch_add(before - to, Ordering::Relaxed);
-            // A hole of a terabyte is cut off in no time.
-            if began.elapsed() < TRUNCATE_QUICK {
-                step = step.saturating_mul(2);
+            match began.elapsed() {
+                // A hole of a terabyte is cut off in no time.
+                t if t < TRUNCATE_QUICK => step = step.saturating_mul(2),
+                t if t > TRUNCATE_SLOW => step = (step / 2).max(TRUNCATE_LEAST),
+                _ => {}
             }
             // Let guests in between.
             tokio::task::yield_now().await;

@@ -41,8 +41,8 @@ impl FlushToken {
 /// A commit that completed.
 pub(crate) struct Committed {
     pub(crate) token: FlushToken,
-    /// The old place of the refcount table, in clusters, if it moved: nothing refers to it any more.
-    pub(crate) old_table: Option<Range<u64>>,
+    /// The old places of the refcount table, in clusters, if it moved: nothing refers to them any more.
+    pub(crate) old_tables: Vec<Range<u64>>,
 }
 
 impl Metadata {
@@ -195,11 +195,11 @@ impl CommitTurn<'_> {
                 }
                 meta.written.fetch_add(bytes, Ordering::Relaxed);
                 let counts = self.unfinished.counts.take();
-                let old_table = counts.as_ref().and_then(|c| c.moved.as_ref()).map(|(_, _, old)| old.clone());
+                let old_tables = counts.and_then(|c| c.moved).map(|(_, _, old)| old).unwrap_or_default();
                 *self.unfinished = Unfinished::default();
                 *meta.completed.lock() = Some(began);
                 meta.refcounts.lock().await.captured_written();
-                Ok(Committed { token: FlushToken { began }, old_table })
+                Ok(Committed { token: FlushToken { began }, old_tables })
             }
             Err(e) => {
                 self.restore_unfinished().await;

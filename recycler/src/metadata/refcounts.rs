@@ -41,8 +41,9 @@ pub(crate) struct Refcounts {
     writing: BTreeSet<u64>,
     /// Table entries changed since they were last written, by index.
     dirty_table: BTreeSet<u64>,
-    /// The table stands at a new place, which the header does not name yet; the old place.
-    moved: Option<Range<u64>>,
+    /// If the table stands at a place that the header does not name yet: where it was before, the place that the header
+    /// names first, then places in between.
+    moved: Vec<Range<u64>>,
 }
 
 /// What a commit writes of the refcounts, copied at its start.
@@ -52,8 +53,8 @@ pub(crate) struct RefcountWrites {
     pub(crate) blocks: Writes,
     /// Table entries. To be written when the blocks are durable.
     pub(crate) table: Writes,
-    /// The table's new place, for the header: to be written when the table is durable. Then the old place, in clusters.
-    pub(crate) moved: Option<(HostOffset, u32, Range<u64>)>,
+    /// The table's new place, for the header: to be written when the table is durable. Then the old places, in clusters.
+    pub(crate) moved: Option<(HostOffset, u32, Vec<Range<u64>>)>,
     slices: BTreeSet<u64>,
     table_entries: BTreeSet<u64>,
 }
@@ -81,7 +82,7 @@ impl Refcounts {
             dirty: BTreeSet::new(),
             writing: BTreeSet::new(),
             dirty_table: BTreeSet::new(),
-            moved: None,
+            moved: Vec::new(),
         })
     }
 
@@ -335,8 +336,7 @@ impl Refcounts {
         self.dirty_table.extend(missing);
         if growth.table > 0 {
             let old = geometry.host_cluster(old_table.0).0;
-            // If an earlier move is not in the header yet, the place it left is the one that the header names.
-            self.moved.get_or_insert(old..old + u64::from(old_table.1));
+            self.moved.push(old..old + u64::from(old_table.1));
             self.dirty_table.extend(0..self.table.len() as u64);
         }
         Ok(left)
@@ -361,7 +361,7 @@ impl Refcounts {
     pub(crate) fn move_table(&mut self, to: HostCluster) {
         let old = self.table_range();
         self.table_offset = self.geometry.host_offset(to);
-        self.moved.get_or_insert(old);
+        self.moved.push(old);
         self.dirty_table.extend(0..self.table.len() as u64);
     }
 
@@ -381,7 +381,9 @@ impl Refcounts {
         for sector in sectors {
             super::push_table_sector(&mut writes.table, self.table_offset, &self.table, sector);
         }
-        writes.moved = self.moved.take().map(|old| (self.table_offset, self.table_clusters, old));
+        if !self.moved.is_empty() {
+            writes.moved = Some((self.table_offset, self.table_clusters, std::mem::take(&mut self.moved)));
+        }
         self.writing.extend(&writes.slices);
         Ok(writes)
     }
@@ -397,7 +399,8 @@ impl Refcounts {
         self.dirty.extend(writes.slices);
         self.dirty_table.extend(writes.table_entries);
         if let Some((_, _, old)) = writes.moved {
-            self.moved = Some(old);
+            // The table may have moved on since.
+            self.moved.splice(0..0, old);
         }
     }
 
