@@ -13,9 +13,9 @@ from ._api import check, check_device, create, create_device, open, open_device
 from ._ext import Image, __version__
 from .errors import (
     AlreadyExists,
+    BackingError,
     BackingNotAllowed,
     BadOption,
-    BackingError,
     Cancelled,
     Closed,
     DeviceError,
@@ -37,10 +37,10 @@ from .zeroes import ZeroScan, discard_zeroes
 
 __all__ = [
     "AlreadyExists",
+    "BackingError",
     "BackingNotAllowed",
     "BadOption",
     "BlockDevice",
-    "BackingError",
     "Cancelled",
     "CheckReport",
     "Closed",

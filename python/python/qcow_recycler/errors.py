@@ -98,9 +98,9 @@ class BackingError(Error):
 
 __all__ = [
     "AlreadyExists",
+    "BackingError",
     "BackingNotAllowed",
     "BadOption",
-    "BackingError",
     "Cancelled",
     "Closed",
     "DeviceError",
