@@ -36,9 +36,11 @@ pub enum LogLevel {
     Debug,
 }
 
+type Sink = dyn Fn(LogLevel, &str) + Send + Sync;
+
 /// Where messages go; called without any library lock held, from any thread.
 #[derive(Clone, Default)]
-pub struct Logger(Option<Arc<dyn Fn(LogLevel, &str) + Send + Sync>>);
+pub struct Logger(Option<Arc<Sink>>);
 
 impl Logger {
     /// Sends messages to `sink`.

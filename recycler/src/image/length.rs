@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Image;
+use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::mutation::{Mutation, broken};
-use crate::clusters::set::ClusterSet;
 use crate::units::HostCluster;
 
 /// The file is cut in steps that take about a millisecond: guest writes wait while a file is being cut, and one large

@@ -153,7 +153,10 @@ impl<D: BlockDevice> Image<D> {
         let report = check(self.volume.device(), Repair::No).await?;
         if report.corruptions > 0 {
             let at = refcounts.table_range().start * self.meta.geometry.cluster_size();
-            let reason = format!("blocks are missing, and clusters that they must count are in use: {}", report.messages.join("; "));
+            let reason = format!(
+                "blocks are missing, and clusters that they must count are in use: {}",
+                report.messages.join("; ")
+            );
             return Err(Error::invalid("refcount table", at, reason));
         }
         Ok(())

@@ -27,7 +27,7 @@ impl<D: BlockDevice> Image<D> {
             return Err(Error::Closed);
         }
         self.ensure_writable()?;
-        if size % 512 != 0 {
+        if !size.is_multiple_of(512) {
             return Err(bad(format!("{size} is not a multiple of 512 bytes")));
         }
         let geometry = self.meta.geometry;

@@ -88,7 +88,7 @@ impl Refcounts {
 
     /// Clusters that one slice counts.
     fn per_slice(&self) -> u64 {
-        self.slice_size * 8 >> self.geometry.refcount_order
+        (self.slice_size * 8) >> self.geometry.refcount_order
     }
 
     fn slices_per_block(&self) -> u64 {
@@ -156,7 +156,11 @@ impl Refcounts {
             if refcount::get(&bytes, self.geometry.refcount_order, index) == 0 {
                 // Free clusters are told by their counts: with counts like these we would hand out what is in use.
                 let at = self.slice_offset(slice)?.unwrap_or(self.table_offset.0);
-                return Err(Error::invalid("refcount block entry", at, format!("cluster {c:#x} holds a table and is not counted")));
+                return Err(Error::invalid(
+                    "refcount block entry",
+                    at,
+                    format!("cluster {c:#x} holds a table and is not counted"),
+                ));
             }
         }
         self.slices.insert(slice, bytes);
@@ -275,7 +279,7 @@ impl Refcounts {
                 0
             } else {
                 // Half as much again, so that growing stays rare.
-                let entries = (last + 1) + (last + 1) / 2;
+                let entries = (last + 1) * 3 / 2;
                 entries.div_ceil(per_cluster)
             };
             if missing <= growth.blocks && table <= growth.table {
@@ -418,7 +422,11 @@ impl Refcounts {
                 return Ok(vec![clusters]);
             }
             let at = self.table_offset.0 + index * 8;
-            return Err(Error::invalid("refcount table entry", at, "there is no block, but tables that it must count".to_owned()));
+            return Err(Error::invalid(
+                "refcount table entry",
+                at,
+                "there is no block, but tables that it must count".to_owned(),
+            ));
         }
         let mut free: Vec<Range<u64>> = Vec::new();
         for c in clusters {

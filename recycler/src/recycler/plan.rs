@@ -53,9 +53,9 @@ mod tests {
     use super::*;
     use crate::units::GuestCluster;
 
-    fn states(end: u64, junk: &[std::ops::Range<u64>]) -> States {
+    fn states(end: u64, junk: &[(u64, u64)]) -> States {
         let mut s = States { end, ..States::default() };
-        junk.iter().for_each(|r| s.junk.insert_range(r.clone()));
+        junk.iter().for_each(|&(from, to)| s.junk.insert_range(from..to));
         s
     }
 
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn everything_past_the_used_amount_moves() {
-        let s = states(10, &[2..5, 7..8]);
+        let s = states(10, &[(2, 5), (7, 8)]);
         let floor = floor(&s, 0);
         assert_eq!(floor, 6);
         let plan = plan(&s, &found(&[9, 8, 6]), floor, 1 << 20);
@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn nothing_below_a_pinned_cluster_moves() {
-        let s = states(10, &[2..5, 7..8]);
+        let s = states(10, &[(2, 5), (7, 8)]);
         // 8 is in use and nobody is known to refer to it.
         let plan = plan(&s, &found(&[9, 6]), 6, 1 << 20);
         assert_eq!(plan.limit, 9);
@@ -85,14 +85,14 @@ mod tests {
 
     #[test]
     fn what_the_scan_had_no_room_for_pins_nothing() {
-        let s = states(10, &[2..5, 7..8]);
+        let s = states(10, &[(2, 5), (7, 8)]);
         let scan = Scan { complete_from: 9, ..found(&[9]) };
         assert_eq!(plan(&s, &scan, 6, 1 << 20).limit, 6);
     }
 
     #[test]
     fn blocks_that_will_be_empty_neither_pin_nor_move() {
-        let s = states(10, &[2..8]);
+        let s = states(10, &[(2, 8)]);
         let found = vec![(HostCluster(9), Reference::RefcountTable(0)), (HostCluster(8), Reference::RefcountTable(1))];
         let plan = plan(&s, &Scan { found, complete_from: 0 }, floor(&s, 1), 8);
         assert_eq!(plan, Plan { limit: 3, sources: vec![(HostCluster(9), Reference::RefcountTable(0))] });
