@@ -55,7 +55,7 @@ impl<D: BlockDevice> Image<D> {
             let clusters = per_slice - guest.0 % per_slice;
             return Ok(Run { kind: RunKind::Unallocated, length: (clusters * cluster_size - within).min(max) });
         };
-        if purpose == Purpose::Write && !slice.targets_checked.load(Ordering::Acquire) {
+        if purpose == Purpose::Write {
             self.check_targets(&slice, guest, index)?;
         }
         let entries = slice.read();
@@ -118,7 +118,13 @@ impl<D: BlockDevice> Image<D> {
 
     /// Refuses a slice in which an entry points at one of the image's own tables: a guest write there would destroy it.
     /// Done once, before the first write through the slice; entries set later are right by construction.
+    #[inline]
     pub(crate) fn check_targets(&self, slice: &Arc<Slice>, guest: GuestCluster, index: usize) -> Result<()> {
+        if slice.targets_checked.load(Ordering::Acquire) { Ok(()) } else { self.check_targets_now(slice, guest, index) }
+    }
+
+    #[cold]
+    fn check_targets_now(&self, slice: &Arc<Slice>, guest: GuestCluster, index: usize) -> Result<()> {
         let geometry = self.meta.geometry;
         let entries = slice.read();
         for i in 0..entries.len() {

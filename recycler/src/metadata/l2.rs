@@ -9,9 +9,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use foldhash::fast::RandomState;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use quick_cache::sync::{Cache, DefaultLifecycle};
-use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, UnitWeighter};
+use quick_cache::{Lifecycle, OptionsBuilder, UnitWeighter};
 use zerocopy::IntoBytes;
 
 use super::Writes;
@@ -86,7 +87,7 @@ impl Lifecycle<u64, Arc<Slice>> for PinHeld {
 pub(crate) struct L2Cache {
     geometry: Geometry,
     slice_size: u64,
-    cache: Cache<u64, Arc<Slice>, UnitWeighter, DefaultHashBuilder, PinHeld>,
+    cache: Cache<u64, Arc<Slice>, UnitWeighter, RandomState, PinHeld>,
     capacity: usize,
     dirty: Mutex<BTreeMap<u64, Arc<Slice>>>,
     /// Bytes read from the device, for the statistics.
@@ -107,11 +108,11 @@ impl L2Cache {
             .build();
         let cache = match options {
             Ok(options) => {
-                Cache::with_options(options, UnitWeighter, DefaultHashBuilder::default(), PinHeld::default())
+                Cache::with_options(options, UnitWeighter, RandomState::default(), PinHeld::default())
             }
             // Unreachable: both required options are set. The same cache without the choice of shards.
             Err(_) => {
-                Cache::with(capacity, capacity as u64, UnitWeighter, DefaultHashBuilder::default(), PinHeld::default())
+                Cache::with(capacity, capacity as u64, UnitWeighter, RandomState::default(), PinHeld::default())
             }
         };
         L2Cache { geometry, slice_size, cache, capacity, dirty: Mutex::default(), read_bytes: AtomicU64::new(0) }
