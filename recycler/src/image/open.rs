@@ -57,12 +57,8 @@ impl<D: BlockDevice> Image<D> {
         }
         let backing = Backing::open(&header, &options, above).await?;
         let meta = Metadata::open(&volume, &header, sector, options.l2_cache_size).await?;
-        // A device of fixed length says nothing about where the image ends; the last counted cluster does.
-        let end = if volume.can_resize() || options.read_only {
-            header.geometry.clusters_for(volume.length())
-        } else {
-            meta.refcounts.lock().await.counted_end(&volume).await?
-        };
+        // On a device of fixed length this is put right below.
+        let end = if volume.can_resize() || options.read_only { header.geometry.clusters_for(volume.length()) } else { 0 };
         let image = Image {
             meta,
             clusters: Clusters::new(end),
@@ -88,6 +84,7 @@ impl<D: BlockDevice> Image<D> {
         };
         if !image.options.read_only {
             image.note_tables(&snapshots).await?;
+            image.note_end().await?;
             image.check_coverage().await?;
             if image.header.autoclear != 0 {
                 // Features that we do not keep up to date must not be believed any more once we write.
@@ -139,6 +136,15 @@ impl<D: BlockDevice> Image<D> {
                 return Err(Error::invalid("L1 table entry", l1_start + l1_index * 8, reason));
             }
         }
+        Ok(())
+    }
+
+    /// Takes note of where the image ends: with the file, but behind every counted cluster. A file may be shorter than that
+    /// (a crash of QEMU leaves clusters that were counted and never written), and a device of fixed length is longer.
+    async fn note_end(&self) -> Result<()> {
+        let counted = self.meta.refcounts.lock().await.counted_end(&self.volume).await?;
+        let mut states = self.clusters.lock();
+        states.end = states.end.max(counted);
         Ok(())
     }
 
@@ -205,7 +211,11 @@ async fn read_header<D: BlockDevice>(volume: &Volume<D>) -> Result<(Header, [u8;
 /// Repairs an image that was not closed cleanly.
 async fn recover<D: BlockDevice>(volume: &Volume<D>, header: &Header, options: &Options) -> Result<()> {
     let dirty = header.incompatible & incompatible::DIRTY != 0;
-    let report = check(volume.device(), if dirty { Repair::All } else { Repair::Leaks }).await?;
+    let mut report = check(volume.device(), if dirty { Repair::All } else { Repair::No }).await?;
+    if !dirty && report.corruptions == 0 && report.leaks > 0 {
+        // Without the bit leaks are all that a crash of ours leaves; an image with errors is refused as it is.
+        report = check(volume.device(), Repair::Leaks).await?;
+    }
     let left = report.corruptions - report.corruptions_fixed;
     if left > 0 {
         let why = if dirty { "it was not closed cleanly and" } else { "it" };
