@@ -75,6 +75,12 @@ impl States {
             + self.grace.iter().map(|(_, b)| b.clusters.len()).sum::<u64>()
     }
 
+    /// References to shared clusters that are gone, and still counted.
+    pub(crate) fn shared_len(&self) -> u64 {
+        let waiting = self.grace.iter().map(|(_, b)| b.shared.len()).sum::<usize>();
+        (self.unlinked.shared.len() + self.committing.shared.len() + waiting) as u64
+    }
+
     /// Clusters that nothing refers to, whatever state they are in.
     pub(crate) fn unused_len(&self) -> u64 {
         self.junk.len()

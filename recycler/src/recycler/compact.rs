@@ -70,9 +70,7 @@ pub async fn compact<D: BlockDevice>(
     progress: &mut (dyn FnMut(Progress) -> bool + Send),
 ) -> Result<CompactReport> {
     image.ensure_writable()?;
-    let turn = image.compaction.lock().await;
-    // It may have been closed while we waited.
-    image.ensure_writable()?;
+    let turn = image.recycler_turn().await?;
     let mut compaction = Compaction {
         image,
         turn: Some(turn),
@@ -198,12 +196,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
             if !progress(self.progress) {
                 return Ok(false);
             }
-            if image.is_closed() {
-                return Err(Error::Closed);
-            }
             // Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
             self.turn = None;
-            self.turn = Some(image.compaction.lock().await);
+            self.turn = Some(image.recycler_turn().await?);
             match self.batch(sources, plan.limit, progress).await? {
                 Ended::Whole => self.progress.done += sources.len() as u64,
                 Ended::NoHoles => break,

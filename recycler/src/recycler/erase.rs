@@ -10,7 +10,7 @@ use crate::image::relocate::Purpose;
 
 /// Overwrites up to `bytes` of Junk with zeroes: Junk → Roots → Erased. The next flush makes it Available.
 pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &mut Pacer) -> Result<()> {
-    let _turn = image.compaction.lock().await;
+    let _turn = image.recycler_turn().await?;
     let bits = image.meta.geometry.cluster_bits;
     let mut holes = image.take_holes(bytes >> bits, u64::MAX, Purpose::Erase).await?;
     let runs: Vec<_> = holes.set.runs().collect();

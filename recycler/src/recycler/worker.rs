@@ -206,11 +206,12 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         let image = self.image;
         match work {
             Work::FindJunk => {
-                let _turn = image.compaction.lock().await;
+                let _turn = image.recycler_turn().await?;
                 find_junk(&image.volume, &image.meta, &image.clusters).await
             }
             Work::Erase(bytes) => erase(image, bytes, &mut self.pacer).await,
             Work::Flush => {
+                image.ensure_writable()?;
                 image.commit().await?;
                 image.epochs.grace().await;
                 image.reap().await;
@@ -228,7 +229,7 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
                 Ok(())
             }
             Work::Shorten => {
-                let _turn = image.compaction.lock().await;
+                let _turn = image.recycler_turn().await?;
                 image.shorten().await
             }
             Work::Wait | Work::WaitUntil(_) => Ok(()),
