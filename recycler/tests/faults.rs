@@ -20,7 +20,6 @@ use common::play;
 use common::sim::{Delay, Fault, Kind, Settings, SimDevice};
 use common::slice;
 use common::verify::{self, Depth, Tolerance};
-use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::IoBuf;
 use qcow_recycler::device::Features;
 use qcow_recycler::recycler::{Control, run};
@@ -56,6 +55,7 @@ fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features:
         flush_after: Duration::from_millis(20),
         features,
         delay: Delay::Yields(1),
+        overlap: false,
     }
 }
 
@@ -194,11 +194,12 @@ fn with_fault(config: Config, fault: Option<Fault>) -> Result<(Outcome, u64), Fa
     let model = shared.model.lock().clone();
     if closed {
         verify::our_check(&file, Tolerance::Clean).map_err(|e| error(format!("after closing: {e}")))?;
-        let reopened = block_on(async {
+        let reopened = verify::in_paused_time(async {
             let image = Image::open(device.clone(), config.options()).await.map_err(|e| e.to_string())?;
             verify::whole_disk(&image, &mut model.clone()).await?;
             image.close().await.map_err(|e| e.to_string())
         });
+        let reopened = reopened.unwrap_or_else(|hangs| Err(hangs.to_owned()));
         reopened.map_err(|e| error(format!("reopening: {e}")))?;
     }
     verify::crash_image(&file, &model, None, &config, Depth { qemu: false, compact: true })

@@ -63,6 +63,7 @@ fn tiny(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64) -> Config {
         flush_after: Duration::from_millis(20),
         features: Settings::new(0).features,
         delay: Delay::None,
+        overlap: false,
     }
 }
 

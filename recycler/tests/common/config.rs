@@ -78,6 +78,8 @@ pub struct Config {
     pub flush_after: Duration,
     pub features: Features,
     pub delay: Delay,
+    /// Guests change the same sectors at the same time.
+    pub overlap: bool,
 }
 
 /// How large the disks may be.
@@ -149,6 +151,7 @@ impl Config {
             flush_after: Duration::from_millis(rng.random_range(1..60)),
             features,
             delay,
+            overlap: rng.random_bool(0.3),
         }
     }
 
@@ -167,7 +170,13 @@ impl Config {
 
     /// How the device behaves.
     pub fn device(&self, record: bool) -> Settings {
-        Settings { delay: self.delay, features: self.features, record, ..Settings::new(self.seed) }
+        Settings {
+            delay: self.delay,
+            features: self.features,
+            record,
+            overlap: self.overlap,
+            ..Settings::new(self.seed)
+        }
     }
 }
 
@@ -178,7 +187,7 @@ impl fmt::Display for Config {
             f,
             "clusters of {} B, refcounts of {} bits, version {}{}{}, disk of {} sectors, L2 cache {} B, \
             keep_erased {}, \
-             compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}",
+             compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}{}",
             1u64 << i.cluster_bits,
             i.refcount_bits,
             i.version,
@@ -192,6 +201,7 @@ impl fmt::Display for Config {
             self.flush_after,
             self.delay,
             self.features,
+            if self.overlap { ", overlapping requests" } else { "" },
         )
     }
 }

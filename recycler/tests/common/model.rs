@@ -4,6 +4,7 @@
 //! since, finished or not. Reads must find the newest finished write; after a power cut a sector may hold any of
 //! them. Requests on the same sectors at the same time are the tests' to avoid.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use super::content::{Content, SECTOR, recognise};
@@ -19,6 +20,8 @@ struct Step {
     allowed: Choice,
     /// The model's clock when the request ended; `None` while it is in flight.
     ended: Option<u64>,
+    /// What requests in flight at the same time write.
+    rivals: Choice,
 }
 
 #[derive(Clone, Debug)]
@@ -53,7 +56,12 @@ impl Cell {
     fn flushed_at(&mut self, began: u64) {
         let Some(last) = self.steps.iter().rposition(|s| s.ended.is_some_and(|e| e <= began)) else { return };
         self.flushed = std::mem::take(&mut self.steps[last].allowed);
-        self.steps.drain(..=last);
+        // Older requests that are still in flight, or ended too late, may come after it all the same.
+        let mut index = 0;
+        self.steps.retain(|s| {
+            index += 1;
+            index - 1 > last || s.ended.is_none_or(|e| e > began)
+        });
     }
 }
 
@@ -66,6 +74,7 @@ pub struct Model {
     other_sizes: Vec<u64>,
     clock: u64,
     requests: u64,
+    watches: BTreeMap<u64, Watch>,
     /// Rises whenever a flush or resize completes, that is, whenever less is allowed after a power cut than before.
     pub tightened: u64,
 }
@@ -77,6 +86,10 @@ pub struct Mismatch {
     pub found: Content,
 }
 
+fn same(a: &Choice, b: &Choice) -> bool {
+    a.iter().all(|c| b.contains(c)) && b.iter().all(|c| a.contains(c))
+}
+
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "guest sector {} holds {}", self.sector, self.found)?;
@@ -86,6 +99,13 @@ impl fmt::Display for Mismatch {
             _ => Ok(()),
         }
     }
+}
+
+/// What a read in flight may find.
+#[derive(Clone, Debug)]
+struct Watch {
+    first: u64,
+    allowed: Vec<Choice>,
 }
 
 /// A request in flight.
@@ -101,7 +121,7 @@ impl Model {
     /// A disk of `size` sectors that durably holds zeroes.
     pub fn new(size: u64) -> Self {
         let cells = vec![Cell::new(); size as usize];
-        Model { cells, size, other_sizes: Vec::new(), clock: 0, requests: 0, tightened: 0 }
+        Model { cells, size, other_sizes: Vec::new(), clock: 0, requests: 0, watches: BTreeMap::new(), tightened: 0 }
     }
 
     /// Size of the disk in sectors.
@@ -122,7 +142,17 @@ impl Model {
         for sector in first..first + count {
             let cell = &mut self.cells[sector as usize];
             let allowed = allowed(sector, cell.current());
-            cell.steps.push(Step { request: number, allowed, ended: None });
+            let mut rivals = Choice::new();
+            for other in cell.steps.iter_mut().filter(|s| s.ended.is_none()) {
+                rivals.extend(&other.allowed);
+                other.rivals.extend(&allowed);
+            }
+            for watch in self.watches.values_mut() {
+                if let Some(seen) = sector.checked_sub(watch.first).and_then(|i| watch.allowed.get_mut(i as usize)) {
+                    seen.extend(&allowed);
+                }
+            }
+            cell.steps.push(Step { request: number, allowed, ended: None, rivals });
         }
         Request { number, first, count }
     }
@@ -145,6 +175,8 @@ impl Model {
             let Some(step) = cell.steps.iter_mut().find(|s| s.request == request.number) else { continue };
             step.ended = Some(self.clock);
             step.allowed.extend(before);
+            let rivals = std::mem::take(&mut step.rivals);
+            step.allowed.extend(rivals);
         }
     }
 
@@ -191,18 +223,43 @@ impl Model {
         size == self.size || self.other_sizes.contains(&size)
     }
 
-    /// Compares what was read from `first` on with what must be there; remembers which of several possibilities it
-    /// was.
-    pub fn read(&mut self, first: u64, bytes: &[u8]) -> Result<(), Mismatch> {
-        for (i, found) in bytes.chunks_exact(SECTOR).map(recognise).enumerate() {
-            let sector = first + i as u64;
-            let Some(cell) = self.cells.get_mut(sector as usize) else { continue };
-            if !cell.current().contains(&found) {
+    /// A read begins; the number is to be given to [`read_ends`](Self::read_ends).
+    pub fn read_begins(&mut self, first: u64, count: u64) -> u64 {
+        self.requests += 1;
+        let allowed = self.cells[first as usize..(first + count) as usize]
+            .iter()
+            .map(|cell| {
+                let in_flight = cell.steps.iter().filter(|s| s.ended.is_none());
+                cell.current().iter().chain(in_flight.flat_map(|s| &s.allowed)).copied().collect()
+            })
+            .collect();
+        self.watches.insert(self.requests, Watch { first, allowed });
+        self.requests
+    }
+
+    /// A read has ended: compares what it found with what was there meanwhile, and remembers which of several
+    /// possibilities it was.
+    pub fn read_ends(&mut self, read: u64, bytes: Option<&[u8]>) -> Result<(), Mismatch> {
+        let Some(watch) = self.watches.remove(&read) else { return Ok(()) };
+        let found = bytes.unwrap_or_default().chunks_exact(SECTOR).map(recognise);
+        for ((sector, allowed), found) in (watch.first..).zip(&watch.allowed).zip(found) {
+            if !allowed.contains(&found) {
                 return Err(Mismatch { sector, found });
             }
-            *cell.current_mut() = vec![found];
+            let cell = &mut self.cells[sector as usize];
+            // What a read saw, later ones see too, unless somebody wrote since it began.
+            if cell.steps.iter().all(|s| s.ended.is_some()) && same(allowed, cell.current()) {
+                *cell.current_mut() = vec![found];
+            }
         }
         Ok(())
+    }
+
+    /// Compares a disk that is at rest with what must be there.
+    pub fn read(&mut self, first: u64, bytes: &[u8]) -> Result<(), Mismatch> {
+        let count = ((bytes.len() / SECTOR) as u64).min((self.cells.len() as u64).saturating_sub(first));
+        let read = self.read_begins(first, count);
+        self.read_ends(read, Some(bytes))
     }
 
     /// Compares a whole disk with what may be there after a power cut.

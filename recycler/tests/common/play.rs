@@ -1,6 +1,7 @@
 //! Playing a history: in tokio tasks on paused time, where the seed decides the order of everything.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use qcow_recycler::recycler::{Control, run};
@@ -43,6 +44,7 @@ pub async fn play<D: BlockDevice + Clone>(
         shared.note(format!("round {number}{}", if round.recycler { " with the recycler" } else { "" }));
         let control = Control::new();
         let worker = round.recycler.then(|| tokio::spawn(run(image.clone(), control.clone())));
+        let watchdog = Watchdog::new(control.clone());
         let guests: Vec<_> = round
             .guests
             .iter()
@@ -63,6 +65,9 @@ pub async fn play<D: BlockDevice + Clone>(
         control.stop();
         if let Some(worker) = worker {
             worker.await.map_err(|e| shared.failure(format!("the recycler panicked: {e}")))?;
+        }
+        if watchdog.barked() {
+            return Err(shared.failure("the recycler never comes to rest"));
         }
         let errors = image.stats().background_errors;
         if errors > 0 && shared.policy == Errors::None {
@@ -87,21 +92,41 @@ pub async fn play<D: BlockDevice + Clone>(
     close(image).await
 }
 
+/// Stops a recycler that keeps its thread busy for so long that something must be wrong. (Paused time does not help
+/// there: it stands still as long as there is something to do.)
+struct Watchdog {
+    barked: Arc<AtomicBool>,
+    _done: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn new(control: Control) -> Watchdog {
+        let (done, is_done) = mpsc::channel();
+        let barked = Arc::new(AtomicBool::new(false));
+        let bark = barked.clone();
+        std::thread::spawn(move || {
+            if is_done.recv_timeout(Self::PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                bark.store(true, Ordering::SeqCst);
+                control.stop();
+            }
+        });
+        Watchdog { barked, _done: done }
+    }
+
+    fn barked(&self) -> bool {
+        self.barked.load(Ordering::SeqCst)
+    }
+}
+
 /// Runs `future` on a runtime of its own whose time stands still unless everything waits for it; a history that makes
 /// no progress for an hour of that time hangs.
 ///
 /// # Errors
 /// The future's own, or that it hangs.
 pub fn in_paused_time(shared: &Shared, future: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    let run = || {
-        runtime.block_on(async {
-            match tokio::time::timeout(Duration::from_secs(3600), future).await {
-                Ok(result) => result,
-                Err(_) => Err(shared.failure("it hangs")),
-            }
-        })
-    };
+    let run = || verify::in_paused_time(future).unwrap_or_else(|hangs| Err(shared.failure(hangs)));
     // Nothing of the history is used after a panic but what locks guard.
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();

@@ -62,13 +62,15 @@ pub struct Settings {
     pub read_only: bool,
     /// Keep the log that crash images are made of. Without it, nothing is ever lost.
     pub record: bool,
+    /// Whoever uses the library may write the same bytes twice at the same time, so that is no violation.
+    pub overlap: bool,
 }
 
 impl Settings {
     /// Everything supported, at once, recorded.
     pub fn new(seed: u64) -> Self {
         let features = Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true };
-        Settings { seed, delay: Delay::None, features, read_only: false, record: true }
+        Settings { seed, delay: Delay::None, features, read_only: false, record: true, overlap: false }
     }
 }
 
@@ -402,7 +404,7 @@ impl SimDevice {
             let both_write = ranges
                 .iter()
                 .any(|(a, write)| *write && other.ranges.iter().any(|(b, w)| *w && a.start < b.end && b.start < a.end));
-            both_write || other.ranges.iter().any(|(b, _)| b.end > shrinks_to)
+            both_write && !self.inner.settings.overlap || other.ranges.iter().any(|(b, _)| b.end > shrinks_to)
         });
         if let Some(other) = clash {
             let text = format!("{}: while {:?} {:x?} is in flight", describe(), other.kind, other.ranges);

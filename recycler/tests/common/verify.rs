@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
-use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::IoBufMut;
 use qcow_recycler::check::check;
 use qcow_recycler::format::header::{Header, incompatible};
@@ -126,7 +127,7 @@ pub fn is_dirty(image: &[u8]) -> bool {
 /// It finds more than `tolerance` allows.
 pub fn our_check(image: &[u8], tolerance: Tolerance) -> Result<CheckReport, String> {
     let device = MemoryDevice::new(image.to_vec());
-    let report = block_on(check(&device, Repair::No)).map_err(|e| format!("check: {e}"))?;
+    let report = at_once(check(&device, Repair::No))?.map_err(|e| format!("check: {e}"))?;
     judge(&report, tolerance).map_err(|e| format!("check: {e}"))?;
     Ok(report)
 }
@@ -200,9 +201,32 @@ pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model) -> 
     }
 }
 
-/// Drives the timers that a compaction may use.
-static TIMERS: LazyLock<tokio::runtime::Runtime> =
-    LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap());
+/// Runs a future that waits for nobody; also within a runtime. It may give way to others as often as it likes, within
+/// reason.
+///
+/// # Errors
+/// It waits.
+fn at_once<T>(future: impl Future<Output = T>) -> Result<T, &'static str> {
+    let mut future = std::pin::pin!(future);
+    let mut context = Context::from_waker(Waker::noop());
+    for _ in 0..1_000_000 {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+            return Ok(output);
+        }
+    }
+    Err("it hangs")
+}
+
+/// Runs `future` on a runtime of its own whose time stands still unless everything waits for it: what makes no progress
+/// for an hour of that time hangs, and fails at once.
+///
+/// # Errors
+/// It hangs.
+pub fn in_paused_time<T>(future: impl Future<Output = T>) -> Result<T, &'static str> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let hour = Duration::from_secs(3600);
+    runtime.block_on(async { tokio::time::timeout(hour, future).await.map_err(|_| "it hangs") })
+}
 
 /// How thoroughly one crash image is looked at.
 #[derive(Clone, Copy, Debug)]
@@ -238,8 +262,7 @@ pub fn crash_image(
         }
     }
     let device = MemoryDevice::new(image.to_vec());
-    let _timers = TIMERS.enter();
-    block_on(async {
+    in_paused_time(async {
         let open = || Image::open(device.clone(), config.options());
         let disk = open().await.map_err(|e| format!("opening: {e}"))?;
         let size = disk.info().virtual_size / SECTOR as u64;
@@ -264,5 +287,5 @@ pub fn crash_image(
             }
         }
         Ok(())
-    })
+    })?
 }
