@@ -58,7 +58,8 @@ impl<D: BlockDevice> Image<D> {
         let backing = Backing::open(&header, &options, above).await?;
         let meta = Metadata::open(&volume, &header, sector, options.l2_cache_size).await?;
         // On a device of fixed length this is put right below.
-        let end = if volume.can_resize() || options.read_only { header.geometry.clusters_for(volume.length()) } else { 0 };
+        let end =
+            if volume.can_resize() || options.read_only { header.geometry.clusters_for(volume.length()) } else { 0 };
         let image = Image {
             meta,
             clusters: Clusters::new(end),

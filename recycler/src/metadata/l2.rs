@@ -107,13 +107,9 @@ impl L2Cache {
             .shards(if capacity < 512 { 1 } else { 8 })
             .build();
         let cache = match options {
-            Ok(options) => {
-                Cache::with_options(options, UnitWeighter, RandomState::default(), PinHeld::default())
-            }
+            Ok(options) => Cache::with_options(options, UnitWeighter, RandomState::default(), PinHeld::default()),
             // Unreachable: both required options are set. The same cache without the choice of shards.
-            Err(_) => {
-                Cache::with(capacity, capacity as u64, UnitWeighter, RandomState::default(), PinHeld::default())
-            }
+            Err(_) => Cache::with(capacity, capacity as u64, UnitWeighter, RandomState::default(), PinHeld::default()),
         };
         L2Cache { geometry, slice_size, cache, capacity, dirty: Mutex::default(), read_bytes: AtomicU64::new(0) }
     }
