@@ -34,16 +34,20 @@ pub(crate) struct FreedBatch {
     pub(crate) clusters: ClusterSet,
     /// Clusters shared with snapshots: each loses one of its references (one may stand here more than once).
     pub(crate) shared: Vec<HostCluster>,
+    /// Refcount blocks whose own count went with them: Junk as soon as the table is durable, since only the engine used
+    /// them.
+    pub(crate) uncounted: ClusterSet,
 }
 
 impl FreedBatch {
     pub(crate) fn is_empty(&self) -> bool {
-        self.clusters.is_empty() && self.shared.is_empty()
+        self.clusters.is_empty() && self.shared.is_empty() && self.uncounted.is_empty()
     }
 
     pub(crate) fn merge(&mut self, other: FreedBatch) {
         self.clusters.add_all(&other.clusters);
         self.shared.extend(other.shared);
+        self.uncounted.add_all(&other.uncounted);
     }
 }
 

@@ -73,6 +73,8 @@ impl<D: BlockDevice> Image<D> {
         if late {
             batch.merge(std::mem::take(&mut states.unlinked));
         }
+        let uncounted = std::mem::take(&mut batch.uncounted);
+        states.junk.add_all(&uncounted);
         if !batch.is_empty() {
             states.grace.push((self.epochs.now(), batch));
         }

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Image;
+use crate::clusters::States;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::error::Result;
@@ -48,74 +49,57 @@ impl<D: BlockDevice> Image<D> {
 
     /// Makes Junk of pool clusters at the end of the file: they can be made anew when they are needed.
     async fn return_tail(&self) -> Result<()> {
+        let mut refcounts = self.meta.refcounts.lock().await;
         loop {
-            let mut refcounts = self.meta.refcounts.lock().await;
-            let run = {
-                let mut states = self.clusters.lock();
-                let tail = states.last_needed()..states.end;
-                let run = [&states.available, &states.erased]
-                    .into_iter()
-                    .flat_map(|set| set.runs_from(tail.start).next())
-                    .next();
-                let Some(run) = run else { return Ok(()) };
-                // Out of the pool before the lock is released, so that no guest is given them.
-                states.available.remove_range(run.clone());
-                states.erased.remove_range(run.clone());
-                states.roots.insert_range(run.clone());
-                run
+            let pool_run = |states: &States| {
+                let tail = states.last_needed();
+                [&states.available, &states.erased].into_iter().find_map(|set| set.runs_from(tail).next())
             };
-            let released = refcounts.release(&self.volume, run.clone()).await;
-            let mut states = self.clusters.lock();
-            states.roots.remove_range(run.clone());
-            match released {
-                Ok(free) => free.into_iter().for_each(|r| states.junk.insert_range(r)),
-                Err(e) => {
-                    states.erased.insert_range(run);
-                    return Err(e);
-                }
-            }
+            let Some(run) = pool_run(&self.clusters.lock()) else { return Ok(()) };
+            refcounts.load_range(&self.volume, &run).await?;
+            // Nothing waits from here on. Guests may have been given clusters meanwhile: look again.
+            let states = &mut *self.clusters.lock();
+            let Some(now) = pool_run(states).filter(|now| run.start <= now.start && now.end <= run.end) else {
+                continue;
+            };
+            let free = refcounts.release_loaded(now.clone())?;
+            states.available.remove_range(now.clone());
+            states.erased.remove_range(now);
+            free.into_iter().for_each(|r| states.junk.insert_range(r));
         }
     }
 
     /// Drops refcount blocks at the end of the table that count nothing but blocks that are dropped. Whether there were any.
     async fn drop_empty_blocks(&self) -> Result<bool> {
         let geometry = self.meta.geometry;
-        let per_block = geometry.refcounts_per_block();
-        let mut dropped = ClusterSet::default();
-        let first;
         {
             // No file growth meanwhile: it would count clusters in a block that is about to go.
             let _length = self.clusters.length_turn.lock().await;
             let mut refcounts = self.meta.refcounts.lock().await;
             let mut blocks: Vec<_> = refcounts.blocks().collect();
-            let mut lowest = None;
+            let mut dropped: Vec<(u64, HostCluster)> = Vec::new();
+            let mut hosts = ClusterSet::default();
             while let Some((index, block)) = blocks.pop() {
                 let host = geometry.host_cluster(block);
-                dropped.insert(host);
-                if !refcounts.counts_only(&self.volume, index, &dropped).await? {
-                    dropped.remove(host);
+                hosts.insert(host);
+                if !refcounts.counts_only(&self.volume, index, &hosts).await? {
                     break;
                 }
-                refcounts.set_block(index, None);
-                lowest = Some(index);
+                dropped.push((index, host));
             }
-            let Some(lowest) = lowest else { return Ok(false) };
-            first = lowest * per_block;
-        }
-        // Cut before this commit: the table names the blocks, which are counted, and the file still has them. After it: they
-        // are not referred to. Those that were counted in one of them are not counted any more either.
-        self.commit().await?;
-        {
+            let Some(&(lowest, _)) = dropped.last() else { return Ok(false) };
+            // Cut before the next commit: the table names the blocks, which are counted, and the file still has them. After
+            // it: they are not referred to. Those that were counted in one of them are not counted any more either, so
+            // they are Junk then; the others take the way of all freed clusters.
             let mut states = self.clusters.lock();
             let mut tables = self.meta.tables.lock();
-            for run in dropped.runs() {
-                tables.remove_range(run.clone());
-                for c in run.map(HostCluster) {
-                    if c.0 >= first {
-                        states.junk.insert(c);
-                    } else {
-                        states.unlink(c, true);
-                    }
+            for (index, host) in dropped {
+                refcounts.set_block(index, None);
+                tables.remove(host);
+                if host.0 >= lowest * geometry.refcounts_per_block() {
+                    states.unlinked.uncounted.insert(host);
+                } else {
+                    states.unlink(host, true);
                 }
             }
         }

@@ -93,6 +93,21 @@ pub(crate) struct L1Move<'a> {
     pub(crate) patch: &'a (dyn Fn(&mut [u8; 512]) + Sync),
 }
 
+/// Stands for a header that may name another L1 table than the one in memory: if the commit is dropped like this, the image
+/// takes no changes any more.
+struct HeaderInDoubt<'a, D: BlockDevice> {
+    volume: &'a Volume<D>,
+    settled: bool,
+}
+
+impl<D: BlockDevice> Drop for HeaderInDoubt<'_, D> {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.volume.fail(|| "a move of the L1 table was given up half-way".to_owned());
+        }
+    }
+}
+
 /// The turn to write metadata back.
 pub(crate) struct CommitTurn<'a> {
     metadata: &'a Metadata,
@@ -143,6 +158,7 @@ impl CommitTurn<'_> {
             }
         };
 
+        let mut header_in_doubt = HeaderInDoubt { volume, settled: true };
         let written = async {
             if broken(Mutation::TablesBeforeCounts) {
                 l2_writes.submit(volume, "writing an L2 table").await?;
@@ -175,6 +191,7 @@ impl CommitTurn<'_> {
             bytes += l1_writes.submit(volume, "writing the L1 table").await?;
             volume.flush().await?;
             if let Some(m) = &l1_move {
+                header_in_doubt.settled = false;
                 // Cut before the header's sector is written: the old L1 table stands, as it was at the last commit. After
                 // it: the new one, which the flush above made durable with all that it refers to.
                 meta.write_header(volume, |sector| {
@@ -184,21 +201,24 @@ impl CommitTurn<'_> {
                 .await?;
                 volume.flush().await?;
             }
-            Ok(bytes)
+            Ok((bytes, meta.refcounts.lock().await))
         }
         .await;
 
         match written {
-            Ok(bytes) => {
+            Ok((bytes, refcounts)) => {
+                let mut refcounts = refcounts;
+                // From here on nothing waits: a caller that drops the commit drops it before or after, not in between.
                 if let Some(m) = l1_move {
                     meta.l1.moved_to(m.to, m.entries);
                 }
+                header_in_doubt.settled = true;
+                refcounts.captured_written();
                 meta.written.fetch_add(bytes, Ordering::Relaxed);
                 let counts = self.unfinished.counts.take();
                 let old_tables = counts.and_then(|c| c.moved).map(|(_, _, old)| old).unwrap_or_default();
                 *self.unfinished = Unfinished::default();
                 *meta.completed.lock() = Some(began);
-                meta.refcounts.lock().await.captured_written();
                 Ok(Committed { token: FlushToken { began }, old_tables })
             }
             Err(e) => {

@@ -202,32 +202,43 @@ impl Refcounts {
         self.slices.get(&(c.0 / per_slice)).map_or(0, |s| refcount::get(s, self.geometry.refcount_order, index))
     }
 
+    /// Loads what counts the range.
+    pub(crate) async fn load_range<D: BlockDevice>(&mut self, volume: &Volume<D>, range: &Range<u64>) -> Result<()> {
+        self.evict();
+        for slice in range.start / self.per_slice()..range.end.div_ceil(self.per_slice()) {
+            self.load(volume, slice).await?;
+        }
+        Ok(())
+    }
+
     /// Adds `delta` (1 or -1) to the refcount of every cluster in the range. All or nothing: an overflow, or a count
-    /// that would fall below zero, is an error and changes nothing. The blocks must exist.
+    /// that would fall below zero, is an error and changes nothing, and a dropped future changes nothing. The blocks must
+    /// exist.
     pub(crate) async fn add<D: BlockDevice>(
         &mut self,
         volume: &Volume<D>,
         range: Range<u64>,
         delta: i64,
     ) -> Result<()> {
+        self.load_range(volume, &range).await?;
+        self.add_loaded(range, delta)
+    }
+
+    /// The same, when everything is loaded.
+    fn add_loaded(&mut self, range: Range<u64>, delta: i64) -> Result<()> {
         let max = self.geometry.refcount_max();
-        self.evict();
-        // The first pass loads and checks; the second finds everything in memory, so it neither fails nor waits.
+        let (order, per_slice) = (self.geometry.refcount_order, self.per_slice());
+        // The first pass checks, the second changes.
         for pass in 0..2 {
             let mut at = range.start;
             while at < range.end {
-                let slice = at / self.per_slice();
-                let end = range.end.min((slice + 1) * self.per_slice());
-                self.load(volume, slice).await?;
-                let offset = self.slice_offset(slice)?.ok_or_else(|| {
-                    Error::invalid(
-                        "refcount table entry",
-                        self.table_offset.0,
-                        format!("no block counts cluster {at:#x}"),
-                    )
-                })?;
-                let (order, per_slice) = (self.geometry.refcount_order, self.per_slice());
-                let Some(bytes) = self.slices.get_mut(&slice) else { continue };
+                let slice = at / per_slice;
+                let end = range.end.min((slice + 1) * per_slice);
+                let offset = self.slice_offset(slice)?;
+                let (Some(offset), Some(bytes)) = (offset, self.slices.get_mut(&slice)) else {
+                    let reason = format!("no block counts cluster {at:#x}");
+                    return Err(Error::invalid("refcount table entry", self.table_offset.0, reason));
+                };
                 for c in at..end {
                     let index = (c % per_slice) as usize;
                     let new = refcount::get(bytes, order, index).checked_add_signed(delta).filter(|&n| n <= max);
@@ -254,7 +265,13 @@ impl Refcounts {
         volume: &Volume<D>,
         range: Range<u64>,
     ) -> Result<Vec<Range<u64>>> {
-        self.add(volume, range.clone(), -1).await?;
+        self.load_range(volume, &range).await?;
+        self.release_loaded(range)
+    }
+
+    /// The same, when everything is loaded.
+    pub(crate) fn release_loaded(&mut self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
+        self.add_loaded(range.clone(), -1)?;
         let mut free: Vec<Range<u64>> = Vec::new();
         for c in range.filter(|&c| self.cached(HostCluster(c)) == 0) {
             extend_runs(&mut free, c);
@@ -304,7 +321,7 @@ impl Refcounts {
             let what = "an image that needs a refcount table of more than 8 MiB".to_owned();
             return Err(Error::Unsupported { what });
         }
-        // Every block is looked at before anything changes, so that an unusable one changes nothing.
+        // Everything is looked at and loaded before anything changes: an error here, or a dropped future, changes nothing.
         let end = start + growth.total();
         let mut missing = Vec::new();
         for index in start / per_block..=(end - 1) / per_block {
@@ -312,6 +329,8 @@ impl Refcounts {
                 missing.push(index);
             }
         }
+        // (Slices of blocks that do not exist yet are loaded as zeroes, which is what they will be.)
+        self.load_range(volume, &(start..end)).await?;
         let (old_table, old_entries) = ((self.table_offset, self.table_clusters), self.table.len());
         if growth.table > 0 {
             self.table.resize((growth.table * geometry.entries_per_cluster()) as usize, 0);
@@ -324,7 +343,7 @@ impl Refcounts {
                 *entry = geometry.host_offset(HostCluster(block)).0;
             }
         }
-        if let Err(e) = self.add(volume, start..end, 1).await {
+        if let Err(e) = self.add_loaded(start..end, 1) {
             // Nothing on disk knows of this yet: take it back.
             for &index in &missing {
                 if let Some(entry) = self.table.get_mut(index as usize) {
