@@ -302,8 +302,6 @@ impl Header {
                 "the corrupt bit is set"
             } else if self.bitmaps.is_some() {
                 "persistent bitmaps"
-            } else if self.compression_type != 0 {
-                "zstd compression"
             } else {
                 return None;
             };
