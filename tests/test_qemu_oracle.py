@@ -257,8 +257,11 @@ def test_a_dirty_image_of_qemu_is_repaired_on_open(image_path: Path) -> None:
     verify(image_path, disk)
 
 
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
-def test_compressed_clusters_are_read_and_written_over(image_path: Path, tmp_path: Path, cluster_size: int) -> None:
+def test_compressed_clusters_are_read_and_written_over(
+    image_path: Path, tmp_path: Path, cluster_size: int, compression: str
+) -> None:
     """Several compressed clusters share a host cluster and begin at any byte: none may lose its data with another."""
     rng = random.Random(cluster_size)
     disk = disk_of(rng, cluster_size)
@@ -268,7 +271,7 @@ def test_compressed_clusters_are_read_and_written_over(image_path: Path, tmp_pat
         disk.write(at, content)
     raw = tmp_path / "disk.raw"
     raw.write_bytes(disk.bytes)
-    options = ("-o", f"cluster_size={cluster_size}", raw, image_path)
+    options = ("-o", f"cluster_size={cluster_size},compression_type={compression}", raw, image_path)
     qemu.img("convert", "-c", "-f", "raw", "-O", "qcow2", *options)
     for _ in range(2):
         with qcow_recycler.open(image_path) as image:

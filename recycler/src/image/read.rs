@@ -57,9 +57,6 @@ impl<D: BlockDevice> Image<D> {
     async fn decompress(&self, descriptor: u64) -> Result<Vec<u8>> {
         let (offset, length) = self.compressed_extent(descriptor);
         let invalid = |reason: String| Error::invalid("compressed cluster", offset, reason);
-        if self.compression_type != 0 {
-            return Err(Error::unsupported("clusters compressed with zstd"));
-        }
         let there = length.min(self.volume.length().saturating_sub(offset));
         if there == 0 {
             return Err(invalid("it lies outside the file".to_owned()));
@@ -67,9 +64,15 @@ impl<D: BlockDevice> Image<D> {
         let mut packed = vec![0; there as usize];
         self.volume.read("reading a compressed cluster", offset, IoBufMut::new(&mut packed)).await?;
         let mut cluster = vec![0; self.meta.geometry.cluster_size() as usize];
-        flate2::read::DeflateDecoder::new(&packed[..])
-            .read_exact(&mut cluster)
-            .map_err(|e| invalid(format!("it does not decompress to a cluster: {e}")))?;
+        // The extent ends with a sector, the compressed data before: what follows is ignored.
+        let result = match self.compression_type {
+            0 => flate2::read::DeflateDecoder::new(&packed[..]).read_exact(&mut cluster),
+            _ => match ruzstd::decoding::StreamingDecoder::new(&packed[..]) {
+                Ok(mut decoder) => decoder.read_exact(&mut cluster),
+                Err(e) => Err(std::io::Error::other(e.to_string())),
+            },
+        };
+        result.map_err(|e| invalid(format!("it does not decompress to a cluster: {e}")))?;
         Ok(cluster)
     }
 
