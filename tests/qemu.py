@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import select
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -181,17 +182,28 @@ def holding(path: Path, *options: str) -> Iterator[Holder]:
 @contextlib.contextmanager
 def nbd_export(path: Path, *options: str) -> Iterator[str]:
     """A `qemu-nbd` that exports the image read-write over a socket; gives its URI."""
-    socket = path.with_name("nbd.sock")
-    command = ["qemu-nbd", "-f", "qcow2", "-t", "-k", str(socket), *options, str(path)]
+    address = path.with_name("nbd.sock")
+    command = ["qemu-nbd", "-f", "qcow2", "-t", "-k", str(address), *options, str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + 20
-            while not socket.exists():
+            while not greets(address):
                 assert process.poll() is None, f"qemu-nbd ended: {process.stderr and process.stderr.read().decode()}"
                 assert time.monotonic() < deadline, "qemu-nbd did not come up"
                 time.sleep(0.01)
-            yield f"nbd+unix:///?socket={socket}"
+            yield f"nbd+unix:///?socket={address}"
         finally:
             process.terminate()
             process.wait(timeout=20)
-            socket.unlink(missing_ok=True)
+            address.unlink(missing_ok=True)
+
+
+def greets(address: Path) -> bool:
+    """Whether an NBD server answers: its socket is there before it has opened, and locked, the image."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        try:
+            client.connect(str(address))
+            return client.recv(8) == b"NBDMAGIC"
+        except (FileNotFoundError, ConnectionError):
+            return False
