@@ -6,7 +6,8 @@
 #   make test              everything CI runs
 #   make lib               the C library; make install PREFIX= DESTDIR= installs it with its header
 #   make wheel             the Python wheel
-#   make soak MINUTES=n    long random runs from a fresh seed
+#   make soak MINUTES=n    long random runs from fresh seeds, n minutes in all
+#   make fuzz SECONDS=n    coverage-guided fuzzing, n seconds a target (see mk/fuzz.mk)
 #   make clean
 
 SHELL := /bin/bash
@@ -27,7 +28,7 @@ include $(filter-out mk/setup.mk,$(sort $(wildcard mk/*.mk)))
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
 
-test: setup rust-format rust-lint header-check rust-test lib python-dev python-lint pytest
+test: setup rust-format rust-lint header-check rust-test fuzz-slice lib python-dev python-lint pytest
 
 rust-format: system
 	$(CARGO) fmt --all --check
@@ -51,13 +52,19 @@ rust-test: $(VENV_READY)
 pytest: setup lib python-dev
 	$(VENV_BIN)/python -m pytest -q tests/ $(PYTEST)
 
-# Each part prints its seed; QCR_SEED=<that> repeats it.
-soak: export QCR_SOAK_MINUTES = $(MINUTES)
-soak: export QCR_SEED ?= $(shell date +%s)
+# The time is shared out; each part prints its counts and, when it fails, its seed: QCR_SEED=<that> repeats it.
+SOAK_PYTEST := $(VENV_BIN)/python -m pytest -q -s -o timeout=0
+SOAK := $(CARGO) test --release --locked -p qcow-recycler
 soak: setup lib python-dev
-	@echo "seed $$QCR_SEED, $$QCR_SOAK_MINUTES minutes a part"
-	$(CARGO) test --release --locked -p qcow-recycler --test random_operations --test power_cut --test faults -- --nocapture
-	$(VENV_BIN)/python -m pytest -q -s tests/test_crash_kill.py tests/test_qemu_oracle.py
+	part() { awk "BEGIN { print $(MINUTES) * $$1 }"; }; \
+	status=0; \
+	QCR_SOAK_MINUTES=$$(part 0.50) $(SOAK) --test power_cut -- --nocapture || status=1; \
+	QCR_SOAK_MINUTES=$$(part 0.15) $(SOAK) --test random_operations -- --nocapture || status=1; \
+	QCR_SOAK_MINUTES=$$(part 0.40) $(SOAK) --test hostile -- --nocapture || status=1; \
+	$(SOAK) --test faults --test mutations -- --nocapture || status=1; \
+	QCR_SOAK_MINUTES=$$(part 0.03) $(SOAK_PYTEST) tests/test_crash_kill.py || status=1; \
+	QCR_SOAK_MINUTES=$$(part 0.10) $(SOAK_PYTEST) tests/test_qemu_oracle.py -k alternate || status=1; \
+	exit $$status
 
 clean:
 	$(CARGO) clean

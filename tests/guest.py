@@ -24,9 +24,10 @@ def soak_seconds() -> float:
 
 
 def seeds(count: int) -> list[int]:
-    """The seeds of an ordinary run; only QCR_SEED when it is given."""
-    given = os.environ.get("QCR_SEED")
-    return [int(given)] if given else list(range(1, count + 1))
+    """The seeds of an ordinary run; only QCR_SEED when it is given; in a soak one from the clock, to go on from."""
+    if given := os.environ.get("QCR_SEED"):
+        return [int(given)]
+    return [int(time.time()) << 20] if soak_seconds() else list(range(1, count + 1))
 
 
 def stretch(seed: int) -> Iterator[int]:
