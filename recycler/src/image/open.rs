@@ -85,8 +85,8 @@ impl<D: BlockDevice> Image<D> {
         };
         if !image.options.read_only {
             image.note_tables(&snapshots).await?;
-            image.note_end().await?;
             image.check_coverage().await?;
+            image.note_end().await?;
             if image.header.autoclear != 0 {
                 // Features that we do not keep up to date must not be believed any more once we write.
                 let turn = image.meta.exclusive_turn().await;
@@ -140,12 +140,14 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// Takes note of where the image ends: with the file, but behind every counted cluster. A file may be shorter than that
-    /// (a crash of QEMU leaves clusters that were counted and never written), and a device of fixed length is longer.
+    /// Takes note of where the image ends: with the file, but behind every counted cluster and not past what could be counted.
+    /// A file may be shorter (a crash of QEMU leaves clusters that were counted and never written) or longer (somebody
+    /// appended to it), and a device of fixed length is.
     async fn note_end(&self) -> Result<()> {
         let counted = self.meta.refcounts.lock().await.counted_end(&self.volume).await?;
+        let coverage = self.meta.refcounts.lock().await.coverage();
         let mut states = self.clusters.lock();
-        states.end = states.end.max(counted);
+        states.end = states.end.min(coverage).max(counted);
         Ok(())
     }
 

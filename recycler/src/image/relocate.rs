@@ -67,9 +67,10 @@ impl<D: BlockDevice> Image<D> {
         // Only who has the refcounts takes from Junk, so the holes stay while they are counted.
         let free = self.clusters.lock().junk.lowest(count, limit);
         for run in free.runs() {
-            // Where no refcount block counts them (past what was ever used) clusters can only be cut off.
-            if !refcounts.can_count(&run)? {
-                continue;
+            // Where no refcount block counts them any more, clusters can only be cut off.
+            let run = run.start..run.end.min(refcounts.coverage());
+            if run.is_empty() {
+                break;
             }
             refcounts.add(&self.volume, run.clone(), 1).await?;
             holes.set.insert_range(run.clone());

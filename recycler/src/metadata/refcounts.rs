@@ -427,7 +427,7 @@ impl Refcounts {
         }
     }
 
-    /// The clusters with a count of 0 among those that block `index` counts, below `end`.
+    /// The clusters with a count of 0 among those that block `index` counts, below `end`; none if there is no block.
     pub(crate) async fn free_in_block<D: BlockDevice>(
         &mut self,
         volume: &Volume<D>,
@@ -437,15 +437,13 @@ impl Refcounts {
         let per_block = self.geometry.refcounts_per_block();
         let clusters = index * per_block..((index + 1) * per_block).min(end);
         if self.block(index)?.is_none() {
-            if clusters.is_empty() || self.tables.lock().count_in(clusters.clone()) == 0 {
-                return Ok(vec![clusters]);
+            if self.tables.lock().count_in(clusters) == 0 {
+                // Not free for us: nothing could count them.
+                return Ok(Vec::new());
             }
             let at = self.table_offset.0 + index * 8;
-            return Err(Error::invalid(
-                "refcount table entry",
-                at,
-                "there is no block, but tables that it must count".to_owned(),
-            ));
+            let reason = "there is no block, but tables that it must count";
+            return Err(Error::invalid("refcount table entry", at, reason));
         }
         let mut free: Vec<Range<u64>> = Vec::new();
         for c in clusters {
@@ -474,17 +472,6 @@ impl Refcounts {
             let others = (slice * per_slice..(slice + 1) * per_slice)
                 .any(|c| self.cached(HostCluster(c)) > u64::from(allowed.contains(HostCluster(c))));
             if others {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// Whether there are blocks that count every cluster of the range.
-    pub(crate) fn can_count(&self, range: &Range<u64>) -> Result<bool> {
-        let per_block = self.geometry.refcounts_per_block();
-        for index in range.start / per_block..=range.end.saturating_sub(1) / per_block {
-            if self.block(index)?.is_none() {
                 return Ok(false);
             }
         }

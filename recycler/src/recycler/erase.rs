@@ -8,18 +8,21 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::image::relocate::Purpose;
 
-/// Overwrites up to `bytes` of Junk with zeroes: Junk → Roots → Erased. The next flush makes it Available.
-pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &mut Pacer) -> Result<()> {
+/// Overwrites up to `bytes` of Junk with zeroes: Junk → Roots → Erased. The next flush makes it Available. Returns how many
+/// bytes it were.
+pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &mut Pacer) -> Result<u64> {
     let _turn = image.recycler_turn().await?;
     let bits = image.meta.geometry.cluster_bits;
     let mut holes = image.take_holes(bytes >> bits, u64::MAX, Purpose::Erase).await?;
+    let mut erased = 0;
     let runs: Vec<_> = holes.set.runs().collect();
     for run in runs {
         let length = (run.end - run.start) << bits;
         pacer.spend(length).await;
         image.volume.erase(run.start << bits, length).await?;
         holes.erased(run);
+        erased += length;
         image.counters.erased_bytes.fetch_add(length, Ordering::Relaxed);
     }
-    Ok(())
+    Ok(erased)
 }

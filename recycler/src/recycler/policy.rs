@@ -15,6 +15,8 @@ pub(crate) struct View {
     pub(crate) unflushed_since: Option<Duration>,
     /// Since when Junk has been what it is.
     pub(crate) junk_stands_since: Duration,
+    /// How much was Junk when erasing it was not possible.
+    pub(crate) junk_unerasable: u64,
     /// How much was Junk when the last compaction ended without being able to use it.
     pub(crate) junk_useless: u64,
     /// When the last piece of work failed, it is not tried again before this.
@@ -66,7 +68,7 @@ pub(crate) fn next(view: &View, rules: &Rules) -> Work {
     // First the pool: a guest write that finds it empty has to grow the file.
     let pool = view.erased + view.available;
     let shortfall = rules.keep_erased.saturating_sub(pool).min(view.junk).min(ERASE_STEP);
-    if shortfall >= rules.cluster_size {
+    if shortfall >= rules.cluster_size && view.junk != view.junk_unerasable {
         return Work::Erase(shortfall);
     }
     let mut wait: Option<Duration> = None;
@@ -156,6 +158,13 @@ mod tests {
         let view = View { now: S(100), junk: 5 << 20, available: 1 << 20, junk_useless: 5 << 20, ..searched() };
         assert_eq!(next(&view, &rules()), Work::Wait);
         assert_eq!(next(&View { junk: 6 << 20, ..view }, &rules()), Work::Compact);
+    }
+
+    #[test]
+    fn junk_that_cannot_be_erased_is_not_tried_again() {
+        let view = View { now: S(100), junk: 1 << 20, junk_unerasable: 1 << 20, ..searched() };
+        assert_eq!(next(&view, &rules()), Work::Wait);
+        assert_eq!(next(&View { junk: 2 << 20, ..view }, &rules()), Work::Erase(1 << 20));
     }
 
     #[test]

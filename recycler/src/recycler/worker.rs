@@ -98,7 +98,11 @@ pub async fn run<D: BlockDevice>(image: Arc<Image<D>>, control: Control) {
             continue;
         }
         let until = match worker.step().await {
-            Step::Again => continue,
+            Step::Again => {
+                // Others on this thread get their turn, however much there is to do.
+                tokio::task::yield_now().await;
+                continue;
+            }
             Step::Ended => return,
             Step::WaitUntil(at) => Some(at),
             Step::Wait => None,
@@ -209,7 +213,12 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
                 let _turn = image.recycler_turn().await?;
                 find_junk(&image.volume, &image.meta, &image.clusters).await
             }
-            Work::Erase(bytes) => erase(image, bytes, &mut self.pacer).await,
+            Work::Erase(bytes) => {
+                if erase(image, bytes, &mut self.pacer).await? == 0 {
+                    self.view.junk_unerasable = self.view.junk;
+                }
+                Ok(())
+            }
             Work::Flush => {
                 image.ensure_writable()?;
                 image.commit().await?;
