@@ -111,6 +111,15 @@ pub struct Uses {
     pub tables: u64,
 }
 
+impl Uses {
+    /// Whether a refcount accounts for them, and every entry that claims to be the only one is.
+    pub fn are_accounted_for(&self, refcount: u64) -> bool {
+        let shared_openly = self.all == 1 || self.copied == 0;
+        let of_one_kind = self.tables == 0 || self.tables == self.all;
+        self.all <= refcount && shared_openly && of_one_kind
+    }
+}
+
 /// An image's parts. Offsets and sizes are as the image claims them.
 #[derive(Debug)]
 pub struct Anatomy<'a> {

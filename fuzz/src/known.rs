@@ -48,9 +48,16 @@ impl Disk {
         self.known[range.start / SECTOR as usize..range.end / SECTOR as usize].fill(contents.is_some());
     }
 
+    /// Forgets what is not known of another disk.
+    pub fn forget_unknown(&mut self, other: &Disk) {
+        for (n, known) in self.known.iter_mut().enumerate() {
+            *known &= other.known.get(n) == Some(&true);
+        }
+    }
+
     /// Whether every sector of a range is known.
     pub fn is_known(&self, range: Range<u64>) -> bool {
-        let sectors = (range.start / SECTOR) as usize..(range.end.min(self.size()) / SECTOR) as usize;
+        let sectors = (range.start / SECTOR) as usize..(range.end / SECTOR) as usize;
         self.known.get(sectors).is_some_and(|known| known.iter().all(|&k| k))
     }
 
@@ -169,11 +176,26 @@ impl Original {
 /// nothing that is done to one cluster can reach another.
 pub fn is_accounted_for(file: &File) -> bool {
     let Some(anatomy) = Anatomy::of(&file.bytes) else { return false };
-    anatomy.uses().into_iter().all(|(cluster, uses)| {
-        let shared_openly = uses.all == 1 || uses.copied == 0;
-        let of_one_kind = uses.tables == 0 || uses.tables == uses.all;
-        uses.all <= anatomy.refcount(cluster) && shared_openly && of_one_kind
-    })
+    anatomy.uses().iter().all(|(&cluster, uses)| uses.are_accounted_for(anatomy.refcount(cluster)))
+}
+
+/// Of a disk of `size` bytes in a file whose refcounts do not account for everything: the part that has nothing to do
+/// with that. Nothing, if a table is among what is not accounted for.
+pub fn bystanders(file: &File, size: u64) -> Disk {
+    let mut disk = Disk::unknown(size);
+    let Some(anatomy) = Anatomy::of(&file.bytes) else { return disk };
+    let uses = anatomy.uses();
+    let sound = |cluster: &u64| uses.get(cluster).is_none_or(|uses| uses.are_accounted_for(anatomy.refcount(*cluster)));
+    if uses.iter().any(|(cluster, uses)| uses.tables > 0 && !sound(cluster)) {
+        return disk;
+    }
+    let bits = anatomy.cluster_bits;
+    for (guest, stored) in (0..).zip(anatomy.stored((size >> bits) + 1)) {
+        if stored.data.is_none_or(|data| (data.start >> bits..=(data.end - 1) >> bits).take(8).all(|c| sound(&c))) {
+            disk.set(guest << bits..(guest + 1) << bits, Some(&vec![0; 1 << bits]));
+        }
+    }
+    disk
 }
 
 /// Whether one plain cluster is two of the disk's. No sound writer makes that, but a repair may have to leave it; once

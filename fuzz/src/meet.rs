@@ -12,7 +12,7 @@ use qcow_recycler::{BackingPolicy, Error, Image, Options, Repair};
 use super::anatomy::Anatomy;
 use super::choices::Choices;
 use super::device::Sparse;
-use super::known::{Disk, MOST_BYTES, SECTOR, is_accounted_for, is_shared_with_itself, stamp};
+use super::known::{Disk, MOST_BYTES, SECTOR, bystanders, is_accounted_for, is_shared_with_itself, stamp};
 use super::meter;
 use super::mutate::File;
 
@@ -150,11 +150,12 @@ async fn walk(image: &Image<Sparse>, size: u64) -> Result<(), String> {
 /// Opens to write, makes requests, closes, and looks at what that left.
 async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> Result<(), String> {
     let all = Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true };
+    let keep_erased = choices.below(8) << (9 + choices.below(13));
     let few = Features { resize: true, ..Features::default() };
     let device = Sparse::new(file, if choices.chance(50) { all } else { few }, MOST_OPERATIONS);
     let options = Options {
         backing: BackingPolicy::Skip,
-        keep_erased: choices.below(16) * 4096,
+        keep_erased,
         compact_after_unmaps: choices.chance(60).then_some(4096),
         l2_cache_size: choices.below(2) << 22,
         check_on_connect: choices.chance(10),
@@ -173,12 +174,25 @@ async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> 
     let opened = device.contents(64 << 20);
     met.followed = is_accounted_for(&opened);
     let sound = met.followed && !is_shared_with_itself(&opened) && is_sound(&device).await;
-    let mut guest = Guest { image: &image, disk, followed: met.followed, version: 0, met };
+    let trust = match met.followed {
+        true => Trust::All,
+        false if choices.chance(60) => Trust::Part(bystanders(&opened, image.virtual_size().min(MOST_BYTES))),
+        false => Trust::Nothing,
+    };
+    let mut guest = Guest { image: &image, disk, trust, version: 0, met };
     guest.disk_follows_size();
+    if let Trust::Part(bystanders) = &guest.trust {
+        guest.disk.forget_unknown(bystanders);
+    }
     guest.compare().await?;
 
     let control = Control::new();
     let recycler = choices.chance(30).then(|| tokio::spawn(run(image.clone(), control.clone())));
+    if choices.chance(30) {
+        // The recycler is alone with the image as it was.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        guest.compare().await?;
+    }
     for _ in 0..3 + choices.below(10) {
         guest.request(choices).await?;
         unbroken(&device)?;
@@ -189,6 +203,7 @@ async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> 
         recycler.await.map_err(|e| format!("the recycler panicked: {e}"))?;
     }
     guest.compare().await?;
+    let watched = guest.is_watched();
     let Guest { disk, .. } = guest;
     match image.close().await {
         Ok(()) => {}
@@ -196,7 +211,7 @@ async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> 
         Err(e) => return acceptable_after_work("close", &e),
     }
     unbroken(&device)?;
-    if met.followed {
+    if watched {
         reopen(&device, &disk, sound).await?;
     }
     unbroken(&device)
@@ -240,11 +255,21 @@ async fn reopen(device: &Sparse, disk: &Disk, sound: bool) -> Result<(), String>
     image.close().await.map_err(|e| e.to_string())
 }
 
+/// How far the image agrees with itself.
+enum Trust {
+    /// Its refcounts account for everything: nothing that is known may be lost.
+    All,
+    /// The clusters known here have nothing to do with what is wrong. Requests keep to them, and as long as no error is
+    /// reported none of them may be lost.
+    Part(Disk),
+    /// Requests go everywhere, and only the library's own life is at stake.
+    Nothing,
+}
+
 struct Guest<'a> {
     image: &'a Arc<Image<Sparse>>,
     disk: Disk,
-    /// Whether nothing may be lost. Otherwise only the library's own life is at stake.
-    followed: bool,
+    trust: Trust,
     version: u64,
     met: &'a mut Met,
 }
@@ -257,8 +282,26 @@ impl Guest<'_> {
         self.disk.known.resize(size / SECTOR as usize, false);
     }
 
+    /// Whether what is known must be seen.
+    fn is_watched(&self) -> bool {
+        match self.trust {
+            Trust::All => true,
+            Trust::Part(_) => self.met.failed == 0 && self.image.stats().background_errors == 0,
+            Trust::Nothing => false,
+        }
+    }
+
     async fn compare(&self) -> Result<(), String> {
-        if self.followed { read_all(self.image, &self.disk, self.image.info().cluster_size).await } else { Ok(()) }
+        let cluster_size = self.image.info().cluster_size;
+        if self.is_watched() { read_all(self.image, &self.disk, cluster_size).await } else { Ok(()) }
+    }
+
+    /// Whether requests may touch a range, and the rest of its clusters with it.
+    fn may_touch(&self, start: u64, end: u64) -> bool {
+        let Trust::Part(bystanders) = &self.trust else { return true };
+        let cluster_size = self.image.info().cluster_size;
+        let whole = start / cluster_size * cluster_size..end.next_multiple_of(cluster_size).min(bystanders.size());
+        end <= bystanders.size() && bystanders.is_known(whole)
     }
 
     /// Whether a request was carried out; afterwards `range` holds `contents`, or the old or new ones if it failed.
@@ -275,7 +318,10 @@ impl Guest<'_> {
             Err(e) => {
                 self.met.failed += 1;
                 self.disk.set(range, None);
-                if self.followed { acceptable(what, &e)? } else { acceptable_after_work(what, &e)? }
+                match self.trust {
+                    Trust::All => acceptable(what, &e)?,
+                    Trust::Part(_) | Trust::Nothing => acceptable_after_work(what, &e)?,
+                }
             }
         }
         Ok(())
@@ -288,6 +334,9 @@ impl Guest<'_> {
         let most = 1 << choices.below(9);
         let length = (1 + choices.below(most)).min(sectors - start) * SECTOR;
         let (start, end) = (start * SECTOR, start * SECTOR + length);
+        if !self.may_touch(start, end) {
+            return Ok(());
+        }
         let zeroes = vec![0; length as usize];
         match choices.below(100) {
             0..30 => {
@@ -322,6 +371,7 @@ impl Guest<'_> {
                 let result = image.check().await.map(drop);
                 self.done("check", result, 0..0, &[])
             }
+            90..95 if matches!(self.trust, Trust::Part(_)) => Ok(()),
             90..95 => self.resize(choices).await,
             _ => self.compare().await,
         }

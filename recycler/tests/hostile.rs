@@ -30,7 +30,7 @@ static ALLOCATOR: fuzz::meter::Metered = fuzz::meter::Metered;
 /// How long a run is that nobody asked to be longer.
 const SECONDS: u64 = 35;
 /// Nothing takes longer than this, however busy the machine is.
-const HANGS: Duration = Duration::from_secs(60);
+const HANGS: Duration = Duration::from_secs(30);
 
 /// The seed that is being tried, and since when, in milliseconds: for whoever notices that it takes too long.
 static SEED: AtomicU64 = AtomicU64::new(0);
