@@ -20,7 +20,7 @@ fuzz: fuzz-tools
 	set -e; for target in $(FUZZ_TARGETS); do \
 		mkdir -p build/fuzz/$$target; \
 		$(FUZZ_CARGO) run $(FUZZ_FLAGS) $$target build/fuzz/$$target fuzz/corpus/$$target -- \
-			-max_total_time=$(SECONDS) $(FUZZ_LIMITS) -print_final_stats=1 -verbosity=0; \
+			-max_total_time=$(SECONDS) $(FUZZ_LIMITS) -print_final_stats=1 -print_funcs=0 -verbosity=0; \
 	done
 
 fuzz-slice:
