@@ -23,7 +23,8 @@ use rand::{Rng, SeedableRng};
 
 /// Reports a failure after shortening what led to it.
 fn fail(seed: u64, history: History, first: Failure, play: impl Fn(&History) -> Result<(), Failure>) -> ! {
-    let short = history::shrink(history, 100, |h| play(h).is_err());
+    println!("seed {seed} fails: {}; shortening it", first.message);
+    let short = history::shrink(history, |h| play(h).is_err());
     let last = play(&short).err().unwrap_or(first);
     let History { config, rounds, .. } = short;
     panic!(

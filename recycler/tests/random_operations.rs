@@ -40,7 +40,8 @@ fn on_paused_time() {
             }
             Err(first) => first,
         };
-        let short = history::shrink(history, 300, |h| player::against_model(h, qemu).is_err());
+        println!("seed {seed} fails: {}; shortening it", first.message);
+        let short = history::shrink(history, |h| player::against_model(h, qemu).is_err());
         let last = player::against_model(&short, qemu).err().unwrap_or(first);
         panic!(
             "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test \

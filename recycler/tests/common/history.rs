@@ -3,6 +3,8 @@
 //! A history is a list of rounds. In a round several guests work at once, perhaps alongside the recycler; between
 //! rounds everything rests, the whole disk is compared, and the image may be resized or opened anew.
 
+use std::time::{Duration, Instant};
+
 use rand::Rng;
 use rand::rngs::SmallRng;
 
@@ -198,15 +200,14 @@ fn random_range(sectors: u64, cluster: u64, rng: &mut SmallRng) -> (u64, u64) {
     };
     (first, count.min(sectors - first))
 }
-/// Shortens a failing history as long as `fails` still fails, within `attempts`.
-pub fn shrink(history: History, attempts: usize, fails: impl Fn(&History) -> bool) -> History {
-    let (mut best, mut left) = (history, attempts);
+/// Shortens a failing history as long as `fails` still fails, for up to a minute.
+pub fn shrink(history: History, fails: impl Fn(&History) -> bool) -> History {
+    let (mut best, start) = (history, Instant::now());
     'again: loop {
         for candidate in best.shorter() {
-            if left == 0 {
+            if start.elapsed() > Duration::from_secs(60) {
                 return best;
             }
-            left -= 1;
             if fails(&candidate) {
                 best = candidate;
                 continue 'again;

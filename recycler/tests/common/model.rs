@@ -86,10 +86,6 @@ pub struct Mismatch {
     pub found: Content,
 }
 
-fn same(a: &Choice, b: &Choice) -> bool {
-    a.iter().all(|c| b.contains(c)) && b.iter().all(|c| a.contains(c))
-}
-
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "guest sector {} holds {}", self.sector, self.found)?;
@@ -106,6 +102,8 @@ impl fmt::Display for Mismatch {
 struct Watch {
     first: u64,
     allowed: Vec<Choice>,
+    /// Nobody was changing the sector when the read began, or has begun to since.
+    alone: Vec<bool>,
 }
 
 /// A request in flight.
@@ -148,8 +146,10 @@ impl Model {
                 other.rivals.extend(&allowed);
             }
             for watch in self.watches.values_mut() {
-                if let Some(seen) = sector.checked_sub(watch.first).and_then(|i| watch.allowed.get_mut(i as usize)) {
+                let index = sector.checked_sub(watch.first).map_or(usize::MAX, |i| i as usize);
+                if let Some(seen) = watch.allowed.get_mut(index) {
                     seen.extend(&allowed);
+                    watch.alone[index] = false;
                 }
             }
             cell.steps.push(Step { request: number, allowed, ended: None, rivals });
@@ -226,14 +226,16 @@ impl Model {
     /// A read begins; the number is to be given to [`read_ends`](Self::read_ends).
     pub fn read_begins(&mut self, first: u64, count: u64) -> u64 {
         self.requests += 1;
-        let allowed = self.cells[first as usize..(first + count) as usize]
+        let cells = &self.cells[first as usize..(first + count) as usize];
+        let alone = cells.iter().map(|cell| cell.steps.iter().all(|s| s.ended.is_some())).collect();
+        let allowed = cells
             .iter()
             .map(|cell| {
                 let in_flight = cell.steps.iter().filter(|s| s.ended.is_none());
                 cell.current().iter().chain(in_flight.flat_map(|s| &s.allowed)).copied().collect()
             })
             .collect();
-        self.watches.insert(self.requests, Watch { first, allowed });
+        self.watches.insert(self.requests, Watch { first, allowed, alone });
         self.requests
     }
 
@@ -242,14 +244,14 @@ impl Model {
     pub fn read_ends(&mut self, read: u64, bytes: Option<&[u8]>) -> Result<(), Mismatch> {
         let Some(watch) = self.watches.remove(&read) else { return Ok(()) };
         let found = bytes.unwrap_or_default().chunks_exact(SECTOR).map(recognise);
-        for ((sector, allowed), found) in (watch.first..).zip(&watch.allowed).zip(found) {
-            if !allowed.contains(&found) {
+        for (index, found) in found.enumerate().take(watch.allowed.len()) {
+            let sector = watch.first + index as u64;
+            if !watch.allowed[index].contains(&found) {
                 return Err(Mismatch { sector, found });
             }
-            let cell = &mut self.cells[sector as usize];
-            // What a read saw, later ones see too, unless somebody wrote since it began.
-            if cell.steps.iter().all(|s| s.ended.is_some()) && same(allowed, cell.current()) {
-                *cell.current_mut() = vec![found];
+            // What one read saw, all later ones see, until somebody writes.
+            if watch.alone[index] {
+                *self.cells[sector as usize].current_mut() = vec![found];
             }
         }
         Ok(())

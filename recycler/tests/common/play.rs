@@ -44,7 +44,7 @@ pub async fn play<D: BlockDevice + Clone>(
         shared.note(format!("round {number}{}", if round.recycler { " with the recycler" } else { "" }));
         let control = Control::new();
         let worker = round.recycler.then(|| tokio::spawn(run(image.clone(), control.clone())));
-        let watchdog = Watchdog::new(control.clone());
+        let watchdog = Watchdog::new(control.clone(), shared.clone());
         let guests: Vec<_> = round
             .guests
             .iter()
@@ -92,8 +92,8 @@ pub async fn play<D: BlockDevice + Clone>(
     close(image).await
 }
 
-/// Stops a recycler that keeps its thread busy for so long that something must be wrong. (Paused time does not help
-/// there: it stands still as long as there is something to do.)
+/// Stops a recycler that keeps its thread busy for so long that something must be wrong (paused time does not help there:
+/// it stands still as long as there is something to do). If that does not help, ends the process with a report.
 struct Watchdog {
     barked: Arc<AtomicBool>,
     _done: mpsc::Sender<()>,
@@ -102,14 +102,20 @@ struct Watchdog {
 impl Watchdog {
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    fn new(control: Control) -> Watchdog {
+    fn new(control: Control, shared: Arc<Shared>) -> Watchdog {
         let (done, is_done) = mpsc::channel();
         let barked = Arc::new(AtomicBool::new(false));
         let bark = barked.clone();
         std::thread::spawn(move || {
-            if is_done.recv_timeout(Self::PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let too_late = || is_done.recv_timeout(Self::PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout);
+            if too_late() {
                 bark.store(true, Ordering::SeqCst);
                 control.stop();
+                if too_late() {
+                    let config = shared.config;
+                    eprintln!("seed {}, {config}\n{}", config.seed, shared.failure("it never comes to rest"));
+                    std::process::abort();
+                }
             }
         });
         Watchdog { barked, _done: done }
