@@ -32,6 +32,10 @@ const SECONDS: u64 = 35;
 /// Nothing takes longer than this, however busy the machine is.
 const HANGS: Duration = Duration::from_secs(30);
 
+/// Seeds that found something once: a file that was cut, counts past its end, free clusters that nothing can count,
+/// entries past the end of the file that compaction stumbled over, a snapshot table that reaches into free clusters.
+const FOUND: [u64; 8] = [75, 215, 221, 6265, 35253, 814_834_457, 815_063_852, 815_069_265];
+
 /// The seed that is being tried, and since when, in milliseconds: for whoever notices that it takes too long.
 static SEED: AtomicU64 = AtomicU64::new(0);
 static SINCE: AtomicU64 = AtomicU64::new(0);
@@ -140,7 +144,8 @@ fn damaged_images_do_no_harm() {
     let mut peak = (0, 0);
     let mut slowest = (Duration::ZERO, 0);
     let mut failures = Vec::new();
-    for seed in first.. {
+    let found = FOUND.into_iter().filter(|_| replay.is_none());
+    for seed in found.chain(first..) {
         if Instant::now() >= end && all >= 200 || replay.is_some() && all > 0 {
             break;
         }
