@@ -2,7 +2,7 @@
 //!
 //! Extended L2 entries are not handled here.
 
-use crate::units::HostOffset;
+use crate::units::{Geometry, HostCluster, HostOffset};
 
 /// Bit 63: the refcount of the cluster (or L2 table) is exactly one, so it may be written in place.
 pub const COPIED: u64 = 1 << 63;
@@ -73,6 +73,26 @@ impl Mapping {
     pub const fn encode_data(host: HostOffset) -> u64 {
         host.0 | COPIED
     }
+}
+
+/// Where a compressed cluster's data starts in the file, and how many bytes it may take at most. (Section "Compressed
+/// Clusters Descriptor": the offset takes the low `62 - (cluster_bits - 8)` bits, then the number of further 512-byte
+/// sectors.)
+#[must_use]
+pub fn compressed_extent(descriptor: u64, geometry: Geometry) -> (u64, u64) {
+    let bits = 62 - (geometry.cluster_bits - 8);
+    let offset = descriptor & ((1 << bits) - 1);
+    let sectors = (descriptor >> bits) + 1;
+    (offset, sectors * 512 - (offset & 511))
+}
+
+/// The host clusters that a compressed cluster's data touches: the first, and how many.
+#[must_use]
+pub fn compressed_clusters(descriptor: u64, geometry: Geometry) -> (HostCluster, u64) {
+    let (offset, length) = compressed_extent(descriptor, geometry);
+    let first = geometry.host_cluster(HostOffset(offset));
+    let last = geometry.host_cluster(HostOffset(offset + length - 1));
+    (first, last.0 - first.0 + 1)
 }
 
 /// Decodes an L1 entry: where the L2 table is and whether it is ours alone; `None` if there is none.

@@ -8,7 +8,7 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::l2::Mapping;
 use crate::metadata::l2::Slice;
-use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+use crate::units::{GuestCluster, GuestOffset, HostOffset};
 
 /// How a run of bytes of the virtual disk is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,22 +141,5 @@ impl<D: BlockDevice> Image<D> {
         }
         slice.targets_checked.store(true, Ordering::Release);
         Ok(())
-    }
-
-    /// The host clusters that a compressed cluster's data touches: first and count. (Section "Compressed Clusters
-    /// Descriptor": the offset takes the low `62 - (cluster_bits - 8)` bits, then the number of further 512-byte sectors.)
-    pub(crate) fn compressed_clusters(&self, descriptor: u64) -> (HostCluster, u64) {
-        let (offset, length) = self.compressed_extent(descriptor);
-        let first = self.meta.geometry.host_cluster(HostOffset(offset));
-        let last = self.meta.geometry.host_cluster(HostOffset(offset + length - 1));
-        (first, last.0 - first.0 + 1)
-    }
-
-    /// Where a compressed cluster's data starts, and how many bytes it may take at most.
-    pub(crate) fn compressed_extent(&self, descriptor: u64) -> (u64, u64) {
-        let bits = 62 - (self.meta.geometry.cluster_bits - 8);
-        let offset = descriptor & ((1 << bits) - 1);
-        let sectors = (descriptor >> bits) + 1;
-        (offset, sectors * 512 - (offset & 511))
     }
 }

@@ -48,7 +48,7 @@ impl<D: BlockDevice> Image<D> {
                 return Err(Error::invalid("image", 0, reason));
             }
         }
-        let snapshots = read_snapshots(&volume, &header).await?;
+        let (snapshots, snapshots_end) = read_snapshots(&volume, &header).await?;
         if !options.read_only && (header.version < 3 || header.incompatible & incompatible::DIRTY != 0) {
             recover(&volume, &header, &options).await?;
             // A repair may have made tables anew at the end of the file.
@@ -84,7 +84,10 @@ impl<D: BlockDevice> Image<D> {
             options,
         };
         if !image.options.read_only {
-            image.note_tables(&snapshots).await?;
+            image.note_tables(&snapshots, snapshots_end).await?;
+            if image.snapshot_count > 0 {
+                image.check_snapshot_table(snapshots_end).await?;
+            }
             image.check_coverage().await?;
             image.note_end().await?;
             if image.header.autoclear != 0 {
@@ -97,7 +100,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Takes note of where the image's own tables are; no two may be at one place, or writing one would destroy another.
-    async fn note_tables(&self, snapshots: &[Snapshot]) -> Result<()> {
+    async fn note_tables(&self, snapshots: &[Snapshot], snapshots_end: u64) -> Result<()> {
         let geometry = self.meta.geometry;
         let cluster_size = geometry.cluster_size();
         let refcounts = self.meta.refcounts.lock().await;
@@ -105,6 +108,16 @@ impl<D: BlockDevice> Image<D> {
         for range in self.header.host_ranges() {
             let end = range.offset.0.saturating_add(range.length);
             tables.insert_range(geometry.host_cluster(range.offset).0..geometry.clusters_for(end));
+        }
+        if !snapshots.is_empty() {
+            let table = geometry.host_cluster(self.header.snapshots_offset).0..geometry.clusters_for(snapshots_end);
+            let fixed = self.header.host_ranges().into_iter().find(|r| r.what == "snapshot table");
+            let fixed = fixed.map_or(table.start, |r| geometry.clusters_for(r.offset.0 + r.length));
+            if tables.count_in(fixed.min(table.end)..table.end) > 0 {
+                let at = self.header.snapshots_offset.0;
+                return Err(Error::invalid("snapshot table", at, "it reaches into another table"));
+            }
+            tables.insert_range(table);
         }
         for s in snapshots {
             let clusters = geometry.clusters_for(u64::from(s.l1_entries) * 8);
@@ -140,6 +153,13 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
+    /// The snapshot table must be counted: its length is in itself, so damage may let it reach into what is free.
+    async fn check_snapshot_table(&self, end: u64) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let table = geometry.host_cluster(self.header.snapshots_offset).0..geometry.clusters_for(end);
+        self.meta.refcounts.lock().await.load_range(&self.volume, &table).await
+    }
+
     /// Takes note of where the image ends: with the file, but behind every counted cluster and not past what could be counted.
     /// A file may be shorter (a crash of QEMU leaves clusters that were counted and never written) or longer (somebody
     /// appended to it), and a device of fixed length is.
@@ -172,10 +192,11 @@ impl<D: BlockDevice> Image<D> {
     }
 }
 
-/// Reads and validates the snapshot table.
-async fn read_snapshots<D: BlockDevice>(volume: &Volume<D>, header: &Header) -> Result<Vec<Snapshot>> {
+/// Reads and validates the snapshot table; also returns where its last entry ends.
+async fn read_snapshots<D: BlockDevice>(volume: &Volume<D>, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
     let mut snapshots = Vec::new();
     let mut at = header.snapshots_offset.0;
+    let mut end = at;
     for _ in 0..header.snapshot_count {
         let mut bytes = vec![0; (volume.length().saturating_sub(at)).min(snapshot::FIXED as u64) as usize];
         volume.read("reading the snapshot table", at, IoBufMut::new(&mut bytes)).await?;
@@ -183,14 +204,16 @@ async fn read_snapshots<D: BlockDevice>(volume: &Volume<D>, header: &Header) -> 
         bytes.resize(needed, 0);
         volume.read("reading the snapshot table", at, IoBufMut::new(&mut bytes)).await?;
         let (entry, consumed) = snapshot::parse_entry(&bytes, at)?;
+        let entry_end = at + needed as u64;
         entry.check_l1(header.geometry, volume.length())?;
         at += consumed as u64;
         if at - header.snapshots_offset.0 > snapshot::MAX_TABLE {
             return Err(Error::invalid("snapshot table", header.snapshots_offset.0, "it is too long"));
         }
+        end = entry_end;
         snapshots.push(entry);
     }
-    Ok(snapshots)
+    Ok((snapshots, end))
 }
 
 /// Reads and validates the header; also returns its first sector.

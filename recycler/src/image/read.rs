@@ -8,6 +8,7 @@ use crate::buf::IoBufMut;
 use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
+use crate::format::l2;
 use crate::units::GuestOffset;
 
 impl<D: BlockDevice> Image<D> {
@@ -55,7 +56,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// The contents of a compressed cluster.
     async fn decompress(&self, descriptor: u64) -> Result<Vec<u8>> {
-        let (offset, length) = self.compressed_extent(descriptor);
+        let (offset, length) = l2::compressed_extent(descriptor, self.meta.geometry);
         let invalid = |reason: String| Error::invalid("compressed cluster", offset, reason);
         let there = length.min(self.volume.length().saturating_sub(offset));
         if there == 0 {

@@ -9,7 +9,7 @@ use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::Result;
-use crate::format::l2::Mapping;
+use crate::format::l2::{self, Mapping};
 use crate::metadata::l2::Slice;
 use crate::units::{GuestCluster, GuestOffset, HostOffset};
 use std::sync::Arc;
@@ -205,7 +205,7 @@ impl<D: BlockDevice> Image<D> {
                 states.unlink(c, copied);
             }
             Mapping::Compressed { descriptor } => {
-                let (first, count) = self.compressed_clusters(descriptor);
+                let (first, count) = l2::compressed_clusters(descriptor, geometry);
                 states.unlinked.shared.extend((first.0..first.0 + count).map(crate::units::HostCluster));
             }
         }

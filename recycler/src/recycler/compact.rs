@@ -187,7 +187,14 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let floor = self.floor().await;
         // These stand in consecutive clusters and are not found by the scan: if they stay, they pin.
         image.move_header_tables(floor).await?;
-        let scan = scan(&image.volume, &image.meta, floor, SCAN_CLUSTERS).await?;
+        let scan = scan(&image.volume, &image.meta, &image.clusters, floor, SCAN_CLUSTERS).await?;
+        if scan.doubtful > 0 {
+            let reason = format!(
+                "{} clusters have references that contradict each other or the counts: check it",
+                scan.doubtful
+            );
+            image.background_error("moving clusters", &Error::invalid("image", 0, reason));
+        }
         let plan = plan(&image.clusters.lock(), &scan, floor, geometry.refcounts_per_block());
         self.progress.total = self.progress.done + plan.sources.len() as u64;
         let batch = (BATCH_BYTES >> geometry.cluster_bits).clamp(1, BATCH_CLUSTERS);

@@ -61,7 +61,7 @@ mod tests {
 
     fn found(clusters: &[u64]) -> Scan {
         let found = clusters.iter().map(|&c| (HostCluster(c), Reference::L2Entry(GuestCluster(c)))).collect();
-        Scan { found, complete_from: 0 }
+        Scan { found, complete_from: 0, doubtful: 0 }
     }
 
     #[test]
@@ -94,7 +94,7 @@ mod tests {
     fn blocks_that_will_be_empty_neither_pin_nor_move() {
         let s = states(10, &[(2, 8)]);
         let found = vec![(HostCluster(9), Reference::RefcountTable(0)), (HostCluster(8), Reference::RefcountTable(1))];
-        let plan = plan(&s, &Scan { found, complete_from: 0 }, floor(&s, 1), 8);
+        let plan = plan(&s, &Scan { found, complete_from: 0, doubtful: 0 }, floor(&s, 1), 8);
         assert_eq!(plan, Plan { limit: 3, sources: vec![(HostCluster(9), Reference::RefcountTable(0))] });
     }
 }
