@@ -90,7 +90,8 @@ impl Clusters {
         limit: u64,
     ) -> Result<Option<Allocation<'_>>> {
         let mut refcounts = meta.refcounts.lock().await;
-        let Some(range) = self.lock().junk.find_run(count, limit) else { return Ok(None) };
+        let hole = self.lock().junk.find_run(count, limit).filter(|range| refcounts.can_count(range));
+        let Some(range) = hole else { return Ok(None) };
         // Only who has the refcounts takes from Junk, so the hole stays where it is while it is counted.
         refcounts.add(volume, range.clone(), 1).await?;
         let allocation = {

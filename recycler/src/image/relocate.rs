@@ -11,6 +11,7 @@ use crate::device::volume::PIECE;
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
 use crate::metadata::commit::L1Move;
+use crate::metadata::refcounts::Refcounts;
 use crate::mutation::{Mutation, broken};
 use crate::units::HostCluster;
 
@@ -65,13 +66,8 @@ impl<D: BlockDevice> Image<D> {
         let mut refcounts = self.meta.refcounts.lock().await;
         let mut holes = Holes { clusters: &self.clusters, set: ClusterSet::default() };
         // Only who has the refcounts takes from Junk, so the holes stay while they are counted.
-        let free = self.clusters.lock().junk.lowest(count, limit);
-        for run in free.runs() {
-            // Where no refcount block counts them any more, clusters can only be cut off.
-            let run = run.start..run.end.min(refcounts.coverage());
-            if run.is_empty() {
-                break;
-            }
+        let free = self.countable_junk(&refcounts, count, limit);
+        for run in free {
             refcounts.add(&self.volume, run.clone(), 1).await?;
             holes.set.insert_range(run.clone());
             let mut states = self.clusters.lock();
@@ -93,6 +89,31 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         Ok(holes)
+    }
+
+    /// The lowest `count` clusters of Junk below `limit`, or as many as there are, without those that no refcount block counts:
+    /// a block that was dropped with the end of the file leaves such clusters if guests made the file longer again before it
+    /// was cut.
+    fn countable_junk(&self, refcounts: &Refcounts, count: u64, limit: u64) -> Vec<Range<u64>> {
+        let per_block = self.meta.geometry.refcounts_per_block();
+        let mut found = Vec::new();
+        let mut left = count;
+        for run in self.clusters.lock().junk.runs() {
+            let mut at = run.start;
+            while at < run.end.min(limit) && left > 0 {
+                let end = run.end.min(limit).min((at / per_block + 1) * per_block).min(at + left);
+                if refcounts.can_count(&(at..end)) {
+                    found.push(at..end);
+                    left -= end - at;
+                }
+                // The rest of the block's clusters, if any, comes in the next turn.
+                at = end;
+            }
+            if left == 0 || run.end >= limit {
+                break;
+            }
+        }
+        found
     }
 
     /// Copies a run of moves whose sources, and whose destinations, follow one another: at most [`PIECE`] bytes at a time.

@@ -478,6 +478,12 @@ impl Refcounts {
         Ok(true)
     }
 
+    /// Whether there are blocks that count every cluster of the range.
+    pub(crate) fn can_count(&self, range: &Range<u64>) -> bool {
+        let per_block = self.geometry.refcounts_per_block();
+        (range.start / per_block..range.end.div_ceil(per_block)).all(|index| matches!(self.block(index), Ok(Some(_))))
+    }
+
     /// The end of the last cluster that is counted.
     pub(crate) async fn counted_end<D: BlockDevice>(&mut self, volume: &Volume<D>) -> Result<u64> {
         let per_block = self.geometry.refcounts_per_block();
