@@ -355,11 +355,11 @@ int qcr_create_callbacks(const struct qcr_block_callbacks *callbacks,
  *
  * The life of an image:
  *
- *     qcr_open_path() or qcr_open_callbacks()    the image can be used; its recycler rests
- *     qcr_start()                                the recycler works in the background
- *     qcr_readv(), qcr_writev(), qcr_discard()   from any number of threads
- *     qcr_close()                                everything is durable, or the error says what is not
- *     qcr_free()                                 the handle is gone, and `destroy` has run
+ *   qcr_open_path() or qcr_open_callbacks()    the image can be used; its recycler rests
+ *   qcr_start()                                the recycler works in the background
+ *   qcr_readv(), qcr_writev(), qcr_discard()   from any number of threads
+ *   qcr_close()                                everything is durable, or the error says what is not
+ *   qcr_free()                                 the handle is gone, and `destroy` has run
  */
 
 /* An open image. */

@@ -2,11 +2,11 @@
 //!
 //! The life of an image:
 //!
-//!     qcr_open_path() or qcr_open_callbacks()    the image can be used; its recycler rests
-//!     qcr_start()                                the recycler works in the background
-//!     qcr_readv(), qcr_writev(), qcr_discard()   from any number of threads
-//!     qcr_close()                                everything is durable, or the error says what is not
-//!     qcr_free()                                 the handle is gone, and `destroy` has run
+//!   qcr_open_path() or qcr_open_callbacks()    the image can be used; its recycler rests
+//!   qcr_start()                                the recycler works in the background
+//!   qcr_readv(), qcr_writev(), qcr_discard()   from any number of threads
+//!   qcr_close()                                everything is durable, or the error says what is not
+//!   qcr_free()                                 the handle is gone, and `destroy` has run
 
 use std::ffi::{c_char, c_int};
 use std::path::Path;

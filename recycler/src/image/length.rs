@@ -24,6 +24,7 @@ impl<D: BlockDevice> Image<D> {
     /// Order: what is cut off is Junk, that is, its unlinking is durable, so the length may change at any time: cut before
     /// or after the truncation is durable, nothing refers to what was past the new end.
     pub(crate) async fn shorten(&self) -> Result<()> {
+        self.prepare_changes().await?;
         // The counts of what is Junk, before the clusters vanish.
         if broken(Mutation::TruncateBeforeDurable) {
             self.clusters.lock().free_unlinked();

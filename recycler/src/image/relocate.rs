@@ -230,6 +230,8 @@ impl<D: BlockDevice> Image<D> {
     /// Moves the L1 table and the refcount table into holes below cluster `limit`, if they lie past it and there are holes
     /// that are large enough.
     pub(crate) async fn move_header_tables(&self, limit: u64) -> Result<()> {
+        // Holes are counted before anything refers to them.
+        self.prepare_changes().await?;
         let geometry = self.meta.geometry;
         let old = self.meta.l1.clusters();
         if old.end > limit
