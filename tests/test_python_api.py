@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -443,6 +444,15 @@ def test_raising_cancels(holey: qcow_recycler.Image) -> None:
     assert holey.check().is_clean
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handling of Ctrl-C: a shell's background jobs start with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_cancels(path: Path) -> None:
     with qcow_recycler.open(path, keep_erased=0, rate_limit=MIB) as image:
         fill(image, 200)
