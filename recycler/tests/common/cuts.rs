@@ -8,6 +8,7 @@ use std::hash::{Hash, Hasher};
 use std::ops::AddAssign;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
@@ -20,7 +21,7 @@ use super::guests::{Clock, Errors, Failure, Shared, Work};
 use super::history::{History, Length, Op, Round};
 use super::model::Model;
 use super::play;
-use super::sim::SimDevice;
+use super::sim::{Delay, SimDevice};
 use super::verify::{self, Depth};
 
 /// What a history starts from.
@@ -63,6 +64,18 @@ pub fn random_history(seed: u64) -> (History, Start) {
     let history = History::random(config, Length { rounds: 3, guests: 3, ops: 12 }, &mut rng);
     let start = if rng.random_bool(0.3) { Start::empty(&config) } else { full_of_holes(config, &mut rng) };
     (History { compare, ..history }, start)
+}
+
+/// Guests and compactions on the same sectors at the same time, on a device with long delays.
+pub fn racing_history(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x7261_6365);
+    let mut config = Config::random(seed, Scale::Tiny, &mut rng);
+    config.delay = Delay::Sleeps { yields: 2, millis: rng.random_range(2..8) };
+    config.overlap = true;
+    config.compact_after_unmaps = Some(1 << config.image.cluster_bits);
+    config.settle = Duration::from_millis(1);
+    let start = full_of_holes(config, &mut rng);
+    (History::racing(config, &mut rng), start)
 }
 
 /// A disk that was written whole and then discarded in places.

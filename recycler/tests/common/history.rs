@@ -117,6 +117,34 @@ impl History {
         History { config, compare: true, rounds }
     }
 
+    /// Guests that overwrite, read and discard while others compact, on the same sectors: for what goes wrong when a
+    /// request is still under way. Best played on a disk full of holes and a device with long delays.
+    pub fn racing(config: Config, rng: &mut SmallRng) -> History {
+        let (cluster, sectors) = (config.image.cluster_sectors(), config.image.sectors);
+        let mut guest = |compacts: bool| -> Vec<Op> {
+            (0..25)
+                .map(|_| {
+                    let (first, count) = random_range(sectors, cluster, rng);
+                    match rng.random_range(0..20) {
+                        0..=3 if compacts => Op::Compact,
+                        0..=9 => Op::Write { first, count: count.min(4) },
+                        10..=13 => Op::Read { first, count },
+                        14..=15 => Op::Discard { first: first / cluster * cluster, count: cluster },
+                        16 => Op::Flush,
+                        _ => Op::Sleep(rng.random_range(1..20)),
+                    }
+                })
+                .map(|op| match op {
+                    // Cut to whole clusters only where the disk has them.
+                    Op::Discard { first, count } => Op::Discard { first, count: count.min(sectors - first) },
+                    op => op,
+                })
+                .collect()
+        };
+        let guests = vec![guest(false), guest(false), guest(true), guest(true)];
+        History { config, compare: true, rounds: vec![Round { recycler: true, guests, after: After::Nothing }] }
+    }
+
     /// How many requests it has.
     pub fn len(&self) -> usize {
         self.rounds.iter().flat_map(|r| &r.guests).map(Vec::len).sum()

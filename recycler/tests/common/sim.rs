@@ -47,7 +47,8 @@ pub enum Delay {
     None,
     /// Each operation yields up to so many times.
     Yields(u32),
-    /// Each operation yields up to so many times, and some sleep for up to so many milliseconds (needs tokio's timer).
+    /// Each operation yields up to so many times, some sleep for up to so many milliseconds, and a few for thirty times
+    /// that (needs tokio's timer).
     Sleeps { yields: u32, millis: u64 },
 }
 
@@ -307,7 +308,12 @@ impl State {
         match effect {
             Effect::Nothing => {}
             Effect::Length(length) => push(Atom::Length(*length)),
-            Effect::Patch { offset, bytes } => post_images(now, *offset, bytes, &mut push),
+            // What is there now, not what the operation wrote: an overlapping one may have come after it.
+            Effect::Patch { offset, bytes } => {
+                let end = now.len().min(*offset as usize + bytes.len());
+                let there = now.get(*offset as usize..end).unwrap_or_default();
+                post_images(now, *offset, there, &mut push);
+            }
         }
     }
 
@@ -435,8 +441,12 @@ impl SimDevice {
                 Delay::Yields(n) => (up_to(n), 0),
                 Delay::Sleeps { yields, millis } => {
                     let count = up_to(yields);
-                    let sleeps = state.rng.random_bool(0.25);
-                    (count, if sleeps { state.rng.random_range(0..=millis) } else { 0 })
+                    let longest = match state.rng.random_range(0..100) {
+                        0..=2 => millis * 30,
+                        3..=25 => millis,
+                        _ => 0,
+                    };
+                    (count, state.rng.random_range(0..=longest))
                 }
             }
         };

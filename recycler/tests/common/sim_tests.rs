@@ -153,6 +153,27 @@ fn a_dropped_write_is_done_or_not_and_never_again_in_flight() {
 }
 
 #[test]
+fn of_overlapping_writes_the_one_that_is_seen_is_the_one_that_becomes_durable() {
+    let settings = Settings { delay: Delay::Yields(3), overlap: true, ..Settings::new(5) };
+    let d = SimDevice::new(vec![0; SECTOR], settings);
+    let mut orders = HashSet::new();
+    for _ in 0..50 {
+        let (a, b) = ([1; SECTOR], [2; SECTOR]);
+        let mut first = pin!(d.write(0, IoBuf::new(&a)));
+        let waits = first.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending();
+        block_on(d.write(0, IoBuf::new(&b))).unwrap();
+        if waits {
+            block_on(first).unwrap();
+        }
+        block_on(d.flush()).unwrap();
+        assert_eq!(outcomes(&d.epoch("")), set(&[&[d.contents()[0]]]));
+        orders.insert(d.contents()[0]);
+    }
+    assert_eq!(orders.len(), 2);
+    assert!(d.violations().is_empty());
+}
+
+#[test]
 fn broken_rules_are_noticed() {
     let d = device(1);
     assert!(block_on(d.write(SECTOR as u64, IoBuf::new(&[0; 1]))).is_err());
