@@ -68,8 +68,8 @@ fn tiny(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64) -> Config {
     }
 }
 
-/// What a sequence is made of. The prefilled disk holds data in sectors 0..8, 12..14 and 64..66; the file has holes where
-/// 8..12 were.
+/// What a sequence is made of. The prefilled disk holds data in sectors 0..8, 12..14 and 64..66; the file has holes
+/// where 8..12 were.
 fn steps() -> Vec<(&'static str, Round)> {
     let round = |ops: &[Op], recycler, after| Round { recycler, guests: vec![ops.to_vec()], after };
     let op = |op| round(&[op], false, After::Nothing);
