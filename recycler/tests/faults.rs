@@ -56,6 +56,7 @@ fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features:
         features,
         delay: Delay::Yields(1),
         overlap: false,
+        room: 0,
     }
 }
 
@@ -174,7 +175,7 @@ async fn try_handle(config: Config, image: &Image<SimDevice>, shared: &Shared) -
 fn with_fault(config: Config, fault: Option<Fault>) -> Result<(Outcome, u64), Failure> {
     let shared = Shared::new(config, Clock::Tokio, Errors::Collected);
     let settings = Settings { delay: config.delay, features: config.features, ..Settings::new(config.seed) };
-    let device = SimDevice::new(config.image.create(), settings);
+    let device = SimDevice::new(config.create(), settings);
     device.limit_operations(500_000);
     if let Some(fault) = fault {
         device.arm(fault);

@@ -65,6 +65,7 @@ fn tiny(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64) -> Config {
         features: Settings::new(0).features,
         delay: Delay::None,
         overlap: false,
+        room: 0,
     }
 }
 

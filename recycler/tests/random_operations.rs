@@ -51,7 +51,10 @@ fn on_paused_time() {
         );
     }
     println!("paused time: {histories} histories, {requests} requests; {work}");
-    assert!(replay_seed().is_some() || work.moved > 0 && work.cancelled > 0 && work.truncated > 0, "{work}");
+    assert!(
+        replay_seed().is_some() || work.moved > 0 && work.cancelled > 0 && work.truncated > 0 && work.fixed > 0,
+        "{work}"
+    );
 }
 
 /// One history in which guests are threads and the recycler runs on the library's own runtime.
@@ -64,7 +67,7 @@ fn play_on_threads(seed: u64) -> Result<(usize, Work), Failure> {
     config.compact_after_unmaps = Some(1 << config.image.cluster_bits);
     let history = History::random(config, Length { rounds: 3, guests: 4, ops: 60 }, &mut rng);
     let shared = Shared::new(config, Clock::Threads, Errors::None);
-    let device = SimDevice::new(config.image.create(), config.device(false));
+    let device = SimDevice::new(config.create(), config.device(false));
     for round in &history.rounds {
         let disk = Disk::open(device.clone(), config.options()).map_err(|e| shared.failure(format!("opening: {e}")))?;
         if round.recycler {

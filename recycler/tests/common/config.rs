@@ -80,6 +80,8 @@ pub struct Config {
     pub delay: Delay,
     /// Guests change the same sectors at the same time.
     pub overlap: bool,
+    /// Clusters that hold anything, past the end of the image: room to grow on a device that cannot be resized.
+    pub room: u64,
 }
 
 /// How large the disks may be.
@@ -136,6 +138,13 @@ impl Config {
             },
             _ => all,
         };
+        // Without a recycler nothing is reused, so all that a history writes must have room.
+        let fixed = rng.random_bool(0.15);
+        let (features, room) = match scale {
+            Scale::Tiny if fixed && cluster_bits == 9 => (Features { resize: false, ..features }, 1024),
+            Scale::Small if fixed && cluster_bits <= 12 => (Features { resize: false, ..features }, 6144),
+            _ => (features, 0),
+        };
         let delay = match rng.random_range(0..4) {
             0 => Delay::None,
             1 => Delay::Yields(rng.random_range(1..6)),
@@ -152,7 +161,18 @@ impl Config {
             features,
             delay,
             overlap: rng.random_bool(0.3),
+            room,
         }
+    }
+
+    /// What the device holds at first: a new image, and garbage in the room after it.
+    pub fn create(&self) -> Vec<u8> {
+        let mut bytes = self.image.create();
+        if self.room > 0 {
+            let clusters = (bytes.len() as u64).div_ceil(1 << self.image.cluster_bits) + self.room;
+            bytes.resize((clusters << self.image.cluster_bits) as usize, 0xa5);
+        }
+        bytes
     }
 
     /// How the image is opened.

@@ -38,13 +38,13 @@ pub struct Start {
 impl Start {
     /// A new image.
     pub fn empty(config: &Config) -> Start {
-        Start { image: config.image.create(), model: Model::new(config.image.sectors), snapshot: None }
+        Start { image: config.create(), model: Model::new(config.image.sectors), snapshot: None }
     }
 
     /// What a history leaves after it was closed; with a snapshot of it, if asked for.
     pub fn after(history: &History, snapshot: bool) -> Result<Start, Failure> {
         let shared = Shared::new(history.config, Clock::Tokio, Errors::None);
-        let device = SimDevice::new(history.config.image.create(), history.config.device(false));
+        let device = SimDevice::new(history.config.create(), history.config.device(false));
         play::in_paused_time(&shared, async { play::play(history, &device, &shared, |_| Ok(())).await })?;
         let image = device.contents();
         let disk = verify::qemu_contents(&image).map_err(|e| shared.failure(e))?;

@@ -79,6 +79,8 @@ pub struct Work {
     pub cancelled: u64,
     pub erased: u64,
     pub truncated: u64,
+    /// Images used on a device of fixed length.
+    pub fixed: u64,
 }
 
 impl AddAssign for Work {
@@ -87,13 +89,17 @@ impl AddAssign for Work {
         self.cancelled += other.cancelled;
         self.erased += other.erased;
         self.truncated += other.truncated;
+        self.fixed += other.fixed;
     }
 }
 
 impl fmt::Display for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Work { moved, cancelled, erased, truncated } = self;
-        write!(f, "{moved} bytes moved, {cancelled} moves cancelled, {erased} bytes erased, {truncated} cut off")
+        let Work { moved, cancelled, erased, truncated, fixed } = self;
+        write!(
+            f,
+            "{moved} bytes moved, {cancelled} moves cancelled, {erased} bytes erased, {truncated} cut off, {fixed} images of fixed length"
+        )
     }
 }
 
@@ -154,6 +160,7 @@ impl Shared {
             cancelled: stats.moves_cancelled,
             erased: stats.erased_bytes,
             truncated: stats.truncated_bytes,
+            fixed: u64::from(!self.config.features.resize),
         };
     }
 

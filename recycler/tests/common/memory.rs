@@ -8,15 +8,21 @@ use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::device::{BlockDevice, Features};
 
 /// Bytes in memory; clones share them.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct MemoryDevice {
     bytes: Arc<Mutex<Vec<u8>>>,
+    features: Features,
 }
 
 impl MemoryDevice {
-    /// A device that holds `bytes`.
+    /// A device that holds `bytes` and can do everything.
     pub fn new(bytes: Vec<u8>) -> Self {
-        MemoryDevice { bytes: Arc::new(Mutex::new(bytes)) }
+        Self::with(bytes, Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true })
+    }
+
+    /// A device that holds `bytes` and says that it has these features.
+    pub fn with(bytes: Vec<u8>, features: Features) -> Self {
+        MemoryDevice { bytes: Arc::new(Mutex::new(bytes)), features }
     }
 
     /// What the device holds.
@@ -45,7 +51,7 @@ fn within(end: usize, offset: u64, length: usize) -> io::Result<std::ops::Range<
 
 impl BlockDevice for MemoryDevice {
     fn features(&self) -> Features {
-        Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true }
+        self.features
     }
 
     async fn length(&self) -> io::Result<u64> {

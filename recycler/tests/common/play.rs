@@ -170,7 +170,7 @@ pub fn look_at_file(bytes: &[u8], shared: &Shared, qemu: bool) -> Result<(), Str
 pub fn against_model(history: &History, qemu: bool) -> Result<Work, Failure> {
     let config = history.config;
     let shared = Shared::new(config, Clock::Tokio, Errors::None);
-    let device = SimDevice::new(config.image.create(), config.device(false));
+    let device = SimDevice::new(config.create(), config.device(false));
     device.limit_operations(2_000_000);
     let result = in_paused_time(&shared, async {
         play(history, &device, &shared, |d| look_at_file(&d.contents(), &shared, qemu)).await

@@ -261,7 +261,7 @@ pub fn crash_image(
             same_snapshot(image, snapshot)?;
         }
     }
-    let device = MemoryDevice::new(image.to_vec());
+    let device = MemoryDevice::with(image.to_vec(), config.features);
     in_paused_time(async {
         let open = || Image::open(device.clone(), config.options());
         let disk = open().await.map_err(|e| format!("opening: {e}"))?;
