@@ -23,10 +23,14 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const BUDGET: Budget = Budget { moments: 24, effort: Effort { exhaustive: 6, random: 24, singles: 8 }, qemu: u64::MAX };
 
 /// One history of each sort, with or without a mistake: the first failure.
-fn run(seed: u64, mutation: Option<Mutation>, counts: &mut Counts) -> Option<Failure> {
+fn run(seed: u64, mutation: Option<Mutation>, without_recycler: bool, counts: &mut Counts) -> Option<Failure> {
     // The disks are filled by the library as it should be.
-    let disks = [cuts::random_history(seed), cuts::racing_history(seed)];
-    let calm = play::random_history(seed);
+    let mut disks = [cuts::random_history(seed), cuts::racing_history(seed), cuts::reusing_history(seed)];
+    let mut calm = play::random_history(seed);
+    if without_recycler {
+        let rounds = disks.iter_mut().flat_map(|(history, _)| &mut history.rounds).chain(&mut calm.rounds);
+        rounds.for_each(|round| round.recycler = false);
+    }
     activate(mutation);
     let mut found = disks.iter().find_map(|(history, from)| cuts::play(history, from, BUDGET, counts).err());
     if found.is_none() {
@@ -38,14 +42,17 @@ fn run(seed: u64, mutation: Option<Mutation>, counts: &mut Counts) -> Option<Fai
 
 /// Runs histories until one fails: how many were run, how many crash images were looked at, and what was found.
 fn hunt(mutation: Mutation) -> (u64, u64, Option<String>) {
+    // This one makes the background recycler spin, and to notice that is not to see what it does to an image: only
+    // compactions that guests ask for are played.
+    let spins = mutation == Mutation::TruncateBeforeDurable;
     let (start, mut counts) = (Instant::now(), Counts::default());
     for seed in 1..=HISTORIES {
         if start.elapsed() > PATIENCE {
             return (seed, counts.images, None);
         }
-        if let Some(failure) = run(seed, Some(mutation), &mut counts) {
+        if let Some(failure) = run(seed, Some(mutation), spins, &mut counts) {
             // It must be the mutation that was found.
-            if let Some(real) = run(seed, None, &mut Counts::default()) {
+            if let Some(real) = run(seed, None, spins, &mut Counts::default()) {
                 panic!("seed {seed} fails without a mutation: {real}");
             }
             return (seed, counts.images, Some(failure.message));

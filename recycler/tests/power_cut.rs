@@ -42,7 +42,11 @@ fn random_histories() {
     };
     let (mut counts, start) = (Counts::default(), Instant::now());
     for seed in Slice::new(30, 10, 0.3) {
-        let (history, from) = if seed % 4 == 3 { cuts::racing_history(seed) } else { cuts::random_history(seed) };
+        let (history, from) = match seed % 8 {
+            3 | 7 => cuts::racing_history(seed),
+            5 => cuts::reusing_history(seed),
+            _ => cuts::random_history(seed),
+        };
         if let Err(failure) = cuts::play(&history, &from, budget, &mut counts) {
             fail(seed, history, failure, |h| cuts::play(h, &from, budget, &mut Counts::default()));
         }

@@ -78,6 +78,18 @@ pub fn racing_history(seed: u64) -> (History, Start) {
     (History::racing(config, &mut rng), start)
 }
 
+/// Clusters are reused under slow requests: the recycler keeps a large pool, so that what is freed is soon handed out.
+pub fn reusing_history(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x7265_7573);
+    let mut config = Config::random(seed, Scale::Tiny, &mut rng);
+    config.delay = Delay::Sleeps { yields: 1, millis: rng.random_range(2..6) };
+    config.overlap = true;
+    config.keep_erased = 64 << config.image.cluster_bits;
+    config.compact_after_unmaps = None;
+    let start = full_of_holes(config, &mut rng);
+    (History::reusing(config, &mut rng), start)
+}
+
 /// A disk that was written whole and then discarded in places.
 fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
     let (sectors, cluster) = (config.image.sectors, config.image.cluster_sectors());

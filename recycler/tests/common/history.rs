@@ -145,6 +145,29 @@ impl History {
         History { config, compare: true, rounds: vec![Round { recycler: true, guests, after: After::Nothing }] }
     }
 
+    /// Slow writes to clusters that are discarded, made durable, erased and handed out again meanwhile: for what goes
+    /// wrong when a freed cluster is reused under a request that is still using it.
+    pub fn reusing(config: Config, rng: &mut SmallRng) -> History {
+        let (cluster, sectors) = (config.image.cluster_sectors(), config.image.sectors);
+        let mut pick = |count: u64| {
+            let first = rng.random_range(0..sectors) / cluster * cluster;
+            (first, count.min(sectors - first))
+        };
+        let mut guests = vec![Vec::new(); 4];
+        for _ in 0..30 {
+            let (first, count) = pick(1);
+            guests[0].push(Op::Write { first, count });
+            let (first, count) = pick(1);
+            guests[1].push(Op::Write { first, count });
+            // Freed, durable, and time to be erased.
+            let (first, count) = pick(4 * cluster);
+            guests[2].extend([Op::Discard { first, count }, Op::Flush, Op::Sleep(3)]);
+            let (first, count) = pick(3 * cluster);
+            guests[3].push(Op::Write { first, count });
+        }
+        History { config, compare: true, rounds: vec![Round { recycler: true, guests, after: After::Nothing }] }
+    }
+
     /// How many requests it has.
     pub fn len(&self) -> usize {
         self.rounds.iter().flat_map(|r| &r.guests).map(Vec::len).sum()
