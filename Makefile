@@ -6,7 +6,7 @@
 #   make test              everything CI runs
 #   make lib               the C library; make install PREFIX= DESTDIR= installs it with its header
 #   make wheel             the Python wheel
-#   make soak MINUTES=n    long random runs from fresh seeds, n minutes in all
+#   make soak MINUTES=n    long random runs from a fresh seed, n minutes in all (see mk/soak.mk)
 #   make fuzz SECONDS=n    coverage-guided fuzzing, n seconds a target (see mk/fuzz.mk)
 #   make clean
 
@@ -17,13 +17,12 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 CARGO ?= cargo
-MINUTES ?= 60
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 include mk/setup.mk
 include $(filter-out mk/setup.mk,$(sort $(wildcard mk/*.mk)))
 
-.PHONY: help test rust-format rust-lint rust-test pytest soak clean
+.PHONY: help test rust-format rust-lint rust-test pytest clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -51,20 +50,6 @@ rust-test: $(VENV_READY)
 # PYTEST= takes further arguments, such as PYTEST='-k crash -x'.
 pytest: setup lib python-dev
 	$(VENV_BIN)/python -m pytest -q tests/ $(PYTEST)
-
-# The time is shared out; each part prints its counts and, when it fails, its seed: QCR_SEED=<that> repeats it.
-SOAK_PYTEST := $(VENV_BIN)/python -m pytest -q -s -o timeout=0
-SOAK := $(CARGO) test --release --locked -p qcow-recycler
-soak: setup lib python-dev
-	part() { awk "BEGIN { print $(MINUTES) * $$1 }"; }; \
-	status=0; \
-	QCR_SOAK_MINUTES=$$(part 0.50) $(SOAK) --test power_cut -- --nocapture || status=1; \
-	QCR_SOAK_MINUTES=$$(part 0.15) $(SOAK) --test random_operations -- --nocapture || status=1; \
-	QCR_SOAK_MINUTES=$$(part 0.40) $(SOAK) --test hostile -- --nocapture || status=1; \
-	$(SOAK) --test faults --test mutations -- --nocapture || status=1; \
-	QCR_SOAK_MINUTES=$$(part 0.03) $(SOAK_PYTEST) tests/test_crash_kill.py || status=1; \
-	QCR_SOAK_MINUTES=$$(part 0.10) $(SOAK_PYTEST) tests/test_qemu_oracle.py -k alternate || status=1; \
-	exit $$status
 
 clean:
 	$(CARGO) clean

@@ -14,7 +14,7 @@ FUZZ_FLAGS := --fuzz-dir fuzz --target-dir $(abspath $(TARGET_DIR))/fuzz
 # Seconds, MiB and bytes: an input that takes more is a finding.
 FUZZ_LIMITS := -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=256 -max_len=131072 -len_control=0
 
-.PHONY: fuzz fuzz-slice fuzz-tools fuzz-corpus fuzz-replay
+.PHONY: fuzz fuzz-slice fuzz-soak fuzz-build fuzz-tools fuzz-corpus fuzz-replay
 
 fuzz: fuzz-tools
 	set -e; for target in $(FUZZ_TARGETS); do \
@@ -29,6 +29,13 @@ fuzz-slice:
 	else \
 		echo 'No nightly compiler with cargo-fuzz (make fuzz-tools): the targets ran on their corpus in rust-test only.'; \
 	fi
+
+# All targets, TOTAL seconds in all.
+fuzz-soak:
+	$(MAKE) fuzz SECONDS=$$(( $(TOTAL) / $(words $(FUZZ_TARGETS)) ))
+
+fuzz-build: fuzz-tools
+	$(FUZZ_CARGO) build $(FUZZ_FLAGS)
 
 fuzz-tools:
 	cargo +nightly --version >/dev/null 2>&1 || rustup toolchain install nightly --profile minimal

@@ -18,8 +18,8 @@ python-dev: wheel
 	$(VENV_BIN)/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall $(WHEELS)/*.whl
 
 python-lint: python-dev
-	$(VENV_BIN)/ruff check python tests demo
-	$(VENV_BIN)/ruff format --check python tests demo
+	$(VENV_BIN)/ruff check python tests demo mk
+	$(VENV_BIN)/ruff format --check python tests demo mk
 	$(VENV_BIN)/mypy --config-file python/pyproject.toml python/python demo
 	cd build && ../$(VENV_BIN)/python -m mypy.stubtest qcow_recycler._ext --mypy-config-file ../python/pyproject.toml
 

@@ -24,15 +24,16 @@ def soak_seconds() -> float:
 
 
 def seeds(count: int) -> list[int]:
-    """The seeds of an ordinary run; only QCR_SEED when it is given; in a soak one from the clock, to go on from."""
+    """The seeds of an ordinary run; only QCR_SEED when it is given; in a soak one to go on from."""
     if given := os.environ.get("QCR_SEED"):
         return [int(given)]
-    return [int(time.time()) << 20] if soak_seconds() else list(range(1, count + 1))
+    start = int(os.environ.get("QCR_SOAK_SEED") or time.time())
+    return [start << 20] if soak_seconds() else list(range(1, count + 1))
 
 
-def stretch(seed: int) -> Iterator[int]:
-    """`seed`; in a soak also the seeds after it, until its time is over."""
-    deadline = time.monotonic() + soak_seconds()
+def stretch(seed: int, tests: int = 1) -> Iterator[int]:
+    """`seed`; in a soak also the seeds after it, until this test's share of the time is over, one of `tests`."""
+    deadline = time.monotonic() + soak_seconds() / tests
     while True:
         print(f"QCR_SEED={seed}", flush=True)
         yield seed

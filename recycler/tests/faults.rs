@@ -244,6 +244,7 @@ fn every_operation(name: &str, config: Config) {
          images, {} failures",
         failures.len()
     );
+    slice::tell(&[("faults", faults), ("crash_images", crash_images)]);
     // Each kind of failure once, by its last line.
     let mut kinds = std::collections::BTreeMap::new();
     for failure in &failures {

@@ -2,7 +2,7 @@
 //! proportion; it changes nothing when it refuses, names what is wrong, and loses nothing that is not damaged.
 //!
 //! `QCR_SEED=n cargo test --test hostile` replays a seed, `QCR_SAVE=path` with it saves the damaged image;
-//! `QCR_SOAK_MINUTES=n` makes the run longer. The damage and what
+//! `QCR_SOAK_MINUTES=n` makes the run longer and starts it from `QCR_SOAK_SEED=n`, or from the clock. The damage and what
 //! is expected of the library are those of the fuzz targets, in `fuzz/`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -44,8 +44,8 @@ fn milliseconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64)
 }
 
-fn variable(name: &str) -> Option<f64> {
-    Some(std::env::var(name).ok()?.trim().parse().unwrap_or_else(|_| panic!("{name} must be a number")))
+fn variable<T: std::str::FromStr>(name: &str) -> Option<T> {
+    Some(std::env::var(name).ok()?.trim().parse().ok().unwrap_or_else(|| panic!("{name} must be a number")))
 }
 
 /// The files of the corpus of a target, by name.
@@ -129,17 +129,14 @@ fn watch() {
 fn damaged_images_do_no_harm() {
     watch();
     let originals = originals();
-    let minutes = variable("QCR_SOAK_MINUTES");
-    // A long run starts from the seed; a short one is that seed.
-    let seed = variable("QCR_SEED").map(|n| n as u64);
-    let first = match (seed, minutes) {
-        (Some(seed), Some(_)) => seed << 20,
-        (Some(seed), None) => seed,
-        (None, Some(_)) => milliseconds() << 20,
+    let minutes = variable::<f64>("QCR_SOAK_MINUTES");
+    let replay = variable::<u64>("QCR_SEED");
+    let first = match (replay, minutes) {
+        (Some(seed), _) => seed,
+        (None, Some(_)) => variable("QCR_SOAK_SEED").unwrap_or_else(milliseconds) << 20,
         (None, None) => 1,
     };
-    let replay = seed.filter(|_| minutes.is_none());
-    let end = Instant::now() + minutes.map_or(Duration::from_secs(SECONDS), |m| Duration::from_secs_f64(m * 15.0));
+    let end = Instant::now() + minutes.map_or(Duration::from_secs(SECONDS), |m| Duration::from_secs_f64(m * 58.0));
     let (mut all, mut readable, mut writable, mut followed, mut requests, mut failed) = (0, 0, 0, 0, 0, 0);
     let mut peak = (0, 0);
     let mut slowest = (Duration::ZERO, 0);
@@ -177,6 +174,7 @@ fn damaged_images_do_no_harm() {
          requests, {failed} of them refused; at most {} bytes (seed {}), {:?} (seed {})",
         peak.0, peak.1, slowest.0, slowest.1
     );
+    println!("soak: damaged_images={all}");
     assert!(
         failures.is_empty(),
         "{}\nreplay: QCR_SEED=<seed> cargo test -p qcow-recycler --test hostile",

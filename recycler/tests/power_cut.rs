@@ -41,7 +41,7 @@ fn random_histories() {
         qemu: if soak { 400 } else { 150 },
     };
     let (mut counts, start) = (Counts::default(), Instant::now());
-    for seed in Slice::new(30, 10, 0.3) {
+    for seed in Slice::new(30, 10, 0.5) {
         let (history, from) = match seed % 8 {
             3 | 7 => cuts::racing_history(seed),
             5 => cuts::reusing_history(seed),
@@ -52,6 +52,7 @@ fn random_histories() {
         }
     }
     println!("power cuts, random histories: {counts}, in {:?}", start.elapsed());
+    counts.tell();
 }
 
 /// A disk of 70 sectors: with clusters of 512 bytes, every table is one sector, and there are two L2 tables.
@@ -124,6 +125,7 @@ fn sequences(name: &str, config: Config, snapshot: bool, whole: usize, one_more:
         }
     }
     println!("power cuts, {name}: {counts}, in {:?}", start.elapsed());
+    counts.tell();
 }
 
 /// The share of longer sequences: all in a soak.

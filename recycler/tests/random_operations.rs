@@ -15,7 +15,7 @@ use common::guests::{Clock, Errors, Failure, Shared, Work};
 use common::history::{self, History, Length, Op};
 use common::play as player;
 use common::sim::{Delay, SimDevice};
-use common::slice::{Slice, replay_seed};
+use common::slice::{Slice, replay_seed, tell};
 
 use qcow_recycler::Disk;
 use qcow_recycler::blocking::block_on;
@@ -28,7 +28,7 @@ const QEMU_SHARE: u64 = 10;
 #[test]
 fn on_paused_time() {
     let (mut histories, mut requests, mut work) = (0, 0, Work::default());
-    for seed in Slice::new(35, 30, 0.25) {
+    for seed in Slice::new(35, 30, 0.7) {
         let history = player::random_history(seed);
         let qemu = seed.is_multiple_of(QEMU_SHARE);
         histories += 1;
@@ -51,6 +51,7 @@ fn on_paused_time() {
         );
     }
     println!("paused time: {histories} histories, {requests} requests; {work}");
+    tell(&[("histories", histories)]);
     assert!(
         replay_seed().is_some() || work.moved > 0 && work.cancelled > 0 && work.truncated > 0 && work.fixed > 0,
         "{work}"
@@ -123,7 +124,7 @@ fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &
 #[test]
 fn on_threads() {
     let (mut histories, mut requests, mut work) = (0, 0, Work::default());
-    for seed in Slice::new(15, 20, 0.1) {
+    for seed in Slice::new(15, 20, 0.28) {
         match play_on_threads(seed) {
             Ok((count, done)) => {
                 requests += count;
@@ -134,4 +135,5 @@ fn on_threads() {
         histories += 1;
     }
     println!("threads: {histories} histories, {requests} requests; {work}");
+    tell(&[("histories", histories)]);
 }

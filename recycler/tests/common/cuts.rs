@@ -22,6 +22,7 @@ use super::history::{History, Length, Op, Round};
 use super::model::Model;
 use super::play;
 use super::sim::{Delay, SimDevice};
+use super::slice;
 use super::verify::{self, Depth};
 
 /// What a history starts from.
@@ -126,6 +127,14 @@ pub struct Counts {
     pub images: u64,
     pub qemu: u64,
     pub work: Work,
+}
+
+impl Counts {
+    /// Tells what was done.
+    pub fn tell(&self) {
+        let Counts { histories, images, qemu, .. } = *self;
+        slice::tell(&[("histories", histories), ("crash_images", images), ("crash_images_qemu", qemu)]);
+    }
 }
 
 impl AddAssign for Counts {

@@ -1,5 +1,5 @@
 //! How long a test runs and from which seed: `QCR_SEED=n` replays one seed, `QCR_SOAK_MINUTES=n` makes the run longer
-//! and starts it from the clock.
+//! and starts it from `QCR_SOAK_SEED=n`, or from the clock. What was done is told in lines that `mk/soak.py` adds up.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -24,14 +24,25 @@ pub fn soak_minutes() -> Option<f64> {
     Some(text.trim().parse().expect("QCR_SOAK_MINUTES must be a number"))
 }
 
+/// The first of the seeds of a soak.
+pub fn soak_seed() -> u64 {
+    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs());
+    let given = std::env::var("QCR_SOAK_SEED").ok();
+    let seed: u64 = given.map_or_else(clock, |text| text.trim().parse().expect("QCR_SOAK_SEED must be a number"));
+    seed << 20
+}
+
+/// Tells what was done.
+pub fn tell(counts: &[(&str, u64)]) {
+    let words: Vec<_> = counts.iter().map(|(name, count)| format!("{name}={count}")).collect();
+    println!("soak: {}", words.join(" "));
+}
+
 impl Slice {
     /// Seeds for about `seconds`, but at least `at_least` of them; `share` is the part of a soak that this test gets.
     pub fn new(seconds: u64, at_least: u64, share: f64) -> Slice {
         let (first, length) = match soak_minutes() {
-            Some(minutes) => {
-                let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs());
-                (clock << 20, Duration::from_secs_f64(minutes * 60.0 * share))
-            }
+            Some(minutes) => (soak_seed(), Duration::from_secs_f64(minutes * 60.0 * share)),
             None => (1, Duration::from_secs(seconds)),
         };
         let replay = replay_seed();
