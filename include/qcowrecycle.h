@@ -152,6 +152,15 @@ struct qcr_error {
  */
 #define QCR_BACKING_ALLOW 2
 
+/* Format of a backing file: none is assumed; where an image records none, it is refused. The default. */
+#define QCR_FORMAT_RECORDED 0
+
+/* Format of a backing file: the bytes of the disk, one after another. */
+#define QCR_FORMAT_RAW 1
+
+/* Format of a backing file: another image. */
+#define QCR_FORMAT_QCOW2 2
+
 /* How serious a message is: something failed. */
 #define QCR_LOG_ERROR 1
 
@@ -184,8 +193,10 @@ struct qcr_options {
     uint64_t l2_cache_size;
     /* QCR_BACKING_REFUSE, QCR_BACKING_SKIP or QCR_BACKING_ALLOW. */
     uint32_t backing;
-    /* 0. */
-    uint32_t reserved;
+    /* Format of backing files whose images do not record one: QCR_FORMAT_RECORDED, QCR_FORMAT_RAW or
+     * QCR_FORMAT_QCOW2.
+     */
+    uint32_t backing_format;
     /* Where relative names of backing files start. NULL: in the directory of the image's own path; an image on
      * block callbacks has none, and must be given one if backing files are allowed.
      */
@@ -779,6 +790,43 @@ int qcr_check_path(const char *path, uint32_t repair, qcr_text_fn finding, void 
  */
 int qcr_check_callbacks(const struct qcr_block_callbacks *callbacks, uint32_t repair, qcr_text_fn finding,
                         void *user, struct qcr_check_report *report, struct qcr_error *error);
+
+/* ==============================================================================================================
+ * Images that nobody is using
+ *
+ * Work on whole files. Nobody may be using them, which their locks see to: -EAGAIN otherwise. Any thread.
+ */
+
+/* What a commit into a backing file did. */
+struct qcr_commit_report {
+    /* sizeof(struct qcr_commit_report), set by the caller. */
+    uint32_t struct_size;
+    /* 0. */
+    uint32_t reserved;
+    /* Bytes written to the backing file. */
+    uint64_t written;
+    /* Bytes made zero in the backing file. */
+    uint64_t zeroed;
+};
+
+/* Writes what the image in the file `path` holds into its backing file, which grows if it is shorter than the disk,
+ * and empties the image: its disk reads as before. No other image may have the same backing file. A power cut at any
+ * moment leaves a disk that reads as before.
+ *
+ * `options` must allow backing files (QCR_BACKING_ALLOW). `report` may be NULL.
+ *
+ * Errors: as qcr_open_path(); -EINVAL if the image has no backing file or `options` do not allow it; -EAGAIN if
+ * somebody uses one of the files; those of reading and writing. The disk reads as before after any of them.
+ */
+int qcr_commit_path(const char *path, const struct qcr_options *options, struct qcr_commit_report *report,
+                    struct qcr_error *error);
+
+/* Makes the image in the file `path` one of version 3 of the format, if it is of version 2. A power cut at any moment
+ * leaves one or the other.
+ *
+ * Errors: as qcr_open_path(); -EOPNOTSUPP if its header has no room for that.
+ */
+int qcr_upgrade_path(const char *path, struct qcr_error *error);
 
 #ifdef __cplusplus
 }

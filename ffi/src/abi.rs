@@ -117,11 +117,6 @@ pub(crate) fn known_flags(given: u32, known: u32) -> Result<(), Fault> {
     Err(Fault::argument("flags", format!("{given:#x} has unknown bits (known: {known:#x})")))
 }
 
-/// Refuses a reserved member that is not zero.
-pub(crate) fn reserved(value: u32) -> Result<(), Fault> {
-    if value == 0 { Ok(()) } else { Err(Fault::argument("reserved", "must be 0")) }
-}
-
 /// A string argument.
 ///
 /// # Safety

@@ -8,6 +8,7 @@ use crate::create::qcr_create_options;
 use crate::data::qcr_extent;
 use crate::error::qcr_error;
 use crate::inspect::{qcr_check_report, qcr_info, qcr_stats};
+use crate::offline::qcr_commit_report;
 use crate::options::{qcr_log, qcr_options};
 use crate::recycle::{qcr_compact_report, qcr_progress};
 
@@ -40,7 +41,7 @@ fn structs_are_laid_out_as_committed() {
         qcr_error { struct_size code offset field message }
         qcr_options {
             struct_size flags keep_erased compact_after_unmaps settle_ms flush_ms rate_limit l2_cache_size backing
-            reserved backing_directory id
+            backing_format backing_directory id
         }
         qcr_log { struct_size level user destroy log }
         qcr_block_callbacks {
@@ -52,6 +53,7 @@ fn structs_are_laid_out_as_committed() {
         qcr_extent { struct_size kind length host_offset }
         qcr_progress { struct_size reserved done total file_size }
         qcr_compact_report { struct_size reserved file_size_before file_size_after moved cancelled }
+        qcr_commit_report { struct_size reserved written zeroed }
         qcr_stats {
             struct_size reserved virtual_size file_size used freed junk erased available roots copies moves_copying
             moves_copied moves_flushed moves_referenced recycler_running guest_reads guest_read_bytes guest_writes

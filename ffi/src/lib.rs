@@ -23,6 +23,7 @@ pub mod data;
 pub mod error;
 pub mod image;
 pub mod inspect;
+pub mod offline;
 pub mod options;
 pub mod recycle;
 pub mod version;

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use qcow_recycler::{BackingPolicy, LogLevel, Logger, Options};
+use qcow_recycler::{BackingFormat, BackingPolicy, LogLevel, Logger, Options};
 
 use crate::abi::{self, Out, Shared, copy_in};
 use crate::boundary::call;
@@ -32,6 +32,13 @@ pub const QCR_BACKING_SKIP: u32 = 1;
 /// files of backing files. For images from a source you trust: the image names the files.
 pub const QCR_BACKING_ALLOW: u32 = 2;
 
+/// Format of a backing file: none is assumed; where an image records none, it is refused. The default.
+pub const QCR_FORMAT_RECORDED: u32 = 0;
+/// Format of a backing file: the bytes of the disk, one after another.
+pub const QCR_FORMAT_RAW: u32 = 1;
+/// Format of a backing file: another image.
+pub const QCR_FORMAT_QCOW2: u32 = 2;
+
 /// How to open an image. Sizes are in bytes, times in milliseconds.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -54,8 +61,9 @@ pub struct qcr_options {
     pub l2_cache_size: u64,
     /// QCR_BACKING_REFUSE, QCR_BACKING_SKIP or QCR_BACKING_ALLOW.
     pub backing: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Format of backing files whose images do not record one: QCR_FORMAT_RECORDED, QCR_FORMAT_RAW or
+    /// QCR_FORMAT_QCOW2.
+    pub backing_format: u32,
     /// Where relative names of backing files start. NULL: in the directory of the image's own path; an image on
     /// block callbacks has none, and must be given one if backing files are allowed.
     pub backing_directory: *const c_char,
@@ -190,7 +198,7 @@ fn milliseconds(time: Duration) -> u64 {
 /// All but the backing policy and the logger.
 fn to_core(c: &qcr_options) -> Result<Options, Fault> {
     abi::known_flags(c.flags, QCR_READ_ONLY | QCR_DISCARD | QCR_CHECK_ON_CONNECT | QCR_RUNTIME_ASSERTS)?;
-    abi::reserved(c.reserved)?;
+    unrecorded(c.backing_format)?;
     let id = c.id.map(|byte| u8::from_ne_bytes(byte.to_ne_bytes()));
     let id = CStr::from_bytes_until_nul(&id).map_err(|_| Fault::argument("id", "has no closing zero byte"))?;
     Ok(Options {
@@ -226,8 +234,11 @@ pub(crate) unsafe fn options_for_open(
         opened.backing = match c.backing {
             QCR_BACKING_REFUSE => BackingPolicy::Refuse,
             QCR_BACKING_SKIP => BackingPolicy::Skip,
-            // SAFETY: as promised by the caller.
-            QCR_BACKING_ALLOW => BackingPolicy::Allow { directory: unsafe { directory(c.backing_directory, path)? } },
+            QCR_BACKING_ALLOW => BackingPolicy::Allow {
+                // SAFETY: as promised by the caller.
+                directory: unsafe { directory(c.backing_directory, path)? },
+                unrecorded: unrecorded(c.backing_format)?,
+            },
             other => return Err(Fault::argument("backing", format!("{other} is unknown"))),
         };
     }
@@ -235,6 +246,15 @@ pub(crate) unsafe fn options_for_open(
         opened.logger = log.into_logger();
     }
     Ok(opened)
+}
+
+fn unrecorded(format: u32) -> Result<Option<BackingFormat>, Fault> {
+    match format {
+        QCR_FORMAT_RECORDED => Ok(None),
+        QCR_FORMAT_RAW => Ok(Some(BackingFormat::Raw)),
+        QCR_FORMAT_QCOW2 => Ok(Some(BackingFormat::Qcow2)),
+        other => Err(Fault::argument("backing_format", format!("{other} is unknown"))),
+    }
 }
 
 unsafe fn directory(given: *const c_char, image: Option<&Path>) -> Result<PathBuf, Fault> {

@@ -11,6 +11,7 @@ use qcow_recycler::{BlockDevice, CreateOptions, Disk, Options, Repair, Result};
 use crate::device::Device;
 use crate::image::Image;
 use crate::object::PyDevice;
+use crate::progress::Watcher;
 use crate::{errors, options, records};
 
 /// A path as exceptions and `Image.name` show it.
@@ -112,4 +113,33 @@ pub(crate) fn check_device<'py>(
         .detach(move || block_on(qcow_recycler::check::check(&device, repair)))
         .map_err(|e| errors::to_python(py, e, None))?;
     records::check_report(py, report)
+}
+
+/// Writes what the image file `path` holds into its backing file, and empties it; nobody may be using either. `progress` is
+/// called with records between pieces; returning False cancels.
+#[pyfunction]
+#[pyo3(signature = (path, options, progress=None))]
+pub(crate) fn commit_path<'py>(
+    py: Python<'py>,
+    path: PathBuf,
+    options: &Bound<'py, PyDict>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let options = options::open_options(options, path.parent())?;
+    let filename = display(&path);
+    let mut watcher = Watcher::new(progress.map(Bound::unbind));
+    let result = py.detach(|| {
+        let mut show = |now| watcher.show(|py| records::commit_report(py, now));
+        block_on(qcow_recycler::image::commit(&path, &options, &mut show))
+    });
+    watcher.finish()?;
+    records::commit_report(py, result.map_err(|e| errors::to_python(py, e, Some(&filename)))?)
+}
+
+/// Makes the image file `path`, which nobody may be using, one of version 3.
+#[pyfunction]
+pub(crate) fn upgrade_path(py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    let filename = display(&path);
+    py.detach(move || block_on(qcow_recycler::image::upgrade(HostFile::open(&path, false)?, &Options::default())))
+        .map_err(|e| errors::to_python(py, e, Some(&filename)))
 }

@@ -12,6 +12,7 @@ use qcow_recycler::{Disk, Error, Result};
 use crate::buffer::Memory;
 use crate::device::Device;
 use crate::extents::Extents;
+use crate::progress::Watcher;
 use crate::{errors, records};
 
 /// Reads longer than this are held against the disk's size before memory is taken for them.
@@ -133,34 +134,10 @@ impl Image {
     /// Cancelled; so does raising, and that exception goes on. Ctrl-C cancels too. A cancelled image is consistent.
     #[pyo3(signature = (progress=None))]
     fn compact<'py>(&self, py: Python<'py>, progress: Option<Py<PyAny>>) -> PyResult<Bound<'py, PyAny>> {
-        let mut raised = None;
-        let result = self.call(py, |disk| {
-            disk.compact(|now| {
-                let go_on = Python::try_attach(|py| {
-                    py.check_signals()?;
-                    match &progress {
-                        Some(function) => {
-                            // Only False cancels: a function that returns nothing is merely informed.
-                            let answer = function.bind(py).call1((records::progress(py, now)?,))?;
-                            Ok(answer.is_none() || answer.is_truthy()?)
-                        }
-                        None => Ok(true),
-                    }
-                });
-                match go_on {
-                    Some(Ok(go_on)) => go_on,
-                    Some(Err(e)) => {
-                        raised = Some(e);
-                        false
-                    }
-                    None => false,
-                }
-            })
-        });
-        match raised {
-            Some(e) => Err(e),
-            None => records::compact_report(py, &result?),
-        }
+        let mut watcher = Watcher::new(progress);
+        let result = self.call(py, |disk| disk.compact(|now| watcher.show(|py| records::progress(py, now))));
+        watcher.finish()?;
+        records::compact_report(py, &result?)
     }
 
     /// Checks the image while it is open.

@@ -12,6 +12,7 @@ mod files;
 mod image;
 mod object;
 mod options;
+mod progress;
 mod records;
 
 use pyo3::prelude::*;
@@ -27,5 +28,7 @@ fn _ext(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(files::create_device, module)?)?;
     module.add_function(wrap_pyfunction!(files::check_path, module)?)?;
     module.add_function(wrap_pyfunction!(files::check_device, module)?)?;
+    module.add_function(wrap_pyfunction!(files::commit_path, module)?)?;
+    module.add_function(wrap_pyfunction!(files::upgrade_path, module)?)?;
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use qcow_recycler::{BackingPolicy, CreateOptions, LogLevel, Logger, Options, Repair};
+use qcow_recycler::{BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, Options, Repair};
 
 /// What `qcow_recycler.OpenOptions` says, on top of the library's defaults; `None` stands for the default. `home` is the
 /// image's own directory, from where relative names of backing files start.
@@ -21,6 +21,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
     }
     let mut backing = None;
     let mut directory = home.map(Path::to_path_buf);
+    let mut unrecorded = None;
     for (key, item) in given {
         let key: String = key.extract()?;
         if item.is_none() {
@@ -41,6 +42,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
             "runtime_asserts" => options.runtime_asserts = item.extract()?,
             "backing" => backing = Some(item.extract::<String>()?),
             "backing_directory" => directory = Some(item.extract::<PathBuf>()?),
+            "backing_format" => unrecorded = Some(backing_format(&item.extract::<String>()?)?),
             "id" => options.id = item.extract()?,
             "log" => options.logger = logger(&item)?,
             _ => return Err(PyTypeError::new_err(format!("unknown option {key:?}"))),
@@ -55,6 +57,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
                     "backing='allow' needs backing_directory= when the image is not opened by its path",
                 )
             })?,
+            unrecorded,
         },
         Some(other) => {
             return Err(PyValueError::new_err(format!("backing must be 'refuse', 'skip' or 'allow', not {other:?}")));
@@ -93,6 +96,13 @@ pub(crate) fn create_options(size: u64, given: &Bound<'_, PyDict>) -> PyResult<C
         _ => return Err(PyValueError::new_err("backing_file and backing_format go together")),
     };
     Ok(options)
+}
+
+/// # Errors
+/// `ValueError` for anything but `raw` and `qcow2`.
+fn backing_format(name: &str) -> PyResult<BackingFormat> {
+    BackingFormat::from_name(name)
+        .ok_or_else(|| PyValueError::new_err(format!("backing_format must be 'raw' or 'qcow2', not {name:?}")))
 }
 
 /// # Errors

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
+use qcow_recycler::image::CommitReport;
 use qcow_recycler::recycler::{CompactReport, Progress};
 use qcow_recycler::{CheckReport, Extent, ExtentKind, Info, Stats};
 
@@ -68,6 +69,10 @@ pub(crate) fn compact_report<'py>(py: Python<'py>, report: &CompactReport) -> Py
         moved = report.moved,
         cancelled = report.cancelled,
     )
+}
+
+pub(crate) fn commit_report(py: Python<'_>, report: CommitReport) -> PyResult<Bound<'_, PyAny>> {
+    class(py, "CommitReport")?.call1((report.done, report.total, report.written, report.zeroed))
 }
 
 pub(crate) fn progress(py: Python<'_>, progress: Progress) -> PyResult<Bound<'_, PyAny>> {

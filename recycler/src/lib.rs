@@ -21,5 +21,5 @@ pub use check::{CheckReport, Repair};
 pub use device::BlockDevice;
 pub use error::{Error, Result};
 pub use image::{CreateOptions, Extent, ExtentKind, Image, Info};
-pub use options::{BackingPolicy, LogLevel, Logger, Options};
+pub use options::{BackingFormat, BackingPolicy, LogLevel, Logger, Options};
 pub use stats::Stats;

@@ -20,7 +20,30 @@ pub enum BackingPolicy {
     Allow {
         /// The directory relative names start from: normally the image's own.
         directory: PathBuf,
+        /// The format of backing files whose images do not record one; `None`: they are refused.
+        unrecorded: Option<BackingFormat>,
     },
+}
+
+/// The format of a backing file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackingFormat {
+    /// The bytes of the disk, one after another.
+    Raw,
+    /// Another image.
+    Qcow2,
+}
+
+impl BackingFormat {
+    /// By the name that images record; `None` for any other.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "raw" => Some(BackingFormat::Raw),
+            "qcow2" => Some(BackingFormat::Qcow2),
+            _ => None,
+        }
+    }
 }
 
 /// How serious a message of the library is.

@@ -113,6 +113,8 @@ int main(void)
     REFUSED("image", qcr_check(NULL, text, NULL, &check, &error));
     REFUSED("path", qcr_check_path(NULL, QCR_REPAIR_NONE, text, NULL, &check, &error));
     REFUSED("report", qcr_check_path("/nonexistent/x", QCR_REPAIR_NONE, text, NULL, NULL, &error));
+    REFUSED("path", qcr_commit_path(NULL, NULL, NULL, &error));
+    REFUSED("path", qcr_upgrade_path(NULL, &error));
     REFUSED("callbacks", qcr_check_callbacks(NULL, QCR_REPAIR_NONE, text, NULL, &check, &error));
     REFUSED("report", qcr_check_callbacks(&callbacks, QCR_REPAIR_NONE, text, NULL, NULL, &error));
     CHECK(needed == 77);

@@ -28,6 +28,7 @@ int main(int argc, char **argv)
     struct qcr_extent extent;
     struct qcr_info info;
     struct qcr_check_report report;
+    struct qcr_commit_report committed;
     struct qcr_image *image = NULL, *other = NULL;
     struct stat status;
     unsigned char data[1024], back[1024];
@@ -136,6 +137,27 @@ int main(int argc, char **argv)
     qcr_free(image);
 
     EXPECT(0, qcr_check_path(image_path, QCR_REPAIR_ALL, NULL, NULL, &report, &error));
+    CHECK(report.corruptions == 0 && report.leaks == 0);
+
+    /* Into the backing file, which must be allowed and has none itself. */
+    EXPECT(-EINVAL, qcr_commit_path(image_path, NULL, NULL, &error));
+    CHECK(strcmp(error.field, "backing") == 0);
+    QCR_INIT(committed);
+    options.flags = QCR_DISCARD;
+    EXPECT(0, qcr_commit_path(image_path, &options, &committed, &error));
+    CHECK(committed.written == 4096 && committed.zeroed == 8192);
+    EXPECT(-EINVAL, qcr_commit_path(base_path, &options, NULL, &error));
+    EXPECT(0, qcr_open_path(image_path, &options, NULL, &image, &error));
+    EXPECT(0, qcr_get_extent(image, 0, 16 * MIB, &extent, &error));
+    CHECK(extent.kind == QCR_EXTENT_UNALLOCATED && extent.length == 16 * MIB);
+    EXPECT(0, qcr_read(image, back, sizeof(back), 0, &error));
+    memset(data, 0x11, sizeof(data));
+    CHECK(memcmp(data, back, sizeof(data)) == 0);
+    qcr_free(image);
+
+    /* Of version 3 it is already. */
+    EXPECT(0, qcr_upgrade_path(image_path, &error));
+    EXPECT(0, qcr_check_path(image_path, QCR_REPAIR_NONE, NULL, NULL, &report, &error));
     CHECK(report.corruptions == 0 && report.leaks == 0);
     return 0;
 }

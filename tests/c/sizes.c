@@ -66,10 +66,10 @@ int main(void)
     EXPECT(-EINVAL, qcr_options_parse(&options, "", &error));
     CHECK(strcmp(error.field, "flags") == 0);
     options.flags &= 0x7fffffffu;
-    options.reserved = 1;
+    options.backing_format = 3;
     EXPECT(-EINVAL, qcr_options_parse(&options, "", &error));
-    CHECK(strcmp(error.field, "reserved") == 0);
-    options.reserved = 0;
+    CHECK(strcmp(error.field, "backing_format") == 0);
+    options.backing_format = QCR_FORMAT_QCOW2;
     memset(options.id, 'x', sizeof(options.id));
     EXPECT(-EINVAL, qcr_options_parse(&options, "", &error));
     CHECK(strcmp(error.field, "id") == 0);

@@ -9,7 +9,7 @@ All offsets, lengths and sizes are in bytes. Every failure is an :class:`Error`,
 """
 
 from . import errors, options, protocol, records
-from ._api import check, check_device, create, create_device, open, open_device
+from ._api import check, check_device, commit, create, create_device, open, open_device, upgrade
 from ._ext import Image, __version__
 from .errors import (
     AlreadyExists,
@@ -32,7 +32,7 @@ from .errors import (
 )
 from .options import CreateOptions, OpenOptions
 from .protocol import BlockDevice, FixedBlockDevice, FullBlockDevice
-from .records import CheckReport, CompactReport, Extent, Info, Progress, Stats
+from .records import CheckReport, CommitReport, CompactReport, Extent, Info, Progress, Stats
 from .zeroes import ZeroScan, discard_zeroes
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Cancelled",
     "CheckReport",
     "Closed",
+    "CommitReport",
     "CompactReport",
     "CreateOptions",
     "DeviceError",
@@ -69,6 +70,7 @@ __all__ = [
     "__version__",
     "check",
     "check_device",
+    "commit",
     "create",
     "create_device",
     "discard_zeroes",
@@ -78,4 +80,5 @@ __all__ = [
     "options",
     "protocol",
     "records",
+    "upgrade",
 ]

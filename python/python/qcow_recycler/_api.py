@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
+from collections.abc import Callable
 from os import PathLike
 from typing import Literal, Unpack
 
@@ -12,7 +13,7 @@ from . import _ext
 from ._ext import Image
 from .options import CreateOptions, OpenOptions
 from .protocol import FixedBlockDevice
-from .records import CheckReport
+from .records import CheckReport, CommitReport
 
 # The recycler's thread may call Python; it must be gone before the interpreter is.
 _open_images: weakref.WeakSet[Image] = weakref.WeakSet()
@@ -62,3 +63,22 @@ def check(path: str | PathLike[str], repair: Literal["no", "leaks", "all"] = "no
 def check_device(device: FixedBlockDevice, repair: Literal["no", "leaks", "all"] = "no") -> CheckReport:
     """Check, and repair, the image that lives on `device`."""
     return _ext.check_device(device, repair)
+
+
+def commit(
+    path: str | PathLike[str],
+    progress: Callable[[CommitReport], object] | None = None,
+    **options: Unpack[OpenOptions],
+) -> CommitReport:
+    """Write what the image file `path` holds into its backing file, and empty the image; the disk reads as before.
+
+    Nobody may be using either file, and no other image may have the same backing file. `progress` is called between
+    pieces of the work; when it returns False, :class:`Cancelled` is raised and the image still holds everything.
+    """
+    given: OpenOptions = {"backing": "allow", **options}
+    return _ext.commit_path(path, given, progress)
+
+
+def upgrade(path: str | PathLike[str]) -> None:
+    """Make the image file `path`, which nobody may be using, one of version 3 of the format."""
+    _ext.upgrade_path(path)

@@ -9,7 +9,7 @@ from _typeshed import ReadableBuffer, WriteableBuffer
 
 from .options import CreateOptions, OpenOptions
 from .protocol import FixedBlockDevice
-from .records import CheckReport, CompactReport, Extent, Info, Progress, Stats
+from .records import CheckReport, CommitReport, CompactReport, Extent, Info, Progress, Stats
 
 __all__ = [
     "Extents",
@@ -17,10 +17,12 @@ __all__ = [
     "__version__",
     "check_device",
     "check_path",
+    "commit_path",
     "create_device",
     "create_path",
     "open_device",
     "open_path",
+    "upgrade_path",
 ]
 
 __version__: Final[str]
@@ -71,3 +73,7 @@ def create_path(path: str | PathLike[str], size: int, options: CreateOptions) ->
 def create_device(device: FixedBlockDevice, size: int, options: CreateOptions) -> None: ...
 def check_path(path: str | PathLike[str], repair: Literal["no", "leaks", "all"] = "no") -> CheckReport: ...
 def check_device(device: FixedBlockDevice, repair: Literal["no", "leaks", "all"] = "no") -> CheckReport: ...
+def commit_path(
+    path: str | PathLike[str], options: OpenOptions, progress: Callable[[CommitReport], object] | None = None
+) -> CommitReport: ...
+def upgrade_path(path: str | PathLike[str]) -> None: ...

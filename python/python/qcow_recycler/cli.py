@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from . import _api
 from ._ext import __version__
 from .errors import Error
-from .records import CheckReport, Info, Progress
+from .records import CheckReport, CommitReport, Info, Progress
 from .zeroes import ZeroScan, discard_zeroes
 
 OK = 0
@@ -36,7 +36,7 @@ exit codes:
   {USAGE}   the command line was not understood
   {INTERRUPTED}  cancelled with Ctrl-C; the image is consistent
 
-Backing files are never opened. An image that a running virtual machine uses is refused.
+Backing files are opened by commit only. An image that a running virtual machine uses is refused.
 """
 
 
@@ -68,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "check an image for corruptions and leaked clusters")
     check.add_argument("--repair", choices=["leaks", "all"], default="no", help="what to repair")
     command("compact", _compact, "move clusters from the end of the file into its holes, and cut it")
+    commit = command("commit", _commit, "write what an image holds into its backing file, and empty the image")
+    commit.add_argument(
+        "--backing-format", choices=["raw", "qcow2"], help="of backing files whose format is not recorded"
+    )
+    command("upgrade", _upgrade, "make an image of version 2 of the format one of version 3")
     command("discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact")
     return parser
 
@@ -172,6 +177,30 @@ def _compact(args: argparse.Namespace) -> int:
         _emit({"event": "done", **dataclasses.asdict(report), "file_size": length})
     else:
         print(f"{size_text(report.file_size_before)} -> {size_text(length)}, {size_text(report.moved)} moved")
+    return OK
+
+
+def _commit(args: argparse.Namespace) -> int:
+    meter = _Meter(as_json=args.json)
+
+    def show(now: CommitReport) -> None:
+        meter.show(now.done, now.total, f"{size_text(now.written)} written", now._asdict())
+
+    try:
+        report = _api.commit(args.image, show, backing_format=args.backing_format)
+    finally:
+        meter.clear()
+    if args.json:
+        _emit({"event": "done", **report._asdict()})
+    else:
+        print(f"{size_text(report.written)} written to the backing file, {size_text(report.zeroed)} made zero there")
+    return OK
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    _api.upgrade(args.image)
+    if args.json:
+        _emit({"event": "done"})
     return OK
 
 

@@ -39,6 +39,8 @@ class OpenOptions(TypedDict, total=False):
     """Refuse an image with a backing file (the default); fail only the requests that need it; or open it read-only."""
     backing_directory: str | PathLike[str] | None
     """Where relative names of backing files start. Default: the image's own directory."""
+    backing_format: Literal["raw", "qcow2"] | None
+    """Of backing files whose images do not record one. Default: they are refused, since formats are never guessed."""
     id: str | None
     """A name for statistics and messages. Default: the path."""
     log: LogFunction | None

@@ -28,6 +28,16 @@ class Progress(NamedTuple):
     """Length of the file now."""
 
 
+class CommitReport(NamedTuple):
+    """What a commit into the backing file did, or how far it is. Sizes are in bytes of the virtual disk."""
+
+    done: int
+    total: int
+    """Size of the disk."""
+    written: int
+    zeroed: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Info:
     """What an image is."""
@@ -127,4 +137,4 @@ class Stats:
     """Failures in the recycler's work."""
 
 
-__all__ = ["CheckReport", "CompactReport", "Extent", "Info", "Progress", "Stats"]
+__all__ = ["CheckReport", "CommitReport", "CompactReport", "Extent", "Info", "Progress", "Stats"]

@@ -5,3 +5,4 @@ pub mod header;
 pub mod l2;
 pub mod refcount;
 pub mod snapshot;
+pub(crate) mod upgrade;

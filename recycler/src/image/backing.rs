@@ -10,7 +10,7 @@ use crate::device::host::HostFile;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
-use crate::options::{BackingPolicy, Options};
+use crate::options::{BackingFormat, BackingPolicy, Options};
 
 /// A chain of backing files may be this long.
 const MAX_DEPTH: usize = 64;
@@ -27,49 +27,80 @@ pub(crate) enum Backing {
     Image(Box<Image<HostFile>>),
 }
 
-impl Backing {
-    /// Opens what the header names, as far as the policy allows.
-    pub(crate) async fn open(header: &Header, options: &Options, above: &[PathBuf]) -> Result<Backing> {
-        let Some(name) = &header.backing_file else { return Ok(Backing::None) };
-        let refused = |reason: &str| Error::BackingNotAllowed { path: name.clone(), reason: reason.to_owned() };
-        let directory = match &options.backing {
-            BackingPolicy::Refuse => return Err(refused("the caller did not allow backing files")),
-            BackingPolicy::Skip => return Ok(Backing::Skipped(name.clone())),
-            BackingPolicy::Allow { directory } => directory,
-        };
+/// Where a backing file is, and what it is.
+pub(super) struct Located {
+    /// Its path, with symbolic links resolved.
+    pub(super) path: PathBuf,
+    pub(super) format: BackingFormat,
+}
+
+impl Located {
+    /// Finds what the header names, relative to `directory`, below the images at the paths `above`. Nothing is opened.
+    pub(super) fn find(
+        header: &Header,
+        name: &str,
+        directory: &Path,
+        unrecorded: Option<BackingFormat>,
+        above: &[PathBuf],
+    ) -> Result<Located> {
+        let refused = |reason: &str| Error::BackingNotAllowed { path: name.to_owned(), reason: reason.to_owned() };
         // The name is a path and nothing else: not `json:{...}`, not `nbd://...`. A colon before the first slash would be a
         // protocol to QEMU.
         if name.split('/').next().is_some_and(|first| first.contains(':')) {
             return Err(refused("the name is not a plain path"));
         }
-        let Some(format) = &header.backing_format else {
-            return Err(refused("the image does not record its format, and formats are never guessed"));
+        let format = match &header.backing_format {
+            Some(format) => BackingFormat::from_name(format)
+                .ok_or_else(|| Error::unsupported(format!("a backing file of format {format:?}")))?,
+            None => unrecorded.ok_or_else(|| {
+                refused("the image does not record its format, the caller named none, and formats are never guessed")
+            })?,
         };
         let path = directory.join(name);
-        let failed = |source: Error| Error::Backing { path: path.display().to_string(), source: Box::new(source) };
-        let place = path.canonicalize().map_err(|e| failed(Error::io("opening it", 0)(e)))?;
-        if above.contains(&place) {
+        let path = path.canonicalize().map_err(|e| failed(&path, Error::io("opening it", 0)(e)))?;
+        if above.contains(&path) {
             return Err(refused("the chain of backing files is a loop"));
         }
         if above.len() >= MAX_DEPTH {
             return Err(refused("the chain of backing files is too long"));
         }
-        let file = HostFile::open(&place, true).map_err(failed)?;
-        match format.as_str() {
-            "raw" => Ok(Backing::Raw(Volume::new(file).await.map_err(failed)?)),
-            "qcow2" => {
-                let directory = place.parent().unwrap_or(Path::new("/")).to_owned();
-                let options = Options {
-                    read_only: true,
-                    check_on_connect: false,
-                    backing: BackingPolicy::Allow { directory },
-                    ..options.clone()
-                };
-                let mut above = above.to_vec();
-                above.push(place);
+        Ok(Located { path, format })
+    }
+
+    /// Options for an image that is behind one opened with `options`.
+    pub(super) fn options(&self, options: &Options, unrecorded: Option<BackingFormat>) -> Options {
+        let directory = self.path.parent().unwrap_or(Path::new("/")).to_owned();
+        Options { check_on_connect: false, backing: BackingPolicy::Allow { directory, unrecorded }, ..options.clone() }
+    }
+}
+
+/// An error of the backing file at `path`.
+pub(super) fn failed(path: &Path, source: Error) -> Error {
+    Error::Backing { path: path.display().to_string(), source: Box::new(source) }
+}
+
+impl Backing {
+    /// Opens what the header names, as far as the policy allows.
+    pub(crate) async fn open(header: &Header, options: &Options, above: &[PathBuf]) -> Result<Backing> {
+        let Some(name) = &header.backing_file else { return Ok(Backing::None) };
+        let (directory, unrecorded) = match &options.backing {
+            BackingPolicy::Refuse => {
+                let reason = "the caller did not allow backing files".to_owned();
+                return Err(Error::BackingNotAllowed { path: name.clone(), reason });
+            }
+            BackingPolicy::Skip => return Ok(Backing::Skipped(name.clone())),
+            BackingPolicy::Allow { directory, unrecorded } => (directory, *unrecorded),
+        };
+        let located = Located::find(header, name, directory, unrecorded, above)?;
+        let failed = |source| failed(&located.path, source);
+        let file = HostFile::open(&located.path, true).map_err(failed)?;
+        match located.format {
+            BackingFormat::Raw => Ok(Backing::Raw(Volume::new(file).await.map_err(failed)?)),
+            BackingFormat::Qcow2 => {
+                let options = Options { read_only: true, ..located.options(options, unrecorded) };
+                let above = [above, std::slice::from_ref(&located.path)].concat();
                 Ok(Backing::Image(Box::new(open_boxed(file, options, above).await.map_err(failed)?)))
             }
-            other => Err(Error::unsupported(format!("a backing file of format {other:?}"))),
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod backing;
 mod close;
+mod commit;
 pub mod create;
 mod discard;
 mod extents;
@@ -14,13 +15,16 @@ mod read;
 pub(crate) mod relocate;
 mod resize;
 mod turns;
+mod upgrade;
 mod write;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+pub use commit::{CommitReport, commit};
 pub use create::{CreateOptions, create};
 pub use extents::{Extent, ExtentKind};
 pub use info::Info;
+pub use upgrade::upgrade;
 
 use crate::check::{CheckReport, Repair};
 use crate::clusters::Clusters;

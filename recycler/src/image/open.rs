@@ -193,7 +193,10 @@ impl<D: BlockDevice> Image<D> {
 }
 
 /// Reads and validates the snapshot table; also returns where its last entry ends.
-async fn read_snapshots<D: BlockDevice>(volume: &Volume<D>, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
+pub(super) async fn read_snapshots<D: BlockDevice>(
+    volume: &Volume<D>,
+    header: &Header,
+) -> Result<(Vec<Snapshot>, u64)> {
     let mut snapshots = Vec::new();
     let mut at = header.snapshots_offset.0;
     let mut end = at;
@@ -217,7 +220,7 @@ async fn read_snapshots<D: BlockDevice>(volume: &Volume<D>, header: &Header) -> 
 }
 
 /// Reads and validates the header; also returns its first sector.
-async fn read_header<D: BlockDevice>(volume: &Volume<D>) -> Result<(Header, [u8; 512])> {
+pub(super) async fn read_header<D: BlockDevice>(volume: &Volume<D>) -> Result<(Header, [u8; 512])> {
     let length = volume.length();
     let mut bytes = vec![0; length.min(4096) as usize];
     volume.read("reading the header", 0, IoBufMut::new(&mut bytes)).await?;

@@ -78,8 +78,9 @@ impl<D: BlockDevice> Image<D> {
         turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await
     }
 
-    /// Unmaps every whole cluster past byte `size` of the disk, and drops L2 tables that map nothing else.
-    async fn forget_past(&self, size: u64) -> Result<()> {
+    /// Unmaps every whole cluster past byte `size` of the disk, and drops L2 tables that map nothing else. The caller has
+    /// frozen the mapping.
+    pub(super) async fn forget_past(&self, size: u64) -> Result<()> {
         let geometry = self.meta.geometry;
         let per_table = geometry.entries_per_cluster();
         let first = geometry.clusters_for(size);

@@ -1,0 +1,179 @@
+//! Committing an overlay into its backing file: what the overlay holds is written there, and the overlay is empty
+//! afterwards.
+//!
+//! Durable steps: `the overlay's contents, written to the backing file` → **flush there** → `the overlay's mapping
+//! cleared` → **flush here** → its clusters are free.
+//!
+//! - Cut before the first flush: the backing file holds old and new data in any mixture, and the overlay still hides every
+//!   sector of it that differs. Whoever reads through the overlay sees what he saw before.
+//! - Cut between: each L1 and L2 entry is the old one, which shows the overlay's data, or a cleared one, which lets the
+//!   backing file show: the same data, durable since the first flush.
+//! - Cut after the second: the clusters that the overlay had are leaks at worst.
+
+use std::path::{Path, PathBuf};
+
+use super::backing::{Located, failed};
+use super::{ExtentKind, Image};
+use crate::buf::{IoBuf, IoBufMut};
+use crate::clusters::scan::find_junk;
+use crate::device::BlockDevice;
+use crate::device::host::HostFile;
+use crate::device::volume::{PIECE, Volume};
+use crate::error::{Error, Result};
+use crate::options::{BackingFormat, BackingPolicy, Options};
+
+/// What a commit did, or has done so far. Sizes are in bytes of the virtual disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommitReport {
+    /// How far it is.
+    pub done: u64,
+    /// Size of the overlay's disk.
+    pub total: u64,
+    /// Written to the backing file.
+    pub written: u64,
+    /// Made zero in the backing file.
+    pub zeroed: u64,
+}
+
+/// Where the overlay's contents go.
+enum Target {
+    Raw(Volume<HostFile>),
+    Image(Box<Image<HostFile>>),
+}
+
+/// Writes what the image at `path` holds into its backing file, and empties the image: the disk reads as before, and its
+/// contents are in the backing file. A backing file that is shorter than the disk grows. Neither file may be in use.
+///
+/// Other images with the same backing file read something else afterwards where it has changed: there must be none.
+///
+/// `options.backing` must allow backing files, and says where the name starts from. `progress` is called between pieces of
+/// at most 1 MiB; returning `false` cancels, with the overlay as it was and its disk unchanged.
+///
+/// # Errors
+/// [`Error::BadOption`] if the image has no backing file or `options` do not allow it; [`Error::Backing`] for what happens
+/// there; [`Error::Cancelled`]; as [`Image::open`], [`Image::read`] and [`Image::flush`]. After an error the overlay
+/// still holds everything, unless it came when the backing file was durable already; the disk reads as before either way.
+pub async fn commit(
+    path: &Path,
+    options: &Options,
+    progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
+) -> Result<CommitReport> {
+    let bad = |reason: &str| Error::BadOption { name: "backing".to_owned(), reason: reason.to_owned() };
+    let BackingPolicy::Allow { directory, unrecorded } = &options.backing else {
+        return Err(bad("must be allowed for a commit"));
+    };
+    // Without its backing file the overlay shows what it holds itself, and nothing here needs to see more.
+    let own = Options { backing: BackingPolicy::Skip, ..options.clone() };
+    let overlay = Image::open(HostFile::open(path, false)?, own).await?;
+    overlay.ensure_writable()?;
+    let Some(name) = &overlay.header.backing_file else { return Err(bad("the image has no backing file")) };
+    let above = [path.canonicalize().map_err(Error::io("opening the image file", 0))?];
+    let located = Located::find(&overlay.header, name, directory, *unrecorded, &above)?;
+    let target = Target::open(&located, options, *unrecorded, &above).await.map_err(|e| failed(&located.path, e))?;
+    let report = copy(&overlay, &located, &target, progress).await?;
+    target.close().await.map_err(|e| failed(&located.path, e))?;
+    overlay.empty().await?;
+    overlay.close().await?;
+    Ok(report)
+}
+
+async fn copy(
+    overlay: &Image<HostFile>,
+    located: &Located,
+    target: &Target,
+    progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
+) -> Result<CommitReport> {
+    let failed = |e| failed(&located.path, e);
+    let total = overlay.virtual_size();
+    target.reach(total).await.map_err(failed)?;
+    let mut report = CommitReport { total, ..CommitReport::default() };
+    let mut buffer = vec![0; PIECE];
+    while report.done < total {
+        if !progress(report) {
+            return Err(Error::Cancelled);
+        }
+        let extent = overlay.extent(report.done, total - report.done).await?;
+        let length = match extent.kind {
+            ExtentKind::Unallocated => extent.length,
+            ExtentKind::Zero => {
+                target.zero(report.done, extent.length).await.map_err(failed)?;
+                report.zeroed += extent.length;
+                extent.length
+            }
+            ExtentKind::Data { .. } | ExtentKind::Compressed => {
+                let length = extent.length.min(PIECE as u64);
+                buffer.resize(length as usize, 0);
+                overlay.read(report.done, IoBufMut::new(&mut buffer)).await?;
+                target.write(report.done, IoBuf::new(&buffer)).await.map_err(failed)?;
+                report.written += length;
+                length
+            }
+        };
+        report.done += length;
+    }
+    Ok(report)
+}
+
+impl Target {
+    async fn open(
+        located: &Located,
+        options: &Options,
+        unrecorded: Option<BackingFormat>,
+        above: &[PathBuf],
+    ) -> Result<Target> {
+        let file = HostFile::open(&located.path, false)?;
+        match located.format {
+            BackingFormat::Raw => Ok(Target::Raw(Volume::new(file).await?)),
+            BackingFormat::Qcow2 => {
+                let options = Options { discard: true, ..located.options(options, unrecorded) };
+                let above = [above, std::slice::from_ref(&located.path)].concat();
+                Ok(Target::Image(Box::new(Image::open_above(file, options, &above).await?)))
+            }
+        }
+    }
+
+    /// Makes the disk at least `size` bytes long; what is new reads as zeroes.
+    async fn reach(&self, size: u64) -> Result<()> {
+        match self {
+            Target::Raw(volume) if volume.length() < size => volume.truncate(size).await,
+            Target::Image(image) if image.virtual_size() < size => image.resize(size, false).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn write(&self, at: u64, buf: IoBuf<'_>) -> Result<()> {
+        match self {
+            Target::Raw(volume) => volume.write("writing the backing file", at, buf).await,
+            Target::Image(image) => image.write(at, buf).await,
+        }
+    }
+
+    async fn zero(&self, at: u64, length: u64) -> Result<()> {
+        match self {
+            Target::Raw(volume) => volume.erase(at, length).await,
+            Target::Image(image) => image.write_zeroes(at, length, true).await,
+        }
+    }
+
+    /// Makes everything durable.
+    async fn close(&self) -> Result<()> {
+        match self {
+            Target::Raw(volume) => volume.flush().await,
+            Target::Image(image) => image.close().await,
+        }
+    }
+}
+
+impl<D: BlockDevice> Image<D> {
+    /// Unmaps the whole disk, so that it reads as its backing file does, and makes that durable. Snapshots keep what they
+    /// have.
+    async fn empty(&self) -> Result<()> {
+        let _compaction = self.compaction.lock().await;
+        let _frozen = self.structure.write().await;
+        self.prepare_changes().await?;
+        self.forget_past(0).await?;
+        self.commit().await?;
+        // Closing cuts off what is free at the end, as far as it is known.
+        find_junk(&self.volume, &self.meta, &self.clusters).await
+    }
+}
