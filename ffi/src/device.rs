@@ -101,6 +101,24 @@ impl BlockDevice for Device {
         }
     }
 
+    #[inline]
+    fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
+        match self.bytes() {
+            Ok(Bytes::File(file)) => file.read_now(offset, buf),
+            Ok(Bytes::Callbacks(callbacks)) => Some(callbacks.read(offset, buf)),
+            Err(e) => Some(Err(e)),
+        }
+    }
+
+    #[inline]
+    fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
+        match self.bytes() {
+            Ok(Bytes::File(file)) => file.write_now(offset, buf),
+            Ok(Bytes::Callbacks(callbacks)) => Some(callbacks.write(offset, buf)),
+            Err(e) => Some(Err(e)),
+        }
+    }
+
     async fn flush(&self) -> io::Result<()> {
         match self.bytes()? {
             Bytes::File(file) => file.flush().await,

@@ -44,6 +44,20 @@ impl BlockDevice for Device {
         }
     }
 
+    fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
+        match self {
+            Device::File(file) => file.read_now(offset, buf),
+            Device::Object(object) => Some(object.read(offset, buf)),
+        }
+    }
+
+    fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
+        match self {
+            Device::File(file) => file.write_now(offset, buf),
+            Device::Object(object) => Some(object.write(offset, buf)),
+        }
+    }
+
     async fn flush(&self) -> io::Result<()> {
         match self {
             Device::File(file) => file.flush().await,

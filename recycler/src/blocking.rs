@@ -84,7 +84,7 @@ impl<D: BlockDevice> Disk<D> {
     /// # Errors
     /// See [`Image::read`].
     pub fn read(&self, offset: u64, buf: IoBufMut<'_>) -> Result<()> {
-        block_on(self.image.read(offset, buf))
+        self.image.read_blocking(offset, buf)
     }
 
     /// Stores `buf` at byte `offset` of the virtual disk.
@@ -92,7 +92,7 @@ impl<D: BlockDevice> Disk<D> {
     /// # Errors
     /// See [`Image::write`].
     pub fn write(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
-        block_on(self.image.write(offset, buf))
+        self.image.write_blocking(offset, buf)
     }
 
     /// Frees a range of the virtual disk.

@@ -56,6 +56,14 @@ pub(crate) struct InFlight<'a> {
     side: usize,
 }
 
+/// A request in flight whose guard was taken apart, to be kept where no reference can be: see [`InFlight::detach`].
+#[derive(Debug)]
+#[must_use = "a request that is never attached again never ends, and no grace period either"]
+pub(crate) struct Detached {
+    slot: u8,
+    side: u8,
+}
+
 /// A moment: passed to [`Epochs::elapsed`], tells whether every request that began before it has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ticket(u64);
@@ -85,6 +93,17 @@ impl Epochs {
                 return InFlight { epochs: self, slot, side };
             }
             self.leave(slot, side);
+        }
+    }
+
+    /// The guard of a request that was [detached](InFlight::detach) from these epochs.
+    #[allow(dead_code)] // For requests that are submitted on one stack and completed on another.
+    pub(crate) fn attach(&self, detached: Detached) -> InFlight<'_> {
+        // Both are what `detach` made of a guard, so the remainder changes nothing.
+        InFlight {
+            epochs: self,
+            slot: &self.slots[usize::from(detached.slot) % SLOTS],
+            side: usize::from(detached.side & 1),
         }
     }
 
@@ -142,6 +161,16 @@ impl Epochs {
 }
 
 impl InFlight<'_> {
+    /// Takes the guard apart without ending the request, for one that is submitted here and completed elsewhere, on any
+    /// thread. [`Epochs::attach`] on the same epochs makes the guard again, which must happen.
+    #[allow(dead_code)] // As `attach`.
+    pub(crate) fn detach(self) -> Detached {
+        let slot = self.epochs.slots.iter().position(|s| std::ptr::eq(s, self.slot)).unwrap_or_default();
+        let detached = Detached { slot: slot as u8, side: self.side as u8 };
+        std::mem::forget(self);
+        detached
+    }
+
     /// Counts something for the statistics.
     pub(crate) fn count(&self, counter: Counter, amount: u64) {
         self.slot.counts[counter as usize].fetch_add(amount, Ordering::Relaxed);
@@ -174,6 +203,16 @@ mod tests {
         assert!(epochs.elapsed(ticket));
         assert!(!epochs.elapsed(epochs.now()));
         drop(c);
+    }
+
+    #[test]
+    fn a_detached_request_is_in_flight_until_it_is_attached_and_dropped() {
+        let epochs = Epochs::default();
+        let ticket = epochs.now();
+        let detached = epochs.enter().detach();
+        assert!(!epochs.elapsed(ticket) && !epochs.elapsed(ticket));
+        std::thread::scope(|s| s.spawn(|| drop(epochs.attach(detached))).join().unwrap());
+        assert!(epochs.elapsed(ticket));
     }
 
     #[tokio::test]

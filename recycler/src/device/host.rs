@@ -154,6 +154,16 @@ impl BlockDevice for HostFile {
         positioned::read(self.file.as_fd(), offset, buf)
     }
 
+    #[inline]
+    fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
+        Some(positioned::read(self.file.as_fd(), offset, buf))
+    }
+
+    #[inline]
+    fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
+        Some(positioned::write(self.file.as_fd(), offset, buf))
+    }
+
     async fn write(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
         positioned::write(self.file.as_fd(), offset, buf)
     }

@@ -51,6 +51,21 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Stores `buf` at `offset`.
     fn write(&self, offset: u64, buf: IoBuf<'_>) -> impl Future<Output = io::Result<()>> + Send;
 
+    /// As [`read`](Self::read), for a device that need not wait for anybody: the transfer happens during the call, on the
+    /// caller's thread. `None`: not so, and nothing was done; the library then calls `read`.
+    ///
+    /// This spares requests of [`Disk`](crate::Disk) the making of a future.
+    fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
+        let _ = (offset, buf);
+        None
+    }
+
+    /// As [`write`](Self::write), in the way of [`read_now`](Self::read_now).
+    fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
+        let _ = (offset, buf);
+        None
+    }
+
     /// Makes everything that completed before this call durable. After an error, nothing is assumed about any of it.
     fn flush(&self) -> impl Future<Output = io::Result<()>> + Send;
 

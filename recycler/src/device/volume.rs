@@ -99,6 +99,27 @@ impl<D: BlockDevice> Volume<D> {
         Ok(())
     }
 
+    /// Reads what lies within the file, if the device does so at once. `None`: nothing was done.
+    #[inline]
+    pub(crate) fn read_now(&self, action: &'static str, offset: u64, buf: IoBufMut<'_>) -> Option<Result<()>> {
+        match self.device.read_now(offset, buf)? {
+            Ok(()) => Some(Ok(())),
+            Err(e) => Some(Err(Error::io(action, offset)(e))),
+        }
+    }
+
+    /// Writes what lies within the file, if the device does so at once. `None`: nothing was done.
+    #[inline]
+    pub(crate) fn write_now(&self, action: &'static str, offset: u64, buf: IoBuf<'_>) -> Option<Result<()>> {
+        if let Err(e) = self.ensure_sound() {
+            return Some(Err(e));
+        }
+        match self.device.write_now(offset, buf)? {
+            Ok(()) => Some(Ok(())),
+            Err(e) => Some(Err(Error::io(action, offset)(e))),
+        }
+    }
+
     /// Writes. The file must be long enough, but for a cut-short last cluster, which is completed.
     pub(crate) async fn write(&self, action: &'static str, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         self.ensure_sound()?;

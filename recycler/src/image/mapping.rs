@@ -39,24 +39,80 @@ pub(crate) enum Purpose {
     Write,
 }
 
+impl Run {
+    /// Whether `next`, which is stored right after this on the virtual disk, is so in the file, too.
+    fn continues(&self, next: &Run) -> bool {
+        match (self.kind, next.kind) {
+            (RunKind::Data { host, copied }, RunKind::Data { host: h, copied: c }) => {
+                host.0 + self.length == h.0 && copied == c
+            }
+            (RunKind::Compressed { .. }, _) => false,
+            (a, b) => a == b,
+        }
+    }
+}
+
 impl<D: BlockDevice> Image<D> {
     /// What is stored from `at` on, for at most `max` bytes. Clusters that follow one another in the file are one run, as
-    /// far as a slice of the L2 table tells.
+    /// far as the slices in memory tell.
     ///
     /// The caller must be in flight (see `Epochs`), which keeps the clusters from being reused.
     pub(crate) async fn lookup(&self, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Run> {
+        if let Some(run) = self.lookup_cached(at, max, purpose)? {
+            return Ok(run);
+        }
+        let guest = self.meta.geometry.guest_cluster(at);
+        match self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? {
+            Some((slice, index)) => self.lookup_in_slice(&slice, index, at, max, purpose),
+            // No table: nothing is allocated up to the end of what the missing slice would map.
+            None => {
+                let length = self.slice_bytes() - at.0 % self.slice_bytes();
+                Ok(Run { kind: RunKind::Unallocated, length: length.min(max) })
+            }
+        }
+    }
+
+    /// The same, as far as it is in memory. `None` if the first slice is not: then an L2 table must be read.
+    pub(crate) fn lookup_cached(&self, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Option<Run>> {
+        let geometry = self.meta.geometry;
+        let Some((slice, index)) = self.meta.l2.cached(geometry.guest_cluster(at)) else { return Ok(None) };
+        let mut run = self.lookup_in_slice(&slice, index, at, max, purpose)?;
+        // On into the next slices.
+        loop {
+            let next = GuestOffset(at.0 + run.length);
+            if run.length == max || !next.0.is_multiple_of(self.slice_bytes()) {
+                break;
+            }
+            let Some((slice, index)) = self.meta.l2.cached(geometry.guest_cluster(next)) else { break };
+            // An error there is left to the request that needs it: this one may end before, or comes again.
+            match self.lookup_in_slice(&slice, index, next, max - run.length, purpose) {
+                Ok(more) if run.continues(&more) => run.length += more.length,
+                _ => break,
+            }
+        }
+        Ok(Some(run))
+    }
+
+    /// How many bytes of the virtual disk one slice maps.
+    fn slice_bytes(&self) -> u64 {
+        self.meta.l2.per_slice() << self.meta.geometry.cluster_bits
+    }
+
+    /// Within one slice.
+    fn lookup_in_slice(
+        &self,
+        slice: &Arc<Slice>,
+        index: usize,
+        at: GuestOffset,
+        max: u64,
+        purpose: Purpose,
+    ) -> Result<Run> {
         let geometry = self.meta.geometry;
         let cluster_size = geometry.cluster_size();
         let guest = geometry.guest_cluster(at);
         let within = at.0 & (cluster_size - 1);
-        let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? else {
-            // No table: nothing is allocated up to the end of what the missing slice would map.
-            let per_slice = self.meta.l2.per_slice();
-            let clusters = per_slice - guest.0 % per_slice;
-            return Ok(Run { kind: RunKind::Unallocated, length: (clusters * cluster_size - within).min(max) });
-        };
         if purpose == Purpose::Write {
-            self.check_targets(&slice, guest, index)?;
+            self.check_targets(slice, guest, index)?;
         }
         let entries = slice.read();
         let first = self.decode(guest, entries.get(index))?;

@@ -4,8 +4,8 @@ use std::io::Read as _;
 
 use super::Image;
 use super::mapping::{Purpose, RunKind};
+use crate::blocking::block_on;
 use crate::buf::IoBufMut;
-use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::l2;
@@ -21,12 +21,29 @@ impl<D: BlockDevice> Image<D> {
     /// [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Closed`]; [`Error::Io`]; [`Error::Invalid`] for a table
     /// entry that cannot be; [`Error::BackingNotAllowed`] where the contents are in a backing file that was skipped.
     pub async fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
-        let request = self.epochs.enter();
-        let length = buf.len() as u64;
-        self.check_request(offset, length)?;
-        self.read_range(offset, buf.slice(0..length as usize)).await?;
-        request.count(Counter::Reads, 1);
-        request.count(Counter::ReadBytes, length);
+        let length = buf.len();
+        let request = self.begin(offset, length as u64, Purpose::Read)?;
+        let done = self.read_at_once(&request, offset, &mut buf)?;
+        if done < length {
+            self.read_range(offset + done as u64, buf.slice(done..length)).await?;
+        }
+        self.end(request, length as u64, Purpose::Read);
+        Ok(())
+    }
+
+    /// As [`read`](Self::read), on a thread of the caller's that may sleep. A request that need not wait for anybody makes
+    /// no future.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn read_blocking(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
+        let length = buf.len();
+        let request = self.begin(offset, length as u64, Purpose::Read)?;
+        let done = self.read_at_once(&request, offset, &mut buf)?;
+        if done < length {
+            block_on(self.read_range(offset + done as u64, buf.slice(done..length)))?;
+        }
+        self.end(request, length as u64, Purpose::Read);
         Ok(())
     }
 

@@ -3,9 +3,9 @@
 use super::Image;
 use super::discard::Access;
 use super::mapping::{Purpose, RunKind};
+use crate::blocking::block_on;
 use crate::buf::{IoBuf, IoBufMut};
 use crate::clusters::allocator::Allocation;
-use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::Result;
@@ -27,14 +27,36 @@ impl<D: BlockDevice> Image<D> {
     /// As [`read`](Self::read); also [`Error::ReadOnly`](crate::Error::ReadOnly) and
     /// [`Error::Failed`](crate::Error::Failed). After an error each sector holds old or new data.
     pub async fn write(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
-        let request = self.epochs.enter();
-        self.check_request(offset, buf.len() as u64)?;
-        self.ensure_writable()?;
-        self.write_range(offset, buf, Access::Shared).await?;
-        request.count(Counter::Writes, 1);
-        request.count(Counter::WriteBytes, buf.len() as u64);
-        drop(request);
+        let length = buf.len();
+        let request = self.begin(offset, length as u64, Purpose::Write)?;
+        let done = self.write_at_once(&request, offset, buf)?;
+        if done == length {
+            self.end(request, length as u64, Purpose::Write);
+            return Ok(());
+        }
+        self.write_rest(offset + done as u64, buf.slice(done..length)).await?;
+        self.end(request, length as u64, Purpose::Write);
         self.commit_if_due().await
+    }
+
+    /// As [`write`](Self::write), on a thread of the caller's that may sleep. A request that need not wait for anybody makes
+    /// no future.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn write_blocking(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        let length = buf.len();
+        let request = self.begin(offset, length as u64, Purpose::Write)?;
+        let done = self.write_at_once(&request, offset, buf)?;
+        if done == length {
+            self.end(request, length as u64, Purpose::Write);
+            return Ok(());
+        }
+        block_on(async {
+            self.write_rest(offset + done as u64, buf.slice(done..length)).await?;
+            self.end(request, length as u64, Purpose::Write);
+            self.commit_if_due().await
+        })
     }
 
     /// Writes; the caller is in flight.

@@ -162,6 +162,12 @@ impl L2Cache {
         }
     }
 
+    /// As [`slice`](Self::slice), if the slice is in memory.
+    pub(crate) fn cached(&self, guest: GuestCluster) -> Option<(Arc<Slice>, usize)> {
+        let slice = self.cache.get(&(guest.0 / self.per_slice()))?;
+        Some((slice, (guest.0 % self.per_slice()) as usize))
+    }
+
     /// The slice if it is in memory; does not count as a use.
     pub(crate) fn peek(&self, key: u64) -> Option<Arc<Slice>> {
         self.cache.peek(&key)

@@ -30,6 +30,20 @@ impl MemoryDevice {
         self.bytes.lock().clone()
     }
 
+    fn load(&self, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
+        let bytes = self.bytes.lock();
+        let range = within(bytes.len(), offset, buf.len())?;
+        buf.copy_from(&bytes[range]);
+        Ok(())
+    }
+
+    fn store(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+        let mut bytes = self.bytes.lock();
+        let range = within(bytes.len(), offset, buf.len())?;
+        buf.copy_to(&mut bytes[range]);
+        Ok(())
+    }
+
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
         let mut bytes = self.bytes.lock();
         let range = within(bytes.len(), offset, length as usize)?;
@@ -58,18 +72,20 @@ impl BlockDevice for MemoryDevice {
         Ok(self.bytes.lock().len() as u64)
     }
 
-    async fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
-        let bytes = self.bytes.lock();
-        let range = within(bytes.len(), offset, buf.len())?;
-        buf.copy_from(&bytes[range]);
-        Ok(())
+    async fn read(&self, offset: u64, buf: IoBufMut<'_>) -> io::Result<()> {
+        self.load(offset, buf)
     }
 
     async fn write(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
-        let mut bytes = self.bytes.lock();
-        let range = within(bytes.len(), offset, buf.len())?;
-        buf.copy_to(&mut bytes[range]);
-        Ok(())
+        self.store(offset, buf)
+    }
+
+    fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
+        Some(self.load(offset, buf))
+    }
+
+    fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
+        Some(self.store(offset, buf))
     }
 
     async fn flush(&self) -> io::Result<()> {

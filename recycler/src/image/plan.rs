@@ -1,0 +1,131 @@
+//! Requests that need nothing but the device: planned, and where the device allows it carried out, without waiting.
+//!
+//! Most requests of a guest read or overwrite clusters whose L2 slices are in memory. For these the plan is a synchronous
+//! question with a small answer, so that a caller with its own way of doing I/O can submit the transfers itself:
+//!
+//! 1. [`begin`](Image::begin) checks the request and puts it in flight. Hold on to the guard (or
+//!    [detach](InFlight::detach) it, and attach it when the completion arrives) until the last transfer has *completed*:
+//!    it is what keeps the clusters from being moved or reused under the transfer.
+//! 2. [`plan`](Image::plan) says what to do with the next bytes: a transfer at a place in the file, or zeroes, or that
+//!    only the asynchronous path can tell. Each transfer goes as far as the clusters follow one another in the file; ask
+//!    again for the rest. Every answer is good for as long as the request is in flight.
+//! 3. For [`Planned::Wait`] call [`read_range`](Image::read_range) or [`write_rest`](Image::write_rest) for the rest of the
+//!    request, within the same guard.
+//! 4. When all transfers have completed, [`end`](Image::end) counts the request; a failed one is only dropped.
+//!
+//! The transfers of one request may run in any order and at once. `Image::read` and `Image::write` do the same, one
+//! transfer after the other.
+
+use super::Image;
+use super::mapping::{Purpose, RunKind};
+use crate::buf::{IoBuf, IoBufMut};
+use crate::clusters::epochs::{Counter, InFlight};
+use crate::device::BlockDevice;
+use crate::error::Result;
+use crate::units::{GuestOffset, HostOffset};
+
+/// What to do with the next bytes of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Planned {
+    /// Read or write this many bytes of the file, which it has.
+    Transfer { host: HostOffset, length: u64 },
+    /// Only for reads: this many bytes are zero.
+    Zeroes { length: u64 },
+    /// A table must be read, a cluster allocated or decompressed, a backing file read: the asynchronous path.
+    Wait,
+}
+
+impl<D: BlockDevice> Image<D> {
+    /// Checks a request, and puts it in flight.
+    ///
+    /// # Errors
+    /// As [`read`](Image::read), and as [`write`](Image::write) if that is what it is for.
+    #[inline]
+    pub(crate) fn begin(&self, offset: u64, length: u64, purpose: Purpose) -> Result<InFlight<'_>> {
+        let request = self.epochs.enter();
+        self.check_request(offset, length)?;
+        if purpose == Purpose::Write {
+            self.ensure_writable()?;
+        }
+        Ok(request)
+    }
+
+    /// A request that was [begun](Self::begin) has done what it was to do.
+    #[inline]
+    pub(crate) fn end(&self, request: InFlight<'_>, length: u64, purpose: Purpose) {
+        let (requests, bytes) = match purpose {
+            Purpose::Read => (Counter::Reads, Counter::ReadBytes),
+            Purpose::Write => (Counter::Writes, Counter::WriteBytes),
+        };
+        request.count(requests, 1);
+        request.count(bytes, length);
+    }
+
+    /// What to do with the next bytes, at most `max` of them, at `at` of the virtual disk.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) for a table entry that cannot be.
+    pub(crate) fn plan(&self, _in_flight: &InFlight<'_>, at: u64, max: u64, purpose: Purpose) -> Result<Planned> {
+        let Some(run) = self.lookup_cached(GuestOffset(at), max, purpose)? else { return Ok(Planned::Wait) };
+        let length = run.length;
+        Ok(match (run.kind, purpose) {
+            // The last cluster of the file may be cut short: that is for the asynchronous path to handle.
+            (RunKind::Data { host, copied }, _)
+                if (copied || purpose == Purpose::Read) && host.0 + length <= self.volume.length() =>
+            {
+                Planned::Transfer { host, length }
+            }
+            (RunKind::Zero, Purpose::Read) => Planned::Zeroes { length },
+            (RunKind::Unallocated, Purpose::Read) if self.backing.is_zero_from(at) => Planned::Zeroes { length },
+            _ => Planned::Wait,
+        })
+    }
+
+    /// Reads as much as can be read at once; returns how many bytes that were.
+    pub(super) fn read_at_once(&self, request: &InFlight<'_>, offset: u64, buf: &mut IoBufMut<'_>) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            let max = (buf.len() - done) as u64;
+            match self.plan(request, offset + done as u64, max, Purpose::Read)? {
+                Planned::Transfer { host, length } => {
+                    let end = done + length as usize;
+                    match self.volume.read_now("reading guest data", host.0, buf.slice(done..end)) {
+                        None => break,
+                        Some(result) => result?,
+                    }
+                    done = end;
+                }
+                Planned::Zeroes { length } => {
+                    let end = done + length as usize;
+                    buf.slice(done..end).fill_zero();
+                    done = end;
+                }
+                Planned::Wait => break,
+            }
+        }
+        Ok(done)
+    }
+
+    /// Writes as much as can be written at once; returns how many bytes that were.
+    pub(super) fn write_at_once(&self, request: &InFlight<'_>, offset: u64, buf: IoBuf<'_>) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            let max = (buf.len() - done) as u64;
+            let planned = self.plan(request, offset + done as u64, max, Purpose::Write)?;
+            let Planned::Transfer { host, length } = planned else { break };
+            let end = done + length as usize;
+            match self.volume.write_now("writing guest data", host.0, buf.slice(done..end)) {
+                None => break,
+                Some(result) => result?,
+            }
+            done = end;
+        }
+        Ok(done)
+    }
+
+    /// Writes what [`plan`](Self::plan) could not: the rest of a request that is in flight. It may leave much that is
+    /// dirty, so call [`commit_if_due`](Self::commit_if_due) when the request has ended.
+    pub(crate) async fn write_rest(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        self.write_range(offset, buf, super::discard::Access::Shared).await
+    }
+}
