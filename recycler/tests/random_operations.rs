@@ -111,7 +111,7 @@ fn play_on_threads(seed: u64) -> Result<(usize, Work), Failure> {
 
 fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &[Op]) -> Result<(), Failure> {
     for op in ops {
-        if *op == Op::Compact {
+        if matches!(op, Op::Compact | Op::CompactPart(_)) {
             // Through the blocking call, which brings the timers that a compaction needs.
             disk.compact(|_| true).map_err(|e| shared.failure(format!("{name} compacting: {e}")))?;
         } else {

@@ -11,6 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use qcow_recycler::Image;
+use qcow_recycler::device::Features;
+use qcow_recycler::recycler::compact;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -21,7 +24,7 @@ use super::guests::{Clock, Errors, Failure, Shared, Work};
 use super::history::{History, Length, Op, Round};
 use super::model::Model;
 use super::play;
-use super::sim::{Delay, SimDevice};
+use super::sim::{Delay, Settings, SimDevice};
 use super::slice;
 use super::verify::{self, Depth};
 
@@ -91,8 +94,24 @@ pub fn reusing_history(seed: u64) -> (History, Start) {
     (History::reusing(config, &mut rng), start)
 }
 
+/// Guest writes that take long while everything else is quick, so that moves and the reuse of clusters overtake them.
+pub fn overtaken_history(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x6f76_6572);
+    let mut config = Config::random(seed, Scale::Tiny, &mut rng);
+    config.delay = Delay::SlowGuests { millis: 200 };
+    config.overlap = true;
+    // Copying must not be as slow as the guest.
+    config.features = Features { copy_range: true, ..config.features };
+    config.keep_erased = 16 << config.image.cluster_bits;
+    config.compact_after_unmaps = Some(1 << config.image.cluster_bits);
+    config.settle = Duration::from_millis(1);
+    config.flush_after = Duration::from_millis(1);
+    let start = full_of_holes(config, &mut rng);
+    (History::overtaken(config, &mut rng), start)
+}
+
 /// A disk that was written whole and then discarded in places.
-fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
+pub fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
     let (sectors, cluster) = (config.image.sectors, config.image.cluster_sectors());
     let mut ops = vec![Op::Write { first: 0, count: sectors }];
     for first in (0..sectors).step_by(cluster as usize) {
@@ -126,14 +145,17 @@ pub struct Counts {
     /// Crash images that differ.
     pub images: u64,
     pub qemu: u64,
+    /// Images that a second power cut would leave while the first one's is recovered (they are among `images`).
+    pub twice: u64,
     pub work: Work,
 }
 
 impl Counts {
     /// Tells what was done.
     pub fn tell(&self) {
-        let Counts { histories, images, qemu, .. } = *self;
+        let Counts { histories, images, qemu, twice, .. } = *self;
         slice::tell(&[("histories", histories), ("crash_images", images), ("crash_images_qemu", qemu)]);
+        slice::tell(&[("second_power_cuts", twice)]);
     }
 }
 
@@ -144,25 +166,36 @@ impl AddAssign for Counts {
         self.exhaustive += other.exhaustive;
         self.images += other.images;
         self.qemu += other.qemu;
+        self.twice += other.twice;
         self.work += other.work;
     }
 }
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { histories, moments, exhaustive, images, qemu, work } = self;
+        let Counts { histories, moments, exhaustive, images, qemu, twice, work } = self;
         write!(f, "{histories} histories, {moments} moments ({exhaustive} exhaustively), ")?;
-        write!(f, "{images} distinct crash images, {qemu} of them checked by QEMU; {work}")
+        write!(f, "{images} distinct crash images, {qemu} of them checked by QEMU, {twice} after a second cut; {work}")
     }
 }
 
-struct Moment {
+/// An instant at which the power may be cut, and what must be on the disk then.
+pub struct Moment {
     order: usize,
     epoch: Epoch,
     model: Model,
 }
 
-struct Reservoir {
+impl Moment {
+    /// One of the images that a power cut could leave, and what must be in it.
+    pub fn image(&self, rng: &mut SmallRng) -> (Vec<u8>, Model) {
+        let selection: Vec<bool> = self.epoch.atoms.iter().map(|_| rng.random_bool(0.5)).collect();
+        (self.epoch.image(&selection), self.model.clone())
+    }
+}
+
+/// An even share of moments.
+pub struct Reservoir {
     kept: Vec<Moment>,
     seen: usize,
     room: usize,
@@ -190,7 +223,7 @@ pub fn play(history: &History, start: &Start, budget: Budget, counts: &mut Count
     let moments = moments(history, start, budget, &shared)?;
     counts.work += *shared.work.lock();
     // What led to the moment is told by the trace up to it, not by what came later.
-    cut(&config, start, &moments, budget, counts).map_err(|(order, message)| {
+    cut(&config, start.snapshot.as_deref(), &moments, budget, counts).map_err(|(order, message)| {
         let mut failure = shared.failure(message);
         let marker = format!("moment {order}:");
         if let Some(at) = failure.trace.iter().position(|line| line.starts_with(&marker)) {
@@ -204,10 +237,53 @@ fn moments(history: &History, start: &Start, budget: Budget, shared: &Arc<Shared
     let config = history.config;
     let device = SimDevice::new(start.image.clone(), config.device(true));
     device.limit_operations(200_000);
-    let rng = SmallRng::seed_from_u64(config.seed ^ 0x6d6f_6d65);
-    let reservoir = Arc::new(Mutex::new(Reservoir { kept: Vec::new(), seen: 0, room: budget.moments, rng }));
-    let keep = {
-        let (reservoir, shared) = (reservoir.clone(), Arc::downgrade(shared));
+    let watch = Watch::new(&device, shared, budget.moments);
+    let result = play::in_paused_time(shared, async { play::play(history, &device, shared, |_| Ok(())).await });
+    let kept = watch.end(&device, shared);
+    result?;
+    let broken = device.violations();
+    if !broken.is_empty() {
+        return Err(shared.failure(format!("rules of the device trait broken: {}", broken.join("; "))));
+    }
+    Ok(kept)
+}
+
+/// Keeps moments of what goes on on a device.
+pub struct Watch(Arc<Mutex<Reservoir>>);
+
+impl Watch {
+    /// Keeps so many moments from now on.
+    pub fn new(device: &SimDevice, shared: &Arc<Shared>, moments: usize) -> Watch {
+        let rng = SmallRng::seed_from_u64(shared.config.seed ^ 0x6d6f_6d65);
+        let reservoir = Arc::new(Mutex::new(Reservoir { kept: Vec::new(), seen: 0, room: moments, rng }));
+        let keep = Self::keeper(reservoir.clone(), shared);
+        // The end of an operation adds nothing to what a power cut may leave; its beginning does, and the end of a
+        // guest's flush narrows what the guest may find.
+        let on_event = keep.clone();
+        device.observe(move |device, event| {
+            if event.ends_with("in flight") {
+                on_event(device, event);
+            }
+        });
+        let flushed = device.clone();
+        *shared.after_flush.lock() = Some(Arc::new(move || keep(&flushed, "a guest's flush or resize has completed")));
+        Watch(reservoir)
+    }
+
+    /// Stops; the moments in their order.
+    pub fn end(self, device: &SimDevice, shared: &Shared) -> Vec<Moment> {
+        device.ignore();
+        *shared.after_flush.lock() = None;
+        let mut kept = std::mem::take(&mut self.0.lock().kept);
+        kept.sort_by_key(|m| m.order);
+        kept
+    }
+
+    fn keeper(
+        reservoir: Arc<Mutex<Reservoir>>,
+        shared: &Arc<Shared>,
+    ) -> Arc<impl Fn(&SimDevice, &str) + Send + Sync + use<>> {
+        let shared = Arc::downgrade(shared);
         Arc::new(move |device: &SimDevice, event: &str| {
             let Some(shared) = shared.upgrade() else { return };
             let mut reservoir = reservoir.lock();
@@ -217,34 +293,17 @@ fn moments(history: &History, start: &Start, budget: Budget, shared: &Arc<Shared
             let moment = Moment { order, epoch: device.epoch(event), model: shared.model.lock().clone() };
             if slot < reservoir.kept.len() { reservoir.kept[slot] = moment } else { reservoir.kept.push(moment) }
         })
-    };
-    // The end of an operation adds nothing to what a power cut may leave; its beginning does, and the end of a guest's
-    // flush narrows what the guest may find.
-    let on_event = keep.clone();
-    device.observe(move |device, event| {
-        if event.ends_with("in flight") {
-            on_event(device, event);
-        }
-    });
-    let flushed = device.clone();
-    *shared.after_flush.lock() = Some(Arc::new(move || keep(&flushed, "a guest's flush or resize has completed")));
-    let result = play::in_paused_time(shared, async { play::play(history, &device, shared, |_| Ok(())).await });
-    device.ignore();
-    *shared.after_flush.lock() = None;
-    result?;
-    let broken = device.violations();
-    if !broken.is_empty() {
-        return Err(shared.failure(format!("rules of the device trait broken: {}", broken.join("; "))));
     }
-    let mut kept = std::mem::take(&mut reservoir.lock().kept);
-    kept.sort_by_key(|m| m.order);
-    Ok(kept)
 }
 
-/// Cuts the power at each moment; the error says at which.
-fn cut(
+/// Cuts the power at each moment; the error says at which. Some of the images lose the power again while they are being
+/// recovered.
+///
+/// # Errors
+/// The first bad crash image.
+pub fn cut(
     config: &Config,
-    start: &Start,
+    snapshot: Option<&[u8]>,
     moments: &[Moment],
     budget: Budget,
     counts: &mut Counts,
@@ -266,15 +325,60 @@ fn cut(
             counts.images += 1;
             let depth = Depth { qemu: counts.images % budget.qemu == 1, compact: counts.images % 7 == 3 };
             counts.qemu += u64::from(depth.qemu);
-            let snapshot = start.snapshot.as_deref();
-            let look = || verify::crash_image(&image, &moment.model, snapshot, config, depth);
+            let twice = counts.images % TWICE == 2;
+            let look = || {
+                verify::crash_image(&image, &moment.model, snapshot, config, depth)?;
+                if twice { cut_again(&image, &moment.model, config) } else { Ok(0) }
+            };
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(look));
-            if let Err(message) = result.unwrap_or_else(|_| Err("panicked (see above)".into())) {
-                return Err((moment.order, report(config, moment, &selection, &image, &message)));
+            match result.unwrap_or_else(|_| Err("panicked (see above)".into())) {
+                Ok(more) => {
+                    counts.images += more;
+                    counts.twice += more;
+                }
+                Err(message) => {
+                    return Err((moment.order, report(config, moment, &selection, &image, &message)));
+                }
             }
         }
     }
     Ok(())
+}
+
+/// One crash image in so many loses the power a second time.
+const TWICE: u64 = 151;
+
+/// Opens what a power cut left, compacts and closes it, and cuts the power meanwhile. Returns how many images were looked
+/// at.
+fn cut_again(image: &[u8], model: &Model, config: &Config) -> Result<u64, String> {
+    let device = SimDevice::new(image.to_vec(), Settings { features: config.features, ..Settings::new(config.seed) });
+    let epochs = Arc::new(Mutex::new(Vec::new()));
+    let kept = epochs.clone();
+    device.observe(move |device, event| {
+        if event.ends_with("in flight") {
+            kept.lock().push(device.epoch(event));
+        }
+    });
+    verify::in_paused_time(async {
+        let disk = Image::open(device.clone(), config.options()).await.map_err(|e| format!("opening again: {e}"))?;
+        compact(&disk, &mut |_| true).await.map_err(|e| format!("compacting after recovery: {e}"))?;
+        disk.close().await.map_err(|e| format!("closing after recovery: {e}"))
+    })??;
+    device.ignore();
+    let epochs = std::mem::take(&mut *epochs.lock());
+    let mut rng = SmallRng::seed_from_u64(config.seed ^ epochs.len() as u64);
+    let mut seen = HashSet::new();
+    for epoch in epochs.iter().step_by(epochs.len().div_ceil(8).max(1)) {
+        let (_, selections) = epoch.selections(Effort { exhaustive: 3, random: 2, singles: 1 }, &mut rng);
+        for selection in selections {
+            let twice = epoch.image(&selection);
+            if seen.insert(twice.clone()) {
+                verify::crash_image(&twice, model, None, config, Depth { qemu: false, compact: false })
+                    .map_err(|e| format!("after a second power cut at {:?}, during recovery: {e}", epoch.event))?;
+            }
+        }
+    }
+    Ok(seen.len() as u64)
 }
 
 fn report(config: &Config, moment: &Moment, selection: &[bool], image: &[u8], message: &str) -> String {

@@ -255,6 +255,18 @@ impl Shared {
                 Some(Err(e)) => self.failed(&what, e)?,
                 None => self.note(format!("{what} is dropped")),
             },
+            Op::CompactPart(calls) => {
+                let mut left = calls;
+                let mut progress = |_| {
+                    left = left.saturating_sub(1);
+                    left > 0
+                };
+                match at_most(polls, compact(image, &mut progress)).await {
+                    Some(Ok(_) | Err(Error::Cancelled)) => self.note(what),
+                    Some(Err(e)) => self.failed(&what, e)?,
+                    None => self.note(format!("{what} is dropped")),
+                }
+            }
             Op::Read { first, count } => {
                 // Alongside whatever else is going on there.
                 self.read_back(&what, image, cut(first, count)).await?;

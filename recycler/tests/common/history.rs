@@ -32,6 +32,8 @@ pub enum Op {
     },
     Flush,
     Compact,
+    /// A compaction that is cancelled when it reports for the so many-th time.
+    CompactPart(u32),
     /// Milliseconds.
     Sleep(u64),
     /// The next request is dropped if it has not ended after so many polls.
@@ -46,7 +48,7 @@ impl Op {
             | Op::WriteZeroes { first, count, .. }
             | Op::Discard { first, count }
             | Op::Read { first, count } => Some((first, count)),
-            Op::Flush | Op::Compact | Op::Sleep(_) | Op::DropNext(_) => None,
+            Op::Flush | Op::Compact | Op::CompactPart(_) | Op::Sleep(_) | Op::DropNext(_) => None,
         }
     }
 }
@@ -168,6 +170,29 @@ impl History {
         History { config, compare: true, rounds: vec![Round { recycler: true, guests, after: After::Nothing }] }
     }
 
+    /// Slow writes, overtaken by compactions, and by discards whose clusters are handed out again.
+    pub fn overtaken(config: Config, rng: &mut SmallRng) -> History {
+        let (cluster, sectors) = (config.image.cluster_sectors(), config.image.sectors);
+        let mut guests = vec![Vec::new(); 6];
+        for _ in 0..12 {
+            let mut pick = |clusters: u64, from: u64| {
+                let first = rng.random_range(from..sectors) / cluster * cluster;
+                (first, (clusters * cluster).min(sectors - first))
+            };
+            // Moves begin at the end of the file, which is likely the end of the disk.
+            for guest in &mut guests[0..3] {
+                let (first, count) = pick(1, sectors / 2);
+                guest.push(Op::Write { first, count: count.min(2) });
+            }
+            let (first, count) = pick(3, sectors / 2);
+            guests[3].extend([Op::Sleep(10), Op::Discard { first, count }, Op::Flush, Op::Sleep(20)]);
+            let (first, count) = pick(2, 0);
+            guests[4].extend([Op::Sleep(25), Op::Write { first, count }]);
+            guests[5].extend([Op::Sleep(5), Op::Compact, Op::Sleep(60)]);
+        }
+        History { config, compare: true, rounds: vec![Round { recycler: true, guests, after: After::Nothing }] }
+    }
+
     /// How many requests it has.
     pub fn len(&self) -> usize {
         self.rounds.iter().flat_map(|r| &r.guests).map(Vec::len).sum()
@@ -236,7 +261,8 @@ fn random_op(config: &Config, freeing: f64, rng: &mut SmallRng) -> Op {
         75..=79 => Op::Read { first, count },
         80..=87 => Op::Flush,
         88..=89 => Op::DropNext(rng.random_range(1..12)),
-        90..=91 => Op::Compact,
+        90 => Op::Compact,
+        91 => Op::CompactPart(rng.random_range(1..6)),
         _ => Op::Sleep(rng.random_range(1..60)),
     }
 }

@@ -10,6 +10,7 @@ pub mod history;
 pub mod memory;
 pub mod model;
 pub mod play;
+pub mod sequences;
 pub mod sim;
 pub mod slice;
 pub mod verify;

@@ -48,8 +48,10 @@ impl Cell {
         }
     }
 
-    fn may_survive(&self, content: Content) -> bool {
-        self.flushed.contains(&content) || self.steps.iter().any(|s| s.allowed.contains(&content))
+    /// `undone` is a request that certainly left no trace.
+    fn may_survive(&self, content: Content, undone: Option<u64>) -> bool {
+        let steps = self.steps.iter().filter(|s| Some(s.request) != undone);
+        self.flushed.contains(&content) || steps.into_iter().any(|s| s.allowed.contains(&content))
     }
 
     /// A flush that began at `began` has completed: the newest request that had ended by then is durable.
@@ -72,6 +74,8 @@ pub struct Model {
     size: u64,
     /// Sizes that a power cut may leave besides the present one.
     other_sizes: Vec<u64>,
+    /// The size before, and the request that cuts off what is past the new end, while the disk is being made smaller.
+    shrinking: Option<(u64, u64)>,
     clock: u64,
     requests: u64,
     watches: BTreeMap<u64, Watch>,
@@ -119,7 +123,16 @@ impl Model {
     /// A disk of `size` sectors that durably holds zeroes.
     pub fn new(size: u64) -> Self {
         let cells = vec![Cell::new(); size as usize];
-        Model { cells, size, other_sizes: Vec::new(), clock: 0, requests: 0, watches: BTreeMap::new(), tightened: 0 }
+        Model {
+            cells,
+            size,
+            other_sizes: Vec::new(),
+            shrinking: None,
+            clock: 0,
+            requests: 0,
+            watches: BTreeMap::new(),
+            tightened: 0,
+        }
     }
 
     /// Size of the disk in sectors.
@@ -196,6 +209,7 @@ impl Model {
     /// A resize has completed: the size is durable.
     pub fn size_flushed(&mut self) {
         self.other_sizes.clear();
+        self.shrinking = None;
         self.tightened += 1;
     }
 
@@ -204,6 +218,7 @@ impl Model {
         self.other_sizes.push(self.size);
         if size < self.size {
             let request = self.begin(size, self.size - size, |_, _| vec![Content::Zero]);
+            self.shrinking = Some((self.size, request.number));
             self.end(request);
         }
         if self.cells.len() < size as usize {
@@ -215,6 +230,7 @@ impl Model {
     /// A resize to `size` failed: the size is the old or the new one.
     pub fn resize_failed(&mut self, before: u64) {
         self.other_sizes.push(self.size);
+        self.shrinking = None;
         self.size = before;
     }
 
@@ -266,9 +282,12 @@ impl Model {
 
     /// Compares a whole disk with what may be there after a power cut.
     pub fn survived(&self, bytes: &[u8]) -> Result<(), Mismatch> {
+        // A disk that is still as large as it was has lost nothing yet: its size becomes durable first.
+        let size = (bytes.len() / SECTOR) as u64;
+        let undone = self.shrinking.and_then(|(before, request)| (size == before).then_some(request));
         for (i, found) in bytes.chunks_exact(SECTOR).map(recognise).enumerate() {
             let sector = i as u64;
-            let allowed = self.cells.get(i).map_or(found == Content::Zero, |c| c.may_survive(found));
+            let allowed = self.cells.get(i).map_or(found == Content::Zero, |c| c.may_survive(found, undone));
             if !allowed {
                 return Err(Mismatch { sector, found });
             }
@@ -292,6 +311,7 @@ impl Model {
     pub fn settle(&mut self, bytes: &[u8]) {
         self.size = (bytes.len() / SECTOR) as u64;
         self.other_sizes.clear();
+        self.shrinking = None;
         self.cells =
             bytes.chunks_exact(SECTOR).map(|s| Cell { flushed: vec![recognise(s)], steps: Vec::new() }).collect();
     }

@@ -17,7 +17,7 @@ use qcow_recycler::device::{BlockDevice, Features};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::content::SECTOR;
+use super::content::{Content, SECTOR, is_guest_data, recognise};
 use super::crash::{Atom, Epoch};
 
 /// What is asked of a device.
@@ -50,6 +50,8 @@ pub enum Delay {
     /// Each operation yields up to so many times, some sleep for up to so many milliseconds, and a few for thirty times
     /// that (needs tokio's timer).
     Sleeps { yields: u32, millis: u64 },
+    /// Writes of guest data take about so many milliseconds, everything else is done at once: everything overtakes them.
+    SlowGuests { millis: u64 },
 }
 
 /// How a device behaves.
@@ -63,7 +65,7 @@ pub struct Settings {
     pub read_only: bool,
     /// Keep the log that crash images are made of. Without it, nothing is ever lost.
     pub record: bool,
-    /// Whoever uses the library may write the same bytes twice at the same time, so that is no violation.
+    /// Whoever uses the library may write a guest's sector twice at the same time: that is no violation then.
     pub overlap: bool,
 }
 
@@ -254,6 +256,29 @@ impl SimDevice {
 }
 
 impl Effect {
+    /// Whether two overlapping writes may be of one guest's sectors: where they overlap, none holds another sector's data
+    /// than the other.
+    fn same_guest(&self, other: &Effect) -> bool {
+        let (Effect::Patch { offset: a, bytes: mine }, Effect::Patch { offset: b, bytes: theirs }) = (self, other)
+        else {
+            return false;
+        };
+        let sector = SECTOR as u64;
+        let start = *a.max(b);
+        let end = (a + mine.len() as u64).min(b + theirs.len() as u64);
+        let at = |bytes: &[u8], from: u64, offset: u64| -> Option<u64> {
+            let start = (from - offset) as usize;
+            match bytes.get(start..start + SECTOR).map(recognise) {
+                Some(Content::Data { sector, .. }) => Some(sector),
+                _ => None,
+            }
+        };
+        (start..end).step_by(SECTOR).take_while(|from| from + sector <= end).all(|from| {
+            let (mine, theirs) = (at(mine, from, *a), at(theirs, from, *b));
+            mine.is_none() || theirs.is_none() || mine == theirs
+        })
+    }
+
     fn atoms(&self) -> usize {
         match self {
             Effect::Nothing => 0,
@@ -410,7 +435,8 @@ impl SimDevice {
             let both_write = ranges
                 .iter()
                 .any(|(a, write)| *write && other.ranges.iter().any(|(b, w)| *w && a.start < b.end && b.start < a.end));
-            both_write && !self.inner.settings.overlap || other.ranges.iter().any(|(b, _)| b.end > shrinks_to)
+            let excused = self.inner.settings.overlap && kind == other.kind && effect.same_guest(&other.effect);
+            both_write && !excused || other.ranges.iter().any(|(b, _)| b.end > shrinks_to)
         });
         if let Some(other) = clash {
             let text = format!("{}: while {:?} {:x?} is in flight", describe(), other.kind, other.ranges);
@@ -432,13 +458,15 @@ impl SimDevice {
         Ok(Operation { device: self, id, kind, applied: early, failed, covers, ended: false })
     }
 
-    async fn pause(&self) {
+    async fn pause(&self, guest_data: bool) {
         let (yields, millis) = {
             let mut state = self.inner.state.lock();
             let mut up_to = |n: u32| if n == 0 { 0 } else { state.rng.random_range(0..=n) };
             match self.inner.settings.delay {
                 Delay::None => (0, 0),
                 Delay::Yields(n) => (up_to(n), 0),
+                Delay::SlowGuests { millis } if guest_data => (0, state.rng.random_range(millis / 2..=millis)),
+                Delay::SlowGuests { .. } => (0, 0),
                 Delay::Sleeps { yields, millis } => {
                     let count = up_to(yields);
                     let longest = match state.rng.random_range(0..100) {
@@ -459,8 +487,12 @@ impl SimDevice {
     }
 
     async fn modify(&self, kind: Kind, ranges: Vec<(Range<u64>, bool)>, effect: Effect) -> io::Result<()> {
+        let guest_data = match &effect {
+            Effect::Patch { bytes, .. } => kind == Kind::Write && is_guest_data(bytes),
+            _ => false,
+        };
         let operation = self.begin(kind, ranges, effect)?;
-        self.pause().await;
+        self.pause(guest_data).await;
         operation.end()
     }
 
@@ -541,7 +573,7 @@ impl BlockDevice for SimDevice {
 
     async fn length(&self) -> io::Result<u64> {
         let operation = self.begin(Kind::Length, Vec::new(), Effect::Nothing)?;
-        self.pause().await;
+        self.pause(false).await;
         operation.end()?;
         Ok(self.inner.state.lock().now.len() as u64)
     }
@@ -563,9 +595,9 @@ impl BlockDevice for SimDevice {
         };
         if early {
             get(&mut buf)?;
-            self.pause().await;
+            self.pause(false).await;
         } else {
-            self.pause().await;
+            self.pause(false).await;
             get(&mut buf)?;
         }
         operation.end()
@@ -580,7 +612,7 @@ impl BlockDevice for SimDevice {
 
     async fn flush(&self) -> io::Result<()> {
         let operation = self.begin(Kind::Flush, Vec::new(), Effect::Nothing)?;
-        self.pause().await;
+        self.pause(false).await;
         operation.end()
     }
 

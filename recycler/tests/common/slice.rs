@@ -32,6 +32,11 @@ pub fn soak_seed() -> u64 {
     seed << 20
 }
 
+/// When the part of a soak ends that has this share of it; `None` outside a soak.
+pub fn soak_deadline(share: f64) -> Option<Instant> {
+    soak_minutes().map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0 * share))
+}
+
 /// Tells what was done.
 pub fn tell(counts: &[(&str, u64)]) {
     let words: Vec<_> = counts.iter().map(|(name, count)| format!("{name}={count}")).collect();
@@ -50,7 +55,7 @@ impl Slice {
             next: replay.unwrap_or(first),
             replay: replay.is_some(),
             handed_out: 0,
-            at_least,
+            at_least: if soak_minutes().is_some() { 1 } else { at_least },
             end: Instant::now() + length,
         }
     }
