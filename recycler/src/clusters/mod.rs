@@ -19,6 +19,7 @@ pub(crate) mod epochs;
 pub(crate) mod moves;
 pub(crate) mod scan;
 pub(crate) mod set;
+pub(crate) mod snapshots;
 
 use parking_lot::{Mutex, MutexGuard};
 

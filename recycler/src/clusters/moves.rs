@@ -16,8 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::format::l2;
 use crate::metadata::commit::{FlushToken, Stamp};
-use crate::units::{GuestCluster, HostCluster};
+use crate::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 
 /// The one place that refers to a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +29,56 @@ pub(crate) enum Reference {
     L1Entry(u64),
     /// A refcount table entry: the cluster is a refcount block.
     RefcountTable(u64),
+}
+
+/// What the entries that refer to a cluster map, in whatever table they stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Place {
+    /// They are L2 entries of this guest cluster (or of VM state past the end of the disk).
+    Data(GuestCluster),
+    /// They are L1 entries with this index.
+    Table(u64),
+}
+
+impl Place {
+    /// The index of the L1 entry that the entries are reached by, or are.
+    pub(crate) fn l1_index(self, geometry: Geometry) -> u64 {
+        match self {
+            Place::Data(guest) => guest.0 / geometry.entries_per_cluster(),
+            Place::Table(index) => index,
+        }
+    }
+}
+
+/// An entry of a table that a snapshot refers to: nobody but the recycler changes it while there is the snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SnapshotEntry {
+    /// Where it is in the file.
+    pub(crate) at: u64,
+    /// For an L2 entry: how many entries of the snapshots' L1 tables refer to its table, which is as often as it counts.
+    /// For an L1 entry: 1.
+    pub(crate) paths: u32,
+    /// What it says besides the cluster.
+    pub(crate) zero: bool,
+    pub(crate) copied: bool,
+    /// Whether the disk referred to the same cluster when this was looked at. It may have ceased to since, and cannot
+    /// have begun to.
+    pub(crate) active: bool,
+}
+
+impl SnapshotEntry {
+    /// The entry that refers to `to` instead.
+    pub(crate) fn naming(&self, to: HostOffset) -> u64 {
+        to.0 | if self.zero { l2::ZERO } else { 0 } | if self.copied { l2::COPIED } else { 0 }
+    }
+}
+
+/// One of the references to a cluster that a snapshot uses. All references to one cluster have the same place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SharedSource {
+    pub(crate) cluster: HostCluster,
+    pub(crate) place: Place,
+    pub(crate) entry: SnapshotEntry,
 }
 
 /// A cluster on its way to another place in the file.

@@ -4,69 +4,82 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use super::Clusters;
-use super::moves::Reference;
+use super::moves::{Place, Reference, SharedSource, SnapshotEntry};
 use super::set::ClusterSet;
+use super::snapshots::{L1Tables, SharedTable};
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
 use crate::metadata::Metadata;
-use crate::units::{GuestCluster, HostCluster};
+use crate::units::{GuestCluster, HostCluster, HostOffset};
 
-/// Movable clusters, each with the one place that refers to it.
+/// Movable clusters, with what refers to them.
 #[derive(Debug, Default)]
 pub(crate) struct Scan {
-    /// In descending order of clusters.
+    /// Clusters with the one place that refers to each, in descending order of clusters.
     pub(crate) found: Vec<(HostCluster, Reference)>,
-    /// If not everything fitted: only clusters from here on are in `found`.
+    /// Clusters that snapshots use: every reference that a snapshot has to each, in descending order of clusters.
+    pub(crate) shared: Vec<SharedSource>,
+    /// If not everything fitted: only clusters from here on are in `found` and `shared`.
     pub(crate) complete_from: u64,
     /// Clusters left out because the image's references or counts contradict each other.
     pub(crate) doubtful: u64,
 }
 
-/// Finds the clusters at or above `floor` that exactly one reference of the active tables names: at most `max` of them,
-/// the highest. A damaged image may refer to one cluster twice, or to a free one: such clusters are left out, so that they stay
-/// where they are, and taken out of Junk.
+/// Finds the clusters at or above `floor` that exactly one reference of the active tables names, or that snapshots use:
+/// the highest, with at most `max` references. A damaged image may refer to one cluster twice, or to a free one: such
+/// clusters are left out, so that they stay where they are, and taken out of Junk.
 ///
 /// Guests go on meanwhile, so what is found is a proposal, to be checked again when a move is committed.
 pub(crate) async fn scan<D: BlockDevice>(
     volume: &Volume<D>,
     meta: &Metadata,
     clusters: &Clusters,
+    snapshots: &mut L1Tables,
     floor: u64,
     max: usize,
 ) -> Result<Scan> {
     let geometry = meta.geometry;
-    let mut search =
-        Search { floor, max, highest: BinaryHeap::new(), complete_from: floor, shared: ClusterSet::default() };
+    let mut search = Search { floor, max, complete_from: floor, ..Search::default() };
     {
         let refcounts = meta.refcounts.lock().await;
         for (index, block) in refcounts.blocks() {
-            search.offer(geometry.host_cluster(block), Reference::RefcountTable(index));
+            search.offer(geometry.host_cluster(block), Seen::Sole(Reference::RefcountTable(index)));
         }
     }
     let per_table = geometry.entries_per_cluster();
     let mut entries = Vec::new();
-    for l1_index in 0..meta.l1.len() {
-        let Some(table) = meta.l1.get(l1_index, volume.length())? else { continue };
-        if !table.copied {
-            search.share(geometry.host_cluster(table.host), 1);
+    for l1_index in 0..meta.l1.len().max(snapshots.len()) {
+        let active = meta.l1.get(l1_index, volume.length())?;
+        let shared = snapshots.at(volume, meta, l1_index).await?;
+        if active.is_none() && shared.is_empty() {
             continue;
         }
-        search.offer(geometry.host_cluster(table.host), Reference::L1Entry(l1_index));
+        for table in &shared {
+            let active = active.is_some_and(|t| !t.copied && t.host == table.host);
+            search.snapshot_table(volume, meta, l1_index, table, active, &mut entries).await?;
+        }
+        let Some(table) = active else { continue };
+        let host = geometry.host_cluster(table.host);
+        if !table.copied {
+            if !shared.iter().any(|s| s.host == table.host) {
+                search.share(host, 1);
+            }
+            continue;
+        }
+        search.offer(host, Seen::Sole(Reference::L1Entry(l1_index)));
         meta.l2.survey(volume, table.host, l1_index, &mut entries).await?;
         for (i, &entry) in entries.iter().enumerate() {
             if entry == 0 {
                 continue;
             }
+            let guest = GuestCluster(l1_index * per_table + i as u64);
             match Mapping::decode(entry, meta.version, geometry.cluster_size()) {
                 Ok(Mapping::Data { host, copied } | Mapping::Zero { preallocated: Some((host, copied)) }) => {
-                    let host = geometry.host_cluster(host);
-                    if copied {
-                        search.offer(host, Reference::L2Entry(GuestCluster(l1_index * per_table + i as u64)));
-                    } else {
-                        search.share(host, 1);
-                    }
+                    let seen =
+                        if copied { Seen::Sole(Reference::L2Entry(guest)) } else { Seen::Active(Place::Data(guest)) };
+                    search.offer(geometry.host_cluster(host), seen);
                 }
                 Ok(Mapping::Compressed { descriptor }) => {
                     let (first, count) = l2::compressed_clusters(descriptor, geometry);
@@ -78,54 +91,38 @@ pub(crate) async fn scan<D: BlockDevice>(
         // A scan of a large image must not keep other work from this thread.
         tokio::task::yield_now().await;
     }
-    let (all, shared, complete_from) = search.into_found();
-    let mut scan = Scan { found: Vec::with_capacity(all.len()), complete_from, doubtful: 0 };
-    for same in all.chunk_by(|a, b| a.0 == b.0) {
-        let Some(&(host, _)) = same.first() else { continue };
-        if shared.contains(host) {
-            continue;
-        }
-        if same.len() == 1 && !clusters.lock().junk.contains(host) {
-            scan.found.extend_from_slice(same);
-            continue;
-        }
-        // Guests went on meanwhile: a cluster may have been freed, and given to another, since it was found. Look again.
-        let mut live = Vec::new();
-        let mut contradiction = false;
-        for &found in same {
-            let (named, is_junk) = names(volume, meta, clusters, found).await?;
-            contradiction |= is_junk;
-            if named {
-                live.push(found);
-            }
-        }
-        if contradiction {
-            // Free by its count, and in use: nobody may overwrite it.
-            clusters.lock().junk.remove(host);
-        }
-        match live[..] {
-            [one] if !contradiction => scan.found.push(one),
-            [] => {}
-            _ => scan.doubtful += 1,
-        }
-    }
-    Ok(scan)
+    search.judge(volume, meta, clusters).await
 }
 
+/// A reference that was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Seen {
+    /// It claims to be the only one.
+    Sole(Reference),
+    /// It does not, and stands in a table that the disk has for itself.
+    Active(Place),
+    /// It stands in a table that snapshots refer to.
+    Snapshot(Place, SnapshotEntry),
+}
+
+#[derive(Default)]
 struct Search {
     floor: u64,
     max: usize,
-    highest: BinaryHeap<Reverse<(HostCluster, Reference)>>,
+    highest: BinaryHeap<Reverse<(HostCluster, Seen)>>,
     complete_from: u64,
-    /// Clusters with a reference that does not claim to be the only one.
+    /// Clusters with a reference that cannot be rewritten.
     shared: ClusterSet,
+    /// L2 tables of snapshots, and those of them that were met under two indexes: what they refer to is counted wrongly.
+    tables: ClusterSet,
+    odd_tables: ClusterSet,
 }
 
 impl Search {
-    /// A reference that claims to be the only one.
-    fn offer(&mut self, host: HostCluster, reference: Reference) {
+    /// A reference to a cluster.
+    fn offer(&mut self, host: HostCluster, seen: Seen) {
         if host.0 >= self.floor {
-            self.highest.push(Reverse((host, reference)));
+            self.highest.push(Reverse((host, seen)));
             if self.highest.len() > self.max
                 && let Some(Reverse((lowest, _))) = self.highest.pop()
             {
@@ -134,15 +131,168 @@ impl Search {
         }
     }
 
-    /// References that do not.
+    /// References that cannot be rewritten.
     fn share(&mut self, first: HostCluster, count: u64) {
         self.shared.insert_range(first.0.max(self.floor)..(first.0 + count).max(self.floor));
     }
 
-    /// What was found, in descending order of clusters.
-    fn into_found(self) -> (Vec<(HostCluster, Reference)>, ClusterSet, u64) {
-        let found = self.highest.into_sorted_vec().into_iter().map(|Reverse(x)| x).collect();
-        (found, self.shared, self.complete_from)
+    /// Looks at an L2 table that snapshots refer to; `active` says whether the disk does, too.
+    async fn snapshot_table<D: BlockDevice>(
+        &mut self,
+        volume: &Volume<D>,
+        meta: &Metadata,
+        l1_index: u64,
+        table: &SharedTable,
+        active: bool,
+        entries: &mut Vec<u64>,
+    ) -> Result<()> {
+        let geometry = meta.geometry;
+        let host = geometry.host_cluster(table.host);
+        for &(at, copied) in &table.entries {
+            let entry = SnapshotEntry { at, paths: 1, zero: false, copied, active };
+            self.offer(host, Seen::Snapshot(Place::Table(l1_index), entry));
+        }
+        if !self.tables.insert(host) {
+            self.odd_tables.insert(host);
+            return Ok(());
+        }
+        super::snapshots::read_table(volume, meta, table.host, entries).await?;
+        for (i, &entry) in entries.iter().enumerate() {
+            if entry == 0 {
+                continue;
+            }
+            match Mapping::decode(entry, meta.version, geometry.cluster_size()) {
+                Ok(Mapping::Data { host, copied } | Mapping::Zero { preallocated: Some((host, copied)) }) => {
+                    let place = Place::Data(GuestCluster(l1_index * geometry.entries_per_cluster() + i as u64));
+                    let entry = SnapshotEntry {
+                        at: table.host.0 + i as u64 * 8,
+                        paths: table.entries.len() as u32,
+                        zero: entry & l2::ZERO != 0,
+                        copied,
+                        active,
+                    };
+                    self.offer(geometry.host_cluster(host), Seen::Snapshot(place, entry));
+                }
+                Ok(Mapping::Compressed { descriptor }) => {
+                    let (first, count) = l2::compressed_clusters(descriptor, geometry);
+                    self.share(first, count);
+                }
+                _ => {}
+            }
+        }
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+
+    /// Sorts out what can be moved.
+    async fn judge<D: BlockDevice>(self, volume: &Volume<D>, meta: &Metadata, clusters: &Clusters) -> Result<Scan> {
+        let all = self.highest.into_sorted_vec();
+        let mut scan = Scan { complete_from: self.complete_from, ..Scan::default() };
+        for same in all.chunk_by(|a, b| a.0.0 == b.0.0) {
+            let Some(&Reverse((host, _))) = same.first() else { continue };
+            // If not everything fitted, some of the references to this one may be missing.
+            if self.shared.contains(host) || host.0 < self.complete_from {
+                continue;
+            }
+            let seen: Vec<Seen> = same.iter().map(|Reverse((_, seen))| *seen).collect();
+            let sole: Vec<Reference> =
+                seen.iter().filter_map(|s| if let Seen::Sole(r) = s { Some(*r) } else { None }).collect();
+            if sole.len() == seen.len() {
+                scan.judge_sole(volume, meta, clusters, host, &sole).await?;
+            } else if !sole.is_empty() {
+                scan.doubtful += 1;
+            } else {
+                let odd = seen.iter().any(|s| match s {
+                    Seen::Snapshot(Place::Data(_), e) => {
+                        self.odd_tables.contains(meta.geometry.host_cluster(HostOffset(e.at)))
+                    }
+                    _ => false,
+                });
+                scan.judge_shared(volume, meta, clusters, host, odd, &seen).await?;
+            }
+        }
+        Ok(scan)
+    }
+}
+
+impl Scan {
+    /// A cluster whose references each claim to be the only one.
+    async fn judge_sole<D: BlockDevice>(
+        &mut self,
+        volume: &Volume<D>,
+        meta: &Metadata,
+        clusters: &Clusters,
+        host: HostCluster,
+        references: &[Reference],
+    ) -> Result<()> {
+        if let [one] = references
+            && !clusters.lock().junk.contains(host)
+        {
+            self.found.push((host, *one));
+            return Ok(());
+        }
+        // Guests went on meanwhile: a cluster may have been freed, and given to another, since it was found. Look again.
+        let mut live = Vec::new();
+        let mut contradiction = false;
+        for &reference in references {
+            let (named, is_junk) = names(volume, meta, clusters, (host, reference)).await?;
+            contradiction |= is_junk;
+            if named {
+                live.push((host, reference));
+            }
+        }
+        if contradiction {
+            // Free by its count, and in use: nobody may overwrite it.
+            clusters.lock().junk.remove(host);
+        }
+        match live[..] {
+            [one] if !contradiction => self.found.push(one),
+            [] => {}
+            _ => self.doubtful += 1,
+        }
+        Ok(())
+    }
+
+    /// A cluster whose references all say that there may be others.
+    async fn judge_shared<D: BlockDevice>(
+        &mut self,
+        volume: &Volume<D>,
+        meta: &Metadata,
+        clusters: &Clusters,
+        host: HostCluster,
+        odd: bool,
+        seen: &[Seen],
+    ) -> Result<()> {
+        let place = |s: &Seen| match *s {
+            Seen::Active(place) | Seen::Snapshot(place, _) => Some(place),
+            Seen::Sole(_) => None,
+        };
+        let is_active = |s: &Seen| matches!(s, Seen::Active(_) | Seen::Snapshot(_, SnapshotEntry { active: true, .. }));
+        let active = seen.iter().any(is_active);
+        let source = |s: &Seen| match *s {
+            Seen::Snapshot(place, entry) => {
+                Some(SharedSource { cluster: host, place, entry: SnapshotEntry { active, ..entry } })
+            }
+            _ => None,
+        };
+        let entries: Vec<SharedSource> = seen.iter().filter_map(source).collect();
+        let paths = entries.iter().map(|s| u64::from(s.entry.paths)).sum::<u64>() + u64::from(active);
+        if entries.is_empty() {
+            // The disk says that somebody else uses it, and no snapshot that we see does.
+            return Ok(());
+        }
+        // Snapshots share clusters by taking over whole tables, so the same place refers to them everywhere. A count that
+        // is too low, or a second place, means damage; a count that is higher stands for somebody whom we do not know.
+        let first = seen.first().and_then(place);
+        let elsewhere = seen.iter().any(|s| place(s) != first);
+        let contradiction = odd || elsewhere || meta.refcounts.lock().await.count(volume, host).await? < paths;
+        if contradiction {
+            clusters.lock().junk.remove(host);
+            self.doubtful += 1;
+        } else {
+            self.shared.extend(entries);
+        }
+        Ok(())
     }
 }
 

@@ -555,6 +555,12 @@ pub fn patch_refcount_table(sector: &mut Sector, offset: HostOffset, clusters: u
     patch(sector, at::REFCOUNT_TABLE_CLUSTERS, clusters.to_be_bytes());
 }
 
+/// Lets the snapshot table be at `offset`, with `count` entries.
+pub fn patch_snapshots(sector: &mut Sector, offset: HostOffset, count: u32) {
+    patch(sector, at::NB_SNAPSHOTS, count.to_be_bytes());
+    patch(sector, at::SNAPSHOTS_OFFSET, offset.0.to_be_bytes());
+}
+
 /// Sets the size of the virtual disk, in bytes.
 pub fn patch_virtual_size(sector: &mut Sector, bytes: u64) {
     patch(sector, at::SIZE, bytes.to_be_bytes());

@@ -1,7 +1,7 @@
 //! The snapshot table (section "Snapshots" of the qcow2 specification): entries of variable length, one after another.
 
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::header::{MAX_HOST_OFFSET, MAX_L1_BYTES};
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ pub const MAX_ENTRY: usize = (FIXED + MAX_EXTRA as usize + 2 * u16::MAX as usize
 /// The longest snapshot table that is accepted, in bytes (QEMU's limit).
 pub const MAX_TABLE: u64 = 1024 * 65536;
 
-#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct RawSnapshot {
     l1_table_offset: U64,
@@ -53,6 +53,12 @@ pub struct Snapshot {
     pub virtual_size: Option<u64>,
     /// The extra data as a whole, including what is decoded above.
     pub extra: Vec<u8>,
+    /// Its unique ID as it is stored.
+    pub id_bytes: Vec<u8>,
+    /// Its name as it is stored.
+    pub name_bytes: Vec<u8>,
+    /// The field for the size of the VM state that the extra data overrides, if there is any.
+    pub vm_state_size_32: u32,
 }
 
 /// How many bytes the entry needs, without padding, as far as `bytes`, its start, tell: [`FIXED`] until that many are
@@ -100,11 +106,39 @@ pub fn parse_entry(bytes: &[u8], at: u64) -> Result<(Snapshot, usize)> {
         vm_state_size: field(0).unwrap_or(raw.vm_state_size.get().into()),
         virtual_size: field(8),
         extra: extra.to_vec(),
+        id_bytes: id.to_vec(),
+        name_bytes: name.to_vec(),
+        vm_state_size_32: raw.vm_state_size.get(),
     };
     Ok((snapshot, length.next_multiple_of(8)))
 }
 
 impl Snapshot {
+    /// The entry as it is stored, with the padding up to the next one. What was parsed is stored as it was.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let raw = RawSnapshot {
+            l1_table_offset: self.l1_offset.0.into(),
+            l1_size: self.l1_entries.into(),
+            id_size: (self.id_bytes.len() as u16).into(),
+            name_size: (self.name_bytes.len() as u16).into(),
+            date_sec: self.date.0.into(),
+            date_nsec: self.date.1.into(),
+            vm_clock_nsec: self.vm_clock.into(),
+            vm_state_size: self.vm_state_size_32.into(),
+            extra_data_size: (self.extra.len() as u32).into(),
+        };
+        let mut bytes = [raw.as_bytes(), &self.extra, &self.id_bytes, &self.name_bytes].concat();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    }
+
+    /// Bytes of the entry with the padding up to the next one.
+    #[must_use]
+    pub fn encoded_len(&self) -> usize {
+        (FIXED + self.extra.len() + self.id_bytes.len() + self.name_bytes.len()).next_multiple_of(8)
+    }
+
     /// Checks that the L1 table is where one may be: aligned, not over the header, inside the file.
     ///
     /// # Errors
@@ -160,7 +194,9 @@ mod tests {
         let extra = [&(1u64 << 40).to_be_bytes()[..], &(1u64 << 30).to_be_bytes(), b"unknown"].concat();
         let (s, used) = parse_entry(&entry(0x30000, 4, &extra, b"2", b"\xff"), 0).unwrap();
         assert_eq!(used, 72);
-        assert_eq!((s.vm_state_size, s.virtual_size, s.extra), (1 << 40, Some(1 << 30), extra));
+        assert_eq!((s.vm_state_size, s.virtual_size, &s.extra), (1 << 40, Some(1 << 30), &extra));
+        assert_eq!(s.encode()[..65], entry(0x30000, 4, &extra, b"2", b"\xff"));
+        assert_eq!((s.encode().len(), s.encoded_len()), (72, 72));
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl<D: BlockDevice> Image<D> {
                 }
                 Freed::Shared(c) => {
                     for (_, batch) in &mut states.grace {
-                        if let Some(at) = batch.shared.iter().position(|&s| s == c) {
+                        if let Some(at) = batch.shared.iter().rposition(|&s| s == c) {
                             batch.shared.swap_remove(at);
                             break;
                         }

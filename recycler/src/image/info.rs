@@ -40,12 +40,6 @@ impl<D: BlockDevice> Image<D> {
     /// What the image is.
     pub fn info(&self) -> Info {
         let mut pinned = Vec::new();
-        if self.snapshot_count > 0 {
-            pinned.push(format!(
-                "{} internal snapshots: the clusters that they use stay where they are",
-                self.snapshot_count
-            ));
-        }
         if !self.header.unknown_extensions.is_empty() {
             pinned.push("unknown header extensions: clusters without a known owner stay where they are".to_owned());
         }
@@ -56,7 +50,7 @@ impl<D: BlockDevice> Image<D> {
             refcount_bits: 1 << self.meta.geometry.refcount_order,
             file_size: self.file_size(),
             lazy_refcounts: self.header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0,
-            snapshots: self.snapshot_count,
+            snapshots: self.snapshot_count(),
             backing_file: self.header.backing_file.clone(),
             backing_format: self.header.backing_format.clone(),
             read_only: self.options.read_only,

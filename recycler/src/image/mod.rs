@@ -15,6 +15,8 @@ pub(crate) mod plan;
 mod read;
 pub(crate) mod relocate;
 mod resize;
+pub(crate) mod shared;
+pub(crate) mod snapshots;
 mod turns;
 mod upgrade;
 mod write;
@@ -57,7 +59,8 @@ pub struct Image<D: BlockDevice> {
     /// `incompatible_features` without the dirty bit.
     incompatible: u64,
     compression_type: u8,
-    snapshot_count: u32,
+    /// The internal snapshots.
+    snapshots: parking_lot::Mutex<snapshots::Snapshots>,
     virtual_size: AtomicU64,
     backing: Backing,
     closed: AtomicBool,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::backing::Backing;
+use super::snapshots::Snapshots;
 use super::turns::Turns;
 use super::{Counters, Image};
 use crate::buf::IoBufMut;
@@ -68,7 +69,7 @@ impl<D: BlockDevice> Image<D> {
             counters: Counters::default(),
             incompatible: header.incompatible & !incompatible::DIRTY,
             compression_type: header.compression_type,
-            snapshot_count: header.snapshot_count,
+            snapshots: parking_lot::Mutex::new(Snapshots::new(snapshots, header.snapshots_offset)),
             virtual_size: AtomicU64::new(header.virtual_size),
             header,
             backing,
@@ -84,8 +85,8 @@ impl<D: BlockDevice> Image<D> {
             options,
         };
         if !image.options.read_only {
-            image.note_tables(&snapshots, snapshots_end).await?;
-            if image.snapshot_count > 0 {
+            image.note_tables(snapshots_end).await?;
+            if image.header.snapshot_count > 0 {
                 image.check_snapshot_table(snapshots_end).await?;
             }
             image.check_coverage().await?;
@@ -100,11 +101,12 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Takes note of where the image's own tables are; no two may be at one place, or writing one would destroy another.
-    async fn note_tables(&self, snapshots: &[Snapshot], snapshots_end: u64) -> Result<()> {
+    async fn note_tables(&self, snapshots_end: u64) -> Result<()> {
         let geometry = self.meta.geometry;
         let cluster_size = geometry.cluster_size();
         let refcounts = self.meta.refcounts.lock().await;
         let mut tables = self.meta.tables.lock();
+        let snapshots = &self.snapshots.lock().entries;
         for range in self.header.host_ranges() {
             let end = range.offset.0.saturating_add(range.length);
             tables.insert_range(geometry.host_cluster(range.offset).0..geometry.clusters_for(end));

@@ -116,10 +116,21 @@ impl<D: BlockDevice> Image<D> {
         found
     }
 
-    /// Copies a run of moves whose sources, and whose destinations, follow one another: at most [`PIECE`] bytes at a time.
+    /// Copies a run of moves whose sources, and whose destinations, follow one another.
     pub(crate) async fn copy_run(&self, first: &Move, count: u64, scratch: &mut Vec<u8>) -> Result<()> {
+        self.copy_clusters(first.src, first.dst, count, scratch).await
+    }
+
+    /// Copies clusters that follow one another, at both ends: at most [`PIECE`] bytes at a time.
+    pub(super) async fn copy_clusters(
+        &self,
+        src: HostCluster,
+        dst: HostCluster,
+        count: u64,
+        scratch: &mut Vec<u8>,
+    ) -> Result<()> {
         let bits = self.meta.geometry.cluster_bits;
-        let (src, dst, length) = (first.src.0 << bits, first.dst.0 << bits, count << bits);
+        let (src, dst, length) = (src.0 << bits, dst.0 << bits, count << bits);
         let mut done = 0;
         while done < length {
             let piece = (length - done).min(PIECE as u64);

@@ -35,7 +35,7 @@ impl<D: BlockDevice> Image<D> {
         if entries * 8 > MAX_L1_BYTES || size > i64::MAX as u64 {
             return Err(bad(format!("{size} bytes need an L1 table of more than 32 MiB at this cluster size")));
         }
-        if self.meta.version < 3 && self.snapshot_count > 0 {
+        if self.meta.version < 3 && self.snapshot_count() > 0 {
             return Err(Error::unsupported("resizing a version 2 image with internal snapshots"));
         }
         let _compaction = self.compaction.lock().await;

@@ -11,6 +11,7 @@ use crate::device::volume::{PIECE, zeroes};
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
 use crate::metadata::l2::Slice;
+use crate::metadata::patches::lay_over;
 use crate::units::{GuestCluster, GuestOffset, HostOffset};
 use std::sync::Arc;
 
@@ -233,6 +234,32 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
+    /// Copies an L2 table that a snapshot shares. Guests never change it; the recycler does, when it moves what the table
+    /// refers to, but not while somebody has the turn for the table, as the caller has. So the copy is exact.
+    async fn copy_shared_table(&self, from: HostOffset, to: HostOffset) -> Result<()> {
+        let cluster_size = self.meta.geometry.cluster_size();
+        let changed = self.meta.patches.within(from.0..from.0 + cluster_size);
+        let mut scratch = Vec::new();
+        let mut at = 0;
+        while at < cluster_size {
+            let piece = (cluster_size - at).min(PIECE as u64);
+            self.volume.copy(from.0 + at, to.0 + at, piece, &mut scratch).await?;
+            at += piece;
+        }
+        // Entries that are not written back yet: the old ones may name what is free by the time the copy is read.
+        let mut changed = &changed[..];
+        while let Some(&(first, _)) = changed.first() {
+            let start = (first - from.0) & !511;
+            let (sector, rest) = changed.split_at(changed.partition_point(|c| c.0 < from.0 + start + 512));
+            changed = rest;
+            let mut bytes = [0; 512];
+            self.volume.read("reading an L2 table", to.0 + start, IoBufMut::new(&mut bytes)).await?;
+            lay_over(&mut bytes, from.0 + start, sector);
+            self.volume.write("writing an L2 table", to.0 + start, IoBuf::new(&bytes)).await?;
+        }
+        Ok(())
+    }
+
     /// The slice that maps a guest cluster, in an L2 table that is ours alone: the table is made, or copied if a snapshot
     /// shares it.
     pub(super) async fn slice_for_change(&self, guest: GuestCluster) -> Result<(Arc<Slice>, usize)> {
@@ -252,14 +279,7 @@ impl<D: BlockDevice> Image<D> {
             let allocation = self.clusters.allocate(&self.volume, &self.meta, 1).await?;
             let host = geometry.host_offset(allocation.first());
             if let Some(old) = old {
-                // The table is never changed while it is shared, so the copy is exact whenever it is made.
-                let mut scratch = Vec::new();
-                let mut at = 0;
-                while at < geometry.cluster_size() {
-                    let piece = (geometry.cluster_size() - at).min(PIECE as u64);
-                    self.volume.copy(old.host.0 + at, host.0 + at, piece, &mut scratch).await?;
-                    at += piece;
-                }
+                self.copy_shared_table(old.host, host).await?;
             }
             // An empty table may be linked before it is durable, since it reads as zeroes; a copy may not.
             if old.is_some() || !allocation.durable {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::refcounts::RefcountWrites;
-use super::{Metadata, l2};
+use super::{Metadata, l2, patches};
 use crate::buf::IoBuf;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
@@ -93,8 +93,8 @@ pub(crate) struct L1Move<'a> {
     pub(crate) patch: &'a (dyn Fn(&mut [u8; 512]) + Sync),
 }
 
-/// Stands for a header that may name another L1 table than the one in memory: if the commit is dropped like this, the image
-/// takes no changes any more.
+/// Stands for a header that may name other tables than those in memory: if it is dropped like this, the image takes no
+/// changes any more.
 struct HeaderInDoubt<'a, D: BlockDevice> {
     volume: &'a Volume<D>,
     settled: bool,
@@ -103,7 +103,7 @@ struct HeaderInDoubt<'a, D: BlockDevice> {
 impl<D: BlockDevice> Drop for HeaderInDoubt<'_, D> {
     fn drop(&mut self) {
         if !self.settled {
-            self.volume.fail(|| "a move of the L1 table was given up half-way".to_owned());
+            self.volume.fail(|| "a change of the header was given up half-way".to_owned());
         }
     }
 }
@@ -144,6 +144,8 @@ impl CommitTurn<'_> {
             self.unfinished.l1 = l1_entries;
             (l2_writes, l1_writes)
         };
+        // What these refer to was made durable before they were set, by an earlier commit.
+        let changed = meta.patches.capture();
         let barrier = meta.barrier.swap(false, Ordering::SeqCst);
         let counts = {
             let mut refcounts = meta.refcounts.lock().await;
@@ -189,6 +191,9 @@ impl CommitTurn<'_> {
             // (nothing allocated, as before) or a durable copy. An entry that is unlinked leaves its cluster counted.
             bytes += l2_writes.submit(volume, "writing an L2 table").await?;
             bytes += l1_writes.submit(volume, "writing the L1 table").await?;
+            // An entry of a snapshot's table names the old place or the new one of what moved. Both hold the same, and both
+            // are counted for as many references as could name them: see `image/shared.rs`.
+            bytes += patches::write(volume, &changed).await?;
             volume.flush().await?;
             if let Some(m) = &l1_move {
                 header_in_doubt.settled = false;
@@ -214,6 +219,7 @@ impl CommitTurn<'_> {
                 }
                 header_in_doubt.settled = true;
                 refcounts.captured_written();
+                meta.patches.written(&changed);
                 meta.written.fetch_add(bytes, Ordering::Relaxed);
                 let counts = self.unfinished.counts.take();
                 let old_tables = counts.and_then(|c| c.moved).map(|(_, _, old)| old).unwrap_or_default();
@@ -253,6 +259,19 @@ impl CommitTurn<'_> {
     ) -> Result<()> {
         self.metadata.write_header(volume, patch).await?;
         volume.flush().await
+    }
+
+    /// The same, for fields that the memory follows when this returns: given up half-way, nobody knows what the header says,
+    /// and the image takes no changes any more.
+    pub(crate) async fn switch_header<D: BlockDevice>(
+        &self,
+        volume: &Volume<D>,
+        patch: impl FnOnce(&mut [u8; 512]),
+    ) -> Result<()> {
+        let mut doubt = HeaderInDoubt { volume, settled: false };
+        self.rewrite_header(volume, patch).await?;
+        doubt.settled = true;
+        Ok(())
     }
 }
 

@@ -70,6 +70,15 @@ impl L1Table {
         }
     }
 
+    /// Points entry `index` at the new place of an L2 table that a snapshot shares.
+    pub(crate) fn set_shared(&self, index: u64, table: HostOffset) {
+        let mut state = self.state.write();
+        if let Some(entry) = state.entries.get_mut(index as usize) {
+            *entry = table.0;
+            state.dirty.insert(index);
+        }
+    }
+
     pub(crate) fn len(&self) -> u64 {
         self.state.read().entries.len() as u64
     }

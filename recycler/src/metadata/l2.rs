@@ -18,6 +18,7 @@ use zerocopy::IntoBytes;
 use super::Writes;
 use super::l1::L1Table;
 use super::mirror::Mirrors;
+use super::patches::{self, Patches};
 use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
@@ -89,6 +90,7 @@ pub(crate) struct L2Cache {
     slice_size: u64,
     cache: Cache<u64, Arc<Slice>, UnitWeighter, RandomState, PinHeld>,
     capacity: usize,
+    patches: Arc<Patches>,
     dirty: Mutex<BTreeMap<u64, Arc<Slice>>>,
     /// Bytes read from the device, for the statistics.
     pub(crate) read_bytes: AtomicU64,
@@ -98,7 +100,7 @@ pub(crate) struct L2Cache {
 pub(super) struct Captured(Vec<Arc<Slice>>);
 
 impl L2Cache {
-    pub(crate) fn new(geometry: Geometry, size: u64) -> Self {
+    pub(crate) fn new(geometry: Geometry, size: u64, patches: Arc<Patches>) -> Self {
         let slice_size = SLICE.min(geometry.cluster_size());
         let capacity = ((size / slice_size) as usize).max(MIN_SLICES);
         let options = OptionsBuilder::new()
@@ -111,7 +113,15 @@ impl L2Cache {
             // Unreachable: both required options are set. The same cache without the choice of shards.
             Err(_) => Cache::with(capacity, capacity as u64, UnitWeighter, RandomState::default(), PinHeld::default()),
         };
-        L2Cache { geometry, slice_size, cache, capacity, dirty: Mutex::default(), read_bytes: AtomicU64::new(0) }
+        L2Cache {
+            geometry,
+            slice_size,
+            cache,
+            capacity,
+            patches,
+            dirty: Mutex::default(),
+            read_bytes: AtomicU64::new(0),
+        }
     }
 
     /// Guest clusters that one slice maps.
@@ -148,7 +158,11 @@ impl L2Cache {
                 // moves meanwhile, both places have them, and the old one is not reused while this request is in flight.
                 let Some(place) = self.place(l1, key, volume.length())? else { return Ok(None) };
                 let mut entries = vec![0u64; (self.slice_size / 8) as usize].into_boxed_slice();
+                // If a snapshot shares the table, the recycler may have changed it. It does so for a slice that is in memory
+                // only, and keeps it there, so nothing is added meanwhile.
+                let changed = self.patches.within(place.0..place.0 + self.slice_size);
                 volume.read("reading an L2 table", place.0, IoBufMut::new(entries.as_mut_bytes())).await?;
+                patches::lay_over(entries.as_mut_bytes(), place.0, &changed);
                 self.read_bytes.fetch_add(self.slice_size, Ordering::Relaxed);
                 let slice = Arc::new(Slice {
                     index: key,
@@ -186,6 +200,11 @@ impl L2Cache {
         let entries = slice.entries.write();
         self.mark_dirty(slice);
         Entries(entries)
+    }
+
+    /// Changes an entry of a table that a snapshot shares: it is not written back with the slice, but as a patch.
+    pub(crate) fn amend(&self, slice: &Arc<Slice>, index: usize, entry: u64) {
+        Entries(slice.entries.write()).set(index, entry);
     }
 
     fn mark_dirty(&self, slice: &Arc<Slice>) {

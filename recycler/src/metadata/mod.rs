@@ -7,6 +7,7 @@ pub(crate) mod commit;
 pub(crate) mod l1;
 pub(crate) mod l2;
 pub(crate) mod mirror;
+pub(crate) mod patches;
 pub(crate) mod refcounts;
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use commit::{Stamp, Unfinished};
 use l1::L1Table;
 use l2::L2Cache;
 use mirror::Mirrors;
+use patches::Patches;
 use refcounts::Refcounts;
 
 /// All tables of one image.
@@ -37,6 +39,8 @@ pub(crate) struct Metadata {
     pub(crate) l2: L2Cache,
     pub(crate) refcounts: tokio::sync::Mutex<Refcounts>,
     pub(crate) mirrors: Mutex<Mirrors>,
+    /// Changed entries of the snapshots' tables.
+    pub(crate) patches: Arc<Patches>,
     /// The clusters of every table: no guest data may be in them, whatever an L2 entry says.
     pub(crate) tables: Arc<Mutex<ClusterSet>>,
     /// Whether an L1 or L2 change is waiting to be written back that must not become durable before what was written,
@@ -61,15 +65,17 @@ impl Metadata {
         let geometry = header.geometry;
         let table = (header.refcount_table_offset, header.refcount_table_clusters);
         let tables = Arc::new(Mutex::new(ClusterSet::default()));
+        let patches = Arc::<Patches>::default();
         let refcounts = Refcounts::open(volume, geometry, table.0, table.1, tables.clone()).await?;
         Ok(Metadata {
             geometry,
             version: header.version,
             header: Mutex::new(sector),
             l1: L1Table::open(volume, geometry, header.l1_offset, header.l1_entries).await?,
-            l2: L2Cache::new(geometry, l2_cache_size),
+            l2: L2Cache::new(geometry, l2_cache_size, patches.clone()),
             refcounts: tokio::sync::Mutex::new(refcounts),
             mirrors: Mutex::default(),
+            patches,
             tables,
             barrier: AtomicBool::new(false),
             commit_turn: tokio::sync::Mutex::default(),

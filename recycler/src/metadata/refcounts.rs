@@ -202,6 +202,12 @@ impl Refcounts {
         self.slices.get(&(c.0 / per_slice)).map_or(0, |s| refcount::get(s, self.geometry.refcount_order, index))
     }
 
+    /// The refcount of a cluster.
+    pub(crate) async fn count<D: BlockDevice>(&mut self, volume: &Volume<D>, c: HostCluster) -> Result<u64> {
+        self.load_range(volume, &(c.0..c.0 + 1)).await?;
+        Ok(self.cached(c))
+    }
+
     /// Loads what counts the range.
     pub(crate) async fn load_range<D: BlockDevice>(&mut self, volume: &Volume<D>, range: &Range<u64>) -> Result<()> {
         self.evict();

@@ -28,7 +28,7 @@ use crate::units::HostCluster;
 const BATCH_BYTES: u64 = 64 << 20;
 const BATCH_CLUSTERS: u64 = 16384;
 /// A copy is made of at most this many bytes before guests and the rate limit get a look in.
-const COPY_BYTES: u64 = 1 << 20;
+pub(super) const COPY_BYTES: u64 = 1 << 20;
 /// A scan remembers at most this many clusters; what does not fit is found by the next one.
 const SCAN_CLUSTERS: usize = 1 << 18;
 
@@ -112,7 +112,7 @@ impl<D: BlockDevice> Drop for Active<'_, D> {
 
 /// How a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
+pub(super) enum Ended {
     Whole,
     /// There was no hole left to move to.
     NoHoles,
@@ -120,14 +120,14 @@ enum Ended {
     Cancelled,
 }
 
-struct Compaction<'a, D: BlockDevice> {
-    image: &'a Image<D>,
+pub(super) struct Compaction<'a, D: BlockDevice> {
+    pub(super) image: &'a Image<D>,
     turn: Option<tokio::sync::MutexGuard<'a, ()>>,
-    pacer: Pacer,
-    progress: Progress,
-    scratch: Vec<u8>,
+    pub(super) pacer: Pacer,
+    pub(super) progress: Progress,
+    pub(super) scratch: Vec<u8>,
     /// Clusters moved.
-    moved: u64,
+    pub(super) moved: u64,
 }
 
 impl<D: BlockDevice> Compaction<'_, D> {
@@ -187,7 +187,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let floor = self.floor().await;
         // These stand in consecutive clusters and are not found by the scan: if they stay, they pin.
         image.move_header_tables(floor).await?;
-        let scan = scan(&image.volume, &image.meta, &image.clusters, floor, SCAN_CLUSTERS).await?;
+        image.move_snapshot_tables(floor).await?;
+        let (generation, mut snapshots) = image.snapshot_l1_tables();
+        let scan = scan(&image.volume, &image.meta, &image.clusters, &mut snapshots, floor, SCAN_CLUSTERS).await?;
         if scan.doubtful > 0 {
             let reason = format!(
                 "{} clusters have references that contradict each other or the counts: check it",
@@ -196,23 +198,33 @@ impl<D: BlockDevice> Compaction<'_, D> {
             image.background_error("moving clusters", &Error::invalid("image", 0, reason));
         }
         let plan = plan(&image.clusters.lock(), &scan, floor, geometry.refcounts_per_block());
-        self.progress.total = self.progress.done + plan.sources.len() as u64;
-        let batch = (BATCH_BYTES >> geometry.cluster_bits).clamp(1, BATCH_CLUSTERS);
-        for sources in plan.sources.chunks(batch as usize) {
+        let shared = plan.shared.chunk_by(|a, b| a.cluster == b.cluster).count();
+        self.progress.total = self.progress.done + (plan.sources.len() + shared) as u64;
+        let batch = self.batch_size();
+        for sources in plan.sources.chunks(batch) {
             self.progress.file_size = image.file_size();
             if !progress(self.progress) {
                 return Ok(false);
             }
-            // Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
-            self.turn = None;
-            self.turn = Some(image.recycler_turn().await?);
+            self.yield_turn().await?;
             match self.batch(sources, plan.limit, progress).await? {
                 Ended::Whole => self.progress.done += sources.len() as u64,
                 Ended::NoHoles => break,
                 Ended::Cancelled => return Ok(false),
             }
         }
-        Ok(true)
+        self.move_shared(&plan, generation, progress).await
+    }
+
+    pub(super) fn batch_size(&self) -> usize {
+        (BATCH_BYTES >> self.image.meta.geometry.cluster_bits).clamp(1, BATCH_CLUSTERS) as usize
+    }
+
+    /// Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
+    pub(super) async fn yield_turn(&mut self) -> Result<()> {
+        self.turn = None;
+        self.turn = Some(self.image.recycler_turn().await?);
+        Ok(())
     }
 
     async fn floor(&self) -> u64 {

@@ -5,6 +5,7 @@ mod erase;
 mod pacing;
 mod plan;
 mod policy;
+mod shared;
 mod worker;
 
 pub use compact::{CompactReport, Progress, compact};

@@ -1,7 +1,7 @@
 //! Which clusters to move: a pure function of the cluster sets and of who refers to what.
 
 use crate::clusters::States;
-use crate::clusters::moves::Reference;
+use crate::clusters::moves::{Reference, SharedSource};
 use crate::clusters::scan::Scan;
 use crate::clusters::set::ClusterSet;
 use crate::units::HostCluster;
@@ -13,6 +13,8 @@ pub(crate) struct Plan {
     pub(crate) limit: u64,
     /// Clusters to move below the limit, in descending order, each with its reference.
     pub(crate) sources: Vec<(HostCluster, Reference)>,
+    /// The references to the clusters that snapshots use and that move below the limit, too.
+    pub(crate) shared: Vec<SharedSource>,
 }
 
 /// The lowest cluster at which the file could end if everything could be moved: what is in use takes the place below it.
@@ -23,7 +25,7 @@ pub(crate) fn floor(states: &States, empty_blocks: u64) -> u64 {
 
 /// Chooses what to move, given who refers to the clusters from `floor` on.
 ///
-/// A cluster in use that nobody is known to refer to (a snapshot shares it, or owns it; an unknown extension may) is
+/// A cluster in use that nobody is known to refer to (compressed data is in it; an unknown extension may own it) is
 /// pinned: the file ends behind the last such cluster at best, and what lies below it need not be moved.
 pub(crate) fn plan(states: &States, scan: &Scan, floor: u64, refcounts_per_block: u64) -> Plan {
     let from = floor.max(scan.complete_from);
@@ -36,7 +38,7 @@ pub(crate) fn plan(states: &States, scan: &Scan, floor: u64, refcounts_per_block
     for batch in freed {
         pinned.remove_all(&batch.clusters);
     }
-    let movable: ClusterSet = scan.found.iter().map(|(c, _)| *c).collect();
+    let movable: ClusterSet = scan.found.iter().map(|(c, _)| *c).chain(scan.shared.iter().map(|s| s.cluster)).collect();
     pinned.remove_all(&movable);
     let limit = pinned.max().map_or(floor, |c| floor.max(c.0 + 1));
     // A refcount block that counts clusters past the limit only will be empty, and is dropped then.
@@ -45,7 +47,8 @@ pub(crate) fn plan(states: &States, scan: &Scan, floor: u64, refcounts_per_block
         Reference::L1Entry(_) | Reference::L2Entry(_) => true,
     };
     let sources = scan.found.iter().filter(|(c, r)| c.0 >= limit && needed(r)).copied().collect();
-    Plan { limit, sources }
+    let shared = scan.shared.iter().filter(|s| s.cluster.0 >= limit).copied().collect();
+    Plan { limit, sources, shared }
 }
 
 #[cfg(test)]
@@ -61,7 +64,7 @@ mod tests {
 
     fn found(clusters: &[u64]) -> Scan {
         let found = clusters.iter().map(|&c| (HostCluster(c), Reference::L2Entry(GuestCluster(c)))).collect();
-        Scan { found, complete_from: 0, doubtful: 0 }
+        Scan { found, ..Scan::default() }
     }
 
     #[test]
@@ -94,7 +97,7 @@ mod tests {
     fn blocks_that_will_be_empty_neither_pin_nor_move() {
         let s = states(10, &[(2, 8)]);
         let found = vec![(HostCluster(9), Reference::RefcountTable(0)), (HostCluster(8), Reference::RefcountTable(1))];
-        let plan = plan(&s, &Scan { found, complete_from: 0, doubtful: 0 }, floor(&s, 1), 8);
-        assert_eq!(plan, Plan { limit: 3, sources: vec![(HostCluster(9), Reference::RefcountTable(0))] });
+        let plan = plan(&s, &Scan { found, ..Scan::default() }, floor(&s, 1), 8);
+        assert_eq!((plan.limit, plan.sources), (3, vec![(HostCluster(9), Reference::RefcountTable(0))]));
     }
 }

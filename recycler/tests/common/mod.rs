@@ -13,4 +13,5 @@ pub mod play;
 pub mod sequences;
 pub mod sim;
 pub mod slice;
+pub mod snapshots;
 pub mod verify;

@@ -16,6 +16,7 @@ use super::config::Config;
 use super::content::SECTOR;
 use super::memory::MemoryDevice;
 use super::model::Model;
+use super::snapshots;
 
 /// A file for qemu-img, removed when dropped.
 struct Scratch(PathBuf);
@@ -261,6 +262,8 @@ pub fn crash_image(
             same_snapshot(image, snapshot)?;
         }
     }
+    let snapshot_stands = |image: &[u8]| snapshot.map_or(Ok(()), |expected| snapshots::only_one_holds(image, expected));
+    snapshot_stands(image)?;
     let device = MemoryDevice::with(image.to_vec(), config.features);
     in_paused_time(async {
         let open = || Image::open(device.clone(), config.options());
@@ -280,6 +283,7 @@ pub fn crash_image(
         disk.close().await.map_err(|e| format!("closing: {e}"))?;
         let after = device.contents();
         our_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
+        snapshot_stands(&after).map_err(|e| format!("after opening and closing: {e}"))?;
         if depth.qemu {
             qemu_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
             if let Some(snapshot) = snapshot {

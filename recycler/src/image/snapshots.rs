@@ -1,0 +1,165 @@
+//! The internal snapshots of an image.
+
+use std::ops::Range;
+
+use super::Image;
+use crate::buf::IoBuf;
+use crate::clusters::snapshots::{L1Place, L1Tables};
+use crate::device::BlockDevice;
+use crate::device::volume::PIECE;
+use crate::error::Result;
+use crate::format::header;
+use crate::format::snapshot::Snapshot;
+use crate::units::{Geometry, HostCluster, HostOffset};
+
+/// The snapshot table, in memory.
+#[derive(Debug)]
+pub(crate) struct Snapshots {
+    pub(crate) entries: Vec<Snapshot>,
+    /// Where it is in the file.
+    pub(super) table: HostOffset,
+    /// Changes when a snapshot comes or goes.
+    generation: u64,
+}
+
+impl Snapshots {
+    pub(crate) fn new(entries: Vec<Snapshot>, table: HostOffset) -> Self {
+        Snapshots { entries, table, generation: 0 }
+    }
+
+    /// The clusters that the table occupies.
+    fn clusters(&self, geometry: Geometry) -> Range<u64> {
+        let length: usize = self.entries.iter().map(Snapshot::encoded_len).sum();
+        let start = geometry.host_cluster(self.table).0;
+        start..start + if length == 0 { 0 } else { geometry.clusters_for(length as u64) }
+    }
+
+    /// The table stands at a new place.
+    fn moved_to(&mut self, table: HostOffset) {
+        self.table = table;
+        let mut at = table.0;
+        for entry in &mut self.entries {
+            entry.at = at;
+            at += entry.encoded_len() as u64;
+        }
+    }
+}
+
+impl<D: BlockDevice> Image<D> {
+    pub(super) fn snapshot_count(&self) -> u32 {
+        self.snapshots.lock().entries.len() as u32
+    }
+
+    /// A number that changes whenever a snapshot is created, deleted or applied.
+    pub(crate) fn snapshot_generation(&self) -> u64 {
+        self.snapshots.lock().generation
+    }
+
+    /// Where the snapshots' L1 tables are, and the generation that they belong to. The caller has the compaction's turn.
+    pub(crate) fn snapshot_l1_tables(&self) -> (u64, L1Tables) {
+        let snapshots = self.snapshots.lock();
+        let place = |s: &Snapshot| L1Place { offset: s.l1_offset, entries: s.l1_entries.into() };
+        (snapshots.generation, L1Tables::new(snapshots.entries.iter().map(place).collect()))
+    }
+
+    /// Moves the snapshots' L1 tables, and the snapshot table, into holes below cluster `limit`, as far as they lie past it
+    /// and there are holes that are large enough. The caller has the compaction's turn.
+    pub(crate) async fn move_snapshot_tables(&self, limit: u64) -> Result<()> {
+        if self.snapshot_count() == 0 {
+            return Ok(());
+        }
+        self.prepare_changes().await?;
+        if !self.meta.patches.is_empty() {
+            // What is copied below must be what is in the file.
+            self.commit().await?;
+        }
+        self.move_snapshot_l1_tables(limit).await?;
+        self.move_snapshot_table(limit).await
+    }
+
+    /// Copies → **flush** → the entries of the snapshot table → **flush** → the old places are free. Cut before the entries
+    /// are durable: the copies are leaks. In between: each entry, whose offset is written atomically, names the old table or
+    /// the new one; both are complete, and counted. After it: the old ones are leaks until they are uncounted.
+    async fn move_snapshot_l1_tables(&self, limit: u64) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let clusters = |s: &Snapshot| {
+            let first = geometry.host_cluster(s.l1_offset).0;
+            first..first + geometry.clusters_for(u64::from(s.l1_entries) * 8)
+        };
+        let far: Vec<_> = {
+            let snapshots = self.snapshots.lock();
+            let all = snapshots.entries.iter().map(clusters).enumerate();
+            all.filter(|(_, old)| !old.is_empty() && old.end > limit).collect()
+        };
+        let mut scratch = Vec::new();
+        let mut copies = Vec::new();
+        for (index, old) in far {
+            let length = old.end - old.start;
+            let Some(hole) = self.clusters.allocate_hole(&self.volume, &self.meta, length, limit).await? else {
+                continue;
+            };
+            self.copy_clusters(HostCluster(old.start), hole.first(), length, &mut scratch).await?;
+            copies.push((index, old, hole));
+        }
+        if copies.is_empty() {
+            return Ok(());
+        }
+        self.commit().await?;
+        let mut snapshots = self.snapshots.lock();
+        for (index, old, hole) in copies {
+            // Snapshots come and go with the compaction's turn only, which the caller has.
+            let Some(snapshot) = snapshots.entries.get_mut(index) else { continue };
+            snapshot.l1_offset = geometry.host_offset(hole.first());
+            self.meta.patches.set(snapshot.at, snapshot.l1_offset.0);
+            let new = hole.first().0..hole.first().0 + hole.len();
+            hole.linked();
+            self.table_moved(old, new);
+        }
+        Ok(())
+    }
+
+    /// The whole new table → **flush** → the header's sector → **flush**.
+    async fn move_snapshot_table(&self, limit: u64) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let (old, bytes) = {
+            let snapshots = self.snapshots.lock();
+            (snapshots.clusters(geometry), encode_table(&snapshots.entries))
+        };
+        if old.end <= limit {
+            return Ok(());
+        }
+        let length = old.end - old.start;
+        let Some(hole) = self.clusters.allocate_hole(&self.volume, &self.meta, length, limit).await? else {
+            return Ok(());
+        };
+        let to = geometry.host_offset(hole.first());
+        self.write_snapshot_table(to, &bytes).await?;
+        // Entries of the old table that changed are written with this, and none changes afterwards: who changes them has
+        // the compaction's turn.
+        self.commit().await?;
+        let count = self.snapshot_count();
+        let turn = self.meta.exclusive_turn().await;
+        turn.switch_header(&self.volume, |sector| header::patch_snapshots(sector, to, count)).await?;
+        let new = hole.first().0..hole.first().0 + hole.len();
+        hole.linked();
+        self.snapshots.lock().moved_to(to);
+        self.table_moved(old, new);
+        Ok(())
+    }
+
+    async fn write_snapshot_table(&self, to: HostOffset, bytes: &[u8]) -> Result<()> {
+        let mut at = to.0;
+        for piece in bytes.chunks(PIECE) {
+            self.volume.write("writing the snapshot table", at, IoBuf::new(piece)).await?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The snapshot table as it is in the file, to the end of a sector.
+fn encode_table(entries: &[Snapshot]) -> Vec<u8> {
+    let mut bytes: Vec<u8> = entries.iter().flat_map(Snapshot::encode).collect();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}

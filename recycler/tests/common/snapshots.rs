@@ -1,0 +1,164 @@
+//! Internal snapshots as the file has them, read straight from its bytes: what each holds, and which clusters the image
+//! uses in all.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use qcow_recycler::format::header::Header;
+use qcow_recycler::format::l2::{self, Mapping};
+use qcow_recycler::format::refcount;
+use qcow_recycler::format::snapshot::{Snapshot, parse_entry};
+
+/// What a snapshot holds: the clusters that are not zero, by number; those past the disk's size are VM state.
+pub type Held = BTreeMap<u64, Vec<u8>>;
+
+/// An image file, taken apart.
+pub struct Anatomy<'a> {
+    image: &'a [u8],
+    header: Header,
+    pub entries: Vec<Snapshot>,
+    /// Every cluster that something refers to.
+    used: BTreeSet<u64>,
+}
+
+impl<'a> Anatomy<'a> {
+    /// # Errors
+    /// What cannot be read.
+    pub fn of(image: &'a [u8]) -> Result<Self, String> {
+        let header = Header::parse(image, image.len() as u64).map_err(|e| e.to_string())?;
+        let mut entries = Vec::new();
+        let mut at = header.snapshots_offset.0;
+        for _ in 0..header.snapshot_count {
+            let (entry, length) =
+                parse_entry(image.get(at as usize..).unwrap_or_default(), at).map_err(|e| e.to_string())?;
+            at += length as u64;
+            entries.push(entry);
+        }
+        let mut anatomy = Anatomy { image, header, entries, used: BTreeSet::new() };
+        anatomy.walk(at)?;
+        Ok(anatomy)
+    }
+
+    fn entry(&self, at: u64) -> u64 {
+        let bytes = self.image.get(at as usize..at as usize + 8).map_or([0; 8], |b| b.try_into().unwrap());
+        u64::from_be_bytes(bytes)
+    }
+
+    fn use_bytes(&mut self, offset: u64, length: u64) {
+        let bits = self.header.geometry.cluster_bits;
+        self.used.extend(offset >> bits..(offset + length).div_ceil(1 << bits));
+    }
+
+    fn walk(&mut self, table_end: u64) -> Result<(), String> {
+        let geometry = self.header.geometry;
+        let cluster_size = geometry.cluster_size();
+        self.use_bytes(0, cluster_size);
+        let table =
+            (self.header.refcount_table_offset.0, u64::from(self.header.refcount_table_clusters) * cluster_size);
+        self.use_bytes(table.0, table.1);
+        for at in (table.0..table.0 + table.1).step_by(8) {
+            let block = self.entry(at) & refcount::TABLE_OFFSET;
+            if block != 0 {
+                self.use_bytes(block, cluster_size);
+            }
+        }
+        if !self.entries.is_empty() {
+            self.use_bytes(self.header.snapshots_offset.0, table_end - self.header.snapshots_offset.0);
+        }
+        let mut l1s: Vec<_> = self.entries.iter().map(|s| (s.l1_offset.0, u64::from(s.l1_entries))).collect();
+        l1s.push((self.header.l1_offset.0, u64::from(self.header.l1_entries)));
+        for (offset, entries) in l1s {
+            self.use_bytes(offset, entries * 8);
+            let mut clusters = Vec::new();
+            self.each(offset, entries, |_, table, mapping| clusters.push((table, mapping)))?;
+            for (table, mapping) in clusters {
+                self.use_bytes(table, cluster_size);
+                match mapping {
+                    Mapping::Data { host, .. } | Mapping::Zero { preallocated: Some((host, _)) } => {
+                        self.use_bytes(host.0, cluster_size);
+                    }
+                    Mapping::Compressed { descriptor } => {
+                        let (offset, length) = l2::compressed_extent(descriptor, geometry);
+                        self.use_bytes(offset, length);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with every L2 entry below an L1 table: the guest cluster, where the L2 table is, what the entry says.
+    fn each(&self, l1: u64, entries: u64, mut f: impl FnMut(u64, u64, Mapping)) -> Result<(), String> {
+        let geometry = self.header.geometry;
+        for index in 0..entries {
+            let entry = self.entry(l1 + index * 8);
+            let Some((table, _)) = l2::decode_l1(entry, geometry.cluster_size())? else { continue };
+            for i in 0..geometry.entries_per_cluster() {
+                let entry = self.entry(table.0 + i * 8);
+                let mapping = Mapping::decode(entry, self.header.version, geometry.cluster_size())?;
+                f(index * geometry.entries_per_cluster() + i, table.0, mapping);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a snapshot holds.
+    ///
+    /// # Errors
+    /// What cannot be read.
+    pub fn held(&self, snapshot: &Snapshot) -> Result<Held, String> {
+        let cluster_size = self.header.geometry.cluster_size() as usize;
+        let mut held = Held::new();
+        self.each(snapshot.l1_offset.0, snapshot.l1_entries.into(), |guest, _, mapping| {
+            if let Mapping::Data { host, .. } = mapping {
+                let there = self.image.get(host.0 as usize..).unwrap_or_default();
+                let mut bytes = there[..there.len().min(cluster_size)].to_vec();
+                bytes.resize(cluster_size, 0);
+                if bytes.iter().any(|&b| b != 0) {
+                    held.insert(guest, bytes);
+                }
+            }
+        })?;
+        Ok(held)
+    }
+
+    /// What every snapshot holds, by ID and name.
+    ///
+    /// # Errors
+    /// What cannot be read.
+    pub fn all(&self) -> Result<BTreeMap<(String, String), Held>, String> {
+        self.entries.iter().map(|s| Ok(((s.id.clone(), s.name.clone()), self.held(s)?))).collect()
+    }
+
+    /// How many clusters the image uses: no file that holds it can be shorter.
+    pub fn used(&self) -> u64 {
+        self.used.len() as u64
+    }
+}
+
+/// What every snapshot in an image holds, by ID and name.
+///
+/// # Errors
+/// What cannot be read.
+pub fn all(image: &[u8]) -> Result<BTreeMap<(String, String), Held>, String> {
+    Anatomy::of(image)?.all()
+}
+
+/// Whether the image has one snapshot, of a disk that held `expected`.
+///
+/// # Errors
+/// It has not.
+pub fn only_one_holds(image: &[u8], expected: &[u8]) -> Result<(), String> {
+    let anatomy = Anatomy::of(image)?;
+    let [snapshot] = &anatomy.entries[..] else { return Err(format!("there are {} snapshots", anatomy.entries.len())) };
+    let cluster_size = anatomy.header.geometry.cluster_size() as usize;
+    let held = anatomy.held(snapshot)?;
+    let zeroes = vec![0; cluster_size];
+    for (guest, bytes) in expected.chunks(cluster_size).enumerate() {
+        let found = held.get(&(guest as u64)).unwrap_or(&zeroes);
+        if found[..bytes.len()] != *bytes {
+            return Err(format!("the snapshot's cluster {guest} differs from what it was"));
+        }
+    }
+    Ok(())
+}
