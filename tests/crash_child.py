@@ -1,13 +1,16 @@
-"""Run by test_crash_kill.py, and killed by it: works on an image for ever, and tells on standard output what it does.
+"""Run by tests of crashes, and killed by them: works on an image for ever, and tells on standard output what it does.
 
     crash_child.py IMAGE SEED FIRST_VERSION CONFIG
 
 Lines, each told by one write, which a kill cannot tear from the pipe's reader's point of view:
 
-    w OFFSET LENGTH VERSION   about to write: each sector holds its own offset and the version
-    z OFFSET LENGTH           about to discard or zero whole clusters
-    f                         about to flush
-    F                         the flush has completed: everything told before its `f` is durable
+    w OFFSET LENGTH VERSION THREAD   about to write: each sector holds its own offset and the version
+    z OFFSET LENGTH THREAD           about to discard or zero whole clusters
+    f THREAD                         about to flush
+    F THREAD                         the flush has completed: what was completed before its `f` is durable
+
+There is one thread here, 0; `c/guest.c` has several, each with a part of the disk to itself. A thread has completed
+what it told when it tells something else. Ends with status 3 when the image fails it.
 """
 
 from __future__ import annotations
@@ -44,12 +47,12 @@ def main(path: str, seed: int, version: int, config: str) -> None:
             length = rng.randint(1, 16) * SECTOR
             offset = rng.randrange((info.virtual_size - length) // SECTOR) * SECTOR
             version += 1
-            tell(f"w {offset} {length} {version}")
+            tell(f"w {offset} {length} {version} 0")
             image.write(offset, sectors(offset, length, version))
         elif kind == "flush":
-            tell("f")
+            tell("f 0")
             image.flush()
-            tell("F")
+            tell("F 0")
         elif kind == "compact":
             image.compact()
         else:
@@ -59,10 +62,10 @@ def main(path: str, seed: int, version: int, config: str) -> None:
             if kind == "cluster":
                 length = min(length, 256 << 10)
                 version += 1
-                tell(f"w {offset} {length} {version}")
+                tell(f"w {offset} {length} {version} 0")
                 image.write(offset, sectors(offset, length, version))
             else:
-                tell(f"z {offset} {length}")
+                tell(f"z {offset} {length} 0")
                 if kind == "discard":
                     image.discard(offset, length)
                 else:
@@ -70,4 +73,8 @@ def main(path: str, seed: int, version: int, config: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    try:
+        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    except qcow_recycler.Error as e:
+        print(e, file=sys.stderr)
+        os._exit(3)
