@@ -6,7 +6,6 @@ The cases are the hostile lines of the qcow2 specification's limits and of what 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import subprocess
@@ -19,15 +18,11 @@ import pytest
 
 import qcow_recycler
 import qemu
+from damage import CLUSTER, Victim, digest
 from qcow2 import COMPRESSED, COPIED, DIRTY, EXTENSION_BITMAPS, HEADER, OFFSET_MASK, ZERO, Qcow2
 
-CLUSTER = 4096
 CHILD = Path(__file__).with_name("hostile_child.py")
 HUGE64 = (1 << 63) - CLUSTER
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def meet(mode: str, path: Path, guest_offset: int = 0) -> dict[str, dict]:
@@ -42,47 +37,6 @@ def meet(mode: str, path: Path, guest_offset: int = 0) -> dict[str, dict]:
         limit = 20 if name == "compact" else 1
         assert step["seconds"] < limit, f"{mode}: {name} took {step['seconds']:.2f} s"
     return steps
-
-
-class Victim:
-    """A valid image to damage: two L2 tables and 80 data clusters, when clusters are of 4 KiB."""
-
-    def __init__(
-        self, path: Path, *, snapshot: bool = False, bitmap: bool = False, cluster_size: int = CLUSTER
-    ) -> None:
-        self.path = path
-        qemu.create(path, 4 << 20, cluster_size=cluster_size)
-        qemu.io(path, "write -P 0x11 0 256k", "write -P 0x22 3M 64k")
-        if snapshot:
-            qemu.img("snapshot", "-c", "one", path)
-            qemu.img("snapshot", "-c", "two", path)
-            qemu.io(path, "write -P 0x33 0 16k")
-        if bitmap:
-            qemu.img("bitmap", "--add", path, "b0")
-
-    @property
-    def meta(self) -> Qcow2:
-        return Qcow2(self.path)
-
-    def put(self, offset: int, value: int, width: int = 8) -> int:
-        """Overwrites one big-endian field; gives its offset."""
-        with open(self.path, "r+b") as file:
-            os.pwrite(file.fileno(), value.to_bytes(width, "big"), offset)
-        return offset
-
-    def header(self, name: str, value: int) -> int:
-        offset, width = HEADER[name]
-        return self.put(offset, value, width)
-
-    def extension(self, kind: int) -> int:
-        """Where a header extension's data starts."""
-        at = self.meta.get("header_length")
-        while True:
-            found, length = (int.from_bytes(self.meta.bytes_at(at + n, 4), "big") for n in (0, 4))
-            assert found, f"no header extension {kind:#x}"
-            if found == kind:
-                return at + 8
-            at += 8 + -(-length // 8) * 8
 
 
 @pytest.fixture
