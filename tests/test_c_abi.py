@@ -144,7 +144,15 @@ def test_cmake_finds_it(installed: Installed, tmp_path: Path) -> None:
 
 # Behaviour, natively in both languages and once under valgrind
 
-PROGRAMS = {"null": [], "sizes": [], "open_null": [], "lifetimes": [], "reentry": [], "threads": ["3000"]}
+PROGRAMS = {
+    "null": [],
+    "sizes": [],
+    "open_null": [],
+    "lifetimes": [],
+    "reentry": [],
+    "stubborn": ["200"],
+    "threads": ["3000"],
+}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

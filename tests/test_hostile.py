@@ -22,6 +22,8 @@ from damage import CLUSTER, Victim, digest
 from qcow2 import COMPRESSED, COPIED, DIRTY, EXTENSION_BITMAPS, HEADER, OFFSET_MASK, ZERO, Qcow2
 
 CHILD = Path(__file__).with_name("hostile_child.py")
+# An L1 table and a refcount table may be of 32 and of 8 MiB; the limit of the child's address space is larger.
+MEMORY = 96 << 20
 HUGE64 = (1 << 63) - CLUSTER
 
 
@@ -31,7 +33,9 @@ def meet(mode: str, path: Path, guest_offset: int = 0) -> dict[str, dict]:
         [sys.executable, str(CHILD), mode, str(path), str(guest_offset)], capture_output=True, timeout=60, check=False
     )
     assert result.returncode == 0, f"{mode}: {result.stdout.decode()}\n{result.stderr.decode()[-3000:]}"
-    steps: dict[str, dict] = json.loads(result.stdout)
+    told = json.loads(result.stdout)
+    assert told["grown"] < MEMORY, f"{mode}: {told['grown']} bytes of memory"
+    steps: dict[str, dict] = told["steps"]
     for name, step in steps.items():
         # Cutting a long file off takes its bounded steps.
         limit = 20 if name == "compact" else 1
@@ -249,6 +253,36 @@ def test_more_snapshots_than_the_table_holds(image_path: Path) -> None:
     victim.header("nb_snapshots", 65536)
     before = digest(image_path)
     assert meet("write-open", image_path)["open"]["error"]
+    assert digest(image_path) == before
+
+
+TABLES = {
+    "the header": lambda q: 0,
+    "the L1 table": lambda q: q.get("l1_table_offset"),
+    "the refcount table": lambda q: q.get("refcount_table_offset"),
+    "a refcount block": lambda q: q.refcount_table()[0],
+    "another snapshot's L1 table": lambda q: q.snapshots()[1].l1_offset,
+    "an L2 table": lambda q: q.l1()[0] & OFFSET_MASK,
+    "a data cluster": lambda q: q.mapping(0)[1] & OFFSET_MASK,
+}
+
+
+@pytest.mark.parametrize("target", TABLES)
+@pytest.mark.parametrize("what", ["the snapshot table", "a snapshot's L1 table"])
+def test_snapshot_tables_that_lie_on_others(image_path: Path, what: str, target: str) -> None:
+    """Two tables at one place: whoever writes one of them destroys the other."""
+    victim = Victim(image_path, snapshot=True)
+    q = victim.meta
+    offset = TABLES[target](q)
+    if what == "the snapshot table":
+        victim.header("snapshots_offset", offset)
+    else:
+        victim.put(q.snapshots()[0].at, offset)
+    before = digest(image_path)
+    check = meet("check", image_path)["check"]
+    assert check["error"] or check["corruptions"], f"the check does not find {what} on {target}"
+    steps = meet("write-open", image_path)
+    assert steps["open"]["error"] or target == "a data cluster", f"opened for writing, with {what} on {target}"
     assert digest(image_path) == before
 
 
