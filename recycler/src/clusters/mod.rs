@@ -21,6 +21,8 @@ pub(crate) mod scan;
 pub(crate) mod set;
 pub(crate) mod snapshots;
 
+use std::ops::Range;
+
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::units::HostCluster;
@@ -94,6 +96,12 @@ impl States {
             + self.roots.len()
             + self.copies.len()
             + self.freed_len()
+    }
+
+    /// Whether a cluster of the range is free, or was handed out and not linked yet: then an entry that names it is none of
+    /// the engine's.
+    pub(crate) fn any_free(&self, range: &Range<u64>) -> bool {
+        [&self.junk, &self.erased, &self.available, &self.roots].iter().any(|set| set.count_in(range.clone()) > 0)
     }
 
     /// The end of the last cluster that is neither Junk nor in the pool: what a truncation could leave.

@@ -329,31 +329,64 @@ async fn names<D: BlockDevice>(
     }
 }
 
-/// Puts the clusters that were free when the image was opened into Junk: those with a refcount of 0.
+/// Puts the clusters that were free when the image was opened into Junk: those with a refcount of 0 that no entry of the
+/// active tables names. Returns how many a damaged image names all the same: they are left alone.
 ///
 /// Whoever counts or releases clusters holds the refcounts, as this does block by block, so a cluster with a count of 0
-/// that is not in Junk was free from the start.
-pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, clusters: &Clusters) -> Result<()> {
+/// that is not in Junk was free from the start. Nobody takes such a cluster before it is in Junk, so an entry that names it
+/// was there from the start, too, however guests go on meanwhile.
+pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, clusters: &Clusters) -> Result<u64> {
     if clusters.lock().junk_is_complete {
-        return Ok(());
+        return Ok(0);
     }
+    let mut found = ClusterSet::default();
     let mut index = 0;
     loop {
         let mut refcounts = meta.refcounts.lock().await;
         // Where the file does not reach, a cluster that is not counted is not there to be used.
         let end = clusters.lock().end.min(meta.geometry.clusters_for(volume.length()));
         if index * meta.geometry.refcounts_per_block() >= end {
-            clusters.lock().junk_is_complete = true;
-            return Ok(());
+            break;
         }
         let free = refcounts.free_in_block(volume, index, end).await?;
         {
-            let mut states = clusters.lock();
-            free.into_iter().for_each(|run| states.junk.insert_range(run));
+            let states = clusters.lock();
+            free.into_iter().for_each(|run| found.insert_range(run));
+            found.remove_all(&states.junk);
         }
         drop(refcounts);
         index += 1;
         // A scan of a large image must not keep other work from this thread.
         tokio::task::yield_now().await;
     }
+    let all = found.len();
+    if all > 0 {
+        remove_named(volume, meta, &mut found).await?;
+    }
+    let mut states = clusters.lock();
+    states.junk.add_all(&found);
+    states.junk_is_complete = true;
+    Ok(all - found.len())
+}
+
+/// Removes the clusters that an entry of the active tables names.
+async fn remove_named<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, set: &mut ClusterSet) -> Result<()> {
+    let geometry = meta.geometry;
+    let mut entries = Vec::new();
+    for l1_index in 0..meta.l1.len() {
+        // An entry that cannot be is reported to the request that needs it.
+        let Ok(Some(table)) = meta.l1.get(l1_index, volume.length()) else { continue };
+        set.remove(geometry.host_cluster(table.host));
+        meta.l2.survey(volume, table.host, l1_index, &mut entries).await?;
+        for &entry in entries.iter().filter(|&&e| e != 0) {
+            if let Ok(mapping) = Mapping::decode(entry, meta.version, geometry.cluster_size())
+                && let Some(hosts) = mapping.host_clusters(geometry)
+            {
+                set.remove_range(hosts);
+            }
+        }
+        // A scan of a large image must not keep other work from this thread.
+        tokio::task::yield_now().await;
+    }
+    Ok(())
 }

@@ -2,6 +2,8 @@
 //!
 //! Extended L2 entries are not handled here.
 
+use std::ops::Range;
+
 use crate::units::{Geometry, HostCluster, HostOffset};
 
 /// Bit 63: the refcount of the cluster (or L2 table) is exactly one, so it may be written in place.
@@ -66,6 +68,19 @@ impl Mapping {
             return Ok(Mapping::Unallocated);
         }
         Ok(Mapping::Data { host: HostOffset(offset), copied })
+    }
+
+    /// The host clusters that the entry names, in clusters of the file; `None` if it names none.
+    #[must_use]
+    pub fn host_clusters(&self, geometry: Geometry) -> Option<Range<u64>> {
+        let (first, count) = match *self {
+            Mapping::Data { host, .. } | Mapping::Zero { preallocated: Some((host, _)) } => {
+                (geometry.host_cluster(host), 1)
+            }
+            Mapping::Compressed { descriptor } => compressed_clusters(descriptor, geometry),
+            Mapping::Zero { preallocated: None } | Mapping::Unallocated => return None,
+        };
+        Some(first.0..first.0 + count)
     }
 
     /// The entry for a standard cluster that is ours alone.

@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 use super::backing::{Located, failed};
 use super::{ExtentKind, Image};
 use crate::buf::{IoBuf, IoBufMut};
-use crate::clusters::scan::find_junk;
 use crate::device::BlockDevice;
 use crate::device::host::HostFile;
 use crate::device::volume::{PIECE, Volume};
@@ -174,6 +173,6 @@ impl<D: BlockDevice> Image<D> {
         self.forget_past(0).await?;
         self.commit().await?;
         // Closing cuts off what is free at the end, as far as it is known.
-        find_junk(&self.volume, &self.meta, &self.clusters).await
+        self.find_junk().await
     }
 }

@@ -174,7 +174,7 @@ impl<D: BlockDevice> Image<D> {
         let _unfrozen = self.unfrozen(access).await;
         self.prepare_changes().await?;
         let (slice, index) = self.slice_for_change(first).await?;
-        self.check_targets(&slice, first, index)?;
+        self.check_targets(&slice, first, index, clusters.end - clusters.start).await?;
         let mut entries = self.meta.l2.modify(&slice);
         for (i, guest) in clusters.enumerate() {
             let entry = entries.get(index + i);

@@ -1,14 +1,14 @@
 //! From the virtual disk to the file: what the L2 tables say about a range.
 
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::Image;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::l2::Mapping;
 use crate::metadata::l2::Slice;
-use crate::units::{GuestCluster, GuestOffset, HostOffset};
+use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 
 /// How a run of bytes of the virtual disk is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,12 @@ impl<D: BlockDevice> Image<D> {
         }
         let guest = self.meta.geometry.guest_cluster(at);
         match self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? {
-            Some((slice, index)) => self.lookup_in_slice(&slice, index, at, max, purpose),
+            Some((slice, index)) => {
+                if purpose == Purpose::Write {
+                    self.check_targets(&slice, guest, index, self.clusters_of(at, max)).await?;
+                }
+                self.lookup_in_slice(&slice, index, at, max, purpose)
+            }
             // No table: nothing is allocated up to the end of what the missing slice would map.
             None => {
                 let length = self.slice_bytes() - at.0 % self.slice_bytes();
@@ -72,10 +77,17 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// The same, as far as it is in memory. `None` if the first slice is not: then an L2 table must be read.
+    /// The same, as far as it is in memory. `None` if the first slice is not, or if its entries must be checked before a write:
+    /// then tables must be read.
     pub(crate) fn lookup_cached(&self, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Option<Run>> {
         let geometry = self.meta.geometry;
         let Some((slice, index)) = self.meta.l2.cached(geometry.guest_cluster(at)) else { return Ok(None) };
+        let writable = |slice: &Slice, index: usize, at: GuestOffset, max: u64| {
+            purpose == Purpose::Read || slice.targets.are_checked(index, self.clusters_of(at, max))
+        };
+        if !writable(&slice, index, at, max) {
+            return Ok(None);
+        }
         let mut run = self.lookup_in_slice(&slice, index, at, max, purpose)?;
         // On into the next slices.
         loop {
@@ -84,6 +96,9 @@ impl<D: BlockDevice> Image<D> {
                 break;
             }
             let Some((slice, index)) = self.meta.l2.cached(geometry.guest_cluster(next)) else { break };
+            if !writable(&slice, index, next, max - run.length) {
+                break;
+            }
             // An error there is left to the request that needs it: this one may end before, or comes again.
             match self.lookup_in_slice(&slice, index, next, max - run.length, purpose) {
                 Ok(more) if run.continues(&more) => run.length += more.length,
@@ -93,12 +108,18 @@ impl<D: BlockDevice> Image<D> {
         Ok(Some(run))
     }
 
+    /// How many clusters a range of the disk touches.
+    fn clusters_of(&self, at: GuestOffset, length: u64) -> u64 {
+        let cluster_size = self.meta.geometry.cluster_size();
+        ((at.0 & (cluster_size - 1)) + length).div_ceil(cluster_size)
+    }
+
     /// How many bytes of the virtual disk one slice maps.
     fn slice_bytes(&self) -> u64 {
         self.meta.l2.per_slice() << self.meta.geometry.cluster_bits
     }
 
-    /// Within one slice.
+    /// Within one slice, whose entries have been checked if this is for a write.
     fn lookup_in_slice(
         &self,
         slice: &Arc<Slice>,
@@ -111,9 +132,6 @@ impl<D: BlockDevice> Image<D> {
         let cluster_size = geometry.cluster_size();
         let guest = geometry.guest_cluster(at);
         let within = at.0 & (cluster_size - 1);
-        if purpose == Purpose::Write {
-            self.check_targets(slice, guest, index)?;
-        }
         let entries = slice.read();
         let first = self.decode(guest, entries.get(index))?;
         let mut length = (cluster_size - within).min(max);
@@ -172,30 +190,80 @@ impl<D: BlockDevice> Image<D> {
         self.meta.l2.invalid_entry(&self.volume, &self.meta.l1, guest, entry, reason)
     }
 
-    /// Refuses a slice in which an entry points at one of the image's own tables: a guest write there would destroy it.
-    /// Done once, before the first write through the slice; entries set later are right by construction.
-    #[inline]
-    pub(crate) fn check_targets(&self, slice: &Arc<Slice>, guest: GuestCluster, index: usize) -> Result<()> {
-        if slice.targets_checked.load(Ordering::Acquire) { Ok(()) } else { self.check_targets_now(slice, guest, index) }
+    /// Refuses to write through entries of a slice that a damaged image points at a free cluster, which the next write may be
+    /// given, or at one of the image's own tables, which a guest write would destroy. Done once for each entry; entries set
+    /// later are right by construction.
+    pub(crate) async fn check_targets(
+        &self,
+        slice: &Arc<Slice>,
+        guest: GuestCluster,
+        index: usize,
+        count: u64,
+    ) -> Result<()> {
+        if slice.targets.are_checked(index, count) {
+            return Ok(());
+        }
+        let range = index..index.saturating_add(count as usize);
+        // In a box, lest the future of every request be as large as this one.
+        Box::pin(self.check_targets_now(slice, guest, index, range)).await
     }
 
     #[cold]
-    fn check_targets_now(&self, slice: &Arc<Slice>, guest: GuestCluster, index: usize) -> Result<()> {
-        let geometry = self.meta.geometry;
-        let entries = slice.read();
-        for i in 0..entries.len() {
-            let host = match Mapping::decode(entries.get(i), self.meta.version, geometry.cluster_size()) {
-                Ok(Mapping::Data { host, .. }) => host,
-                Ok(Mapping::Zero { preallocated: Some((host, _)) }) => host,
-                _ => continue,
-            };
-            let c = geometry.host_cluster(host);
-            if self.meta.tables.lock().contains(c) {
-                let entry_of = GuestCluster(guest.0 - index as u64 + i as u64);
-                return Err(self.invalid_entry(entry_of, entries.get(i), "it points at one of the image's own tables"));
+    async fn check_targets_now(
+        &self,
+        slice: &Arc<Slice>,
+        guest: GuestCluster,
+        index: usize,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let invalid = |i: usize, entry: u64, reason: &str| {
+            self.invalid_entry(GuestCluster(guest.0 - index as u64 + i as u64), entry, reason)
+        };
+        loop {
+            let mut next = None;
+            {
+                let entries = slice.read();
+                let tables = self.meta.tables.lock();
+                for i in (0..entries.len()).filter(|&i| !slice.targets.is_checked(i)) {
+                    let entry = entries.get(i);
+                    match self.targets(entry) {
+                        // One such entry is reason enough to trust none of the slice.
+                        Some((hosts, true)) if tables.contains(HostCluster(hosts.start)) => {
+                            return Err(invalid(i, entry, "it points at one of the image's own tables"));
+                        }
+                        Some((hosts, _)) if range.contains(&i) && next.is_none() => next = Some(hosts),
+                        Some(_) => {}
+                        None => slice.targets.set_checked(i),
+                    }
+                }
+                if (0..entries.len()).all(|i| slice.targets.is_checked(i)) {
+                    slice.targets.set_all_checked();
+                }
+            }
+            let Some(hosts) = next else { return Ok(()) };
+            // What tells the counts of this entry's clusters tells those of their neighbours, too: where the clusters of
+            // a slice lie together, one read of 4 KiB is all that this ever costs.
+            let mut refcounts = self.meta.refcounts.lock().await;
+            refcounts.load_range(&self.volume, &hosts).await?;
+            let entries = slice.read();
+            let states = self.clusters.lock();
+            for i in (0..entries.len()).filter(|&i| !slice.targets.is_checked(i)) {
+                let entry = entries.get(i);
+                let Some((hosts, _)) = self.targets(entry) else { continue };
+                match refcounts.all_counted(&hosts) {
+                    Some(true) if !states.any_free(&hosts) => slice.targets.set_checked(i),
+                    Some(_) if range.contains(&i) => return Err(invalid(i, entry, "it points at a free cluster")),
+                    _ => {}
+                }
             }
         }
-        slice.targets_checked.store(true, Ordering::Release);
-        Ok(())
+    }
+
+    /// The host clusters that an entry names, and whether they are the guest cluster's own, not compressed; `None` if it names
+    /// none, or cannot be decoded, which is reported to the request that needs it.
+    fn targets(&self, entry: u64) -> Option<(Range<u64>, bool)> {
+        let geometry = self.meta.geometry;
+        let mapping = Mapping::decode(entry, self.meta.version, geometry.cluster_size()).ok()?;
+        Some((mapping.host_clusters(geometry)?, !matches!(mapping, Mapping::Compressed { .. })))
     }
 }

@@ -5,10 +5,11 @@ use std::ops::Range;
 use super::Image;
 use crate::clusters::Clusters;
 use crate::clusters::moves::{Move, Reference};
+use crate::clusters::scan;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::device::volume::PIECE;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::l2::{self, Mapping};
 use crate::metadata::commit::L1Move;
 use crate::metadata::refcounts::Refcounts;
@@ -59,6 +60,16 @@ impl Drop for Holes<'_> {
 }
 
 impl<D: BlockDevice> Image<D> {
+    /// Puts what was free when the image was opened into Junk. The caller has the compaction's turn, or the image to itself.
+    pub(crate) async fn find_junk(&self) -> Result<()> {
+        let contradictions = scan::find_junk(&self.volume, &self.meta, &self.clusters).await?;
+        if contradictions > 0 {
+            let reason = format!("{contradictions} clusters are in use and not counted: check it");
+            self.background_error("looking for free clusters", &Error::invalid("image", 0, reason));
+        }
+        Ok(())
+    }
+
     /// Junk → Copies, or Roots to be erased: takes the lowest `count` holes below `limit`, or as many as there are, and
     /// counts them. The caller has the compaction's turn.
     pub(crate) async fn take_holes(&self, count: u64, limit: u64, purpose: Purpose) -> Result<Holes<'_>> {

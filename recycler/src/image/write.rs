@@ -88,7 +88,7 @@ impl<D: BlockDevice> Image<D> {
         let _unfrozen = self.unfrozen(access).await;
         self.prepare_changes().await?;
         let (slice, index) = self.slice_for_change(first).await?;
-        self.check_targets(&slice, first, index)?;
+        self.check_targets(&slice, first, index, count).await?;
 
         // What the clusters are now. Of these, a discard or a move may still change them before we link ours.
         let mut old = Vec::new();

@@ -35,8 +35,44 @@ pub(crate) struct Slice {
     index: u64,
     entries: RwLock<Box<[u64]>>,
     dirty: AtomicBool,
-    /// Whether its entries were checked against the image's own tables: see `Image::check_targets`.
-    pub(crate) targets_checked: AtomicBool,
+    /// Which entries guests may write through: see `Image::check_targets`.
+    pub(crate) targets: Targets,
+}
+
+/// Which entries of a slice were found to point at clusters that guests may write to. What the engine itself sets later is
+/// right by construction.
+pub(crate) struct Targets {
+    /// All were, so that nothing else needs to be looked at.
+    all: AtomicBool,
+    /// One bit for each entry.
+    checked: Box<[AtomicU64]>,
+}
+
+impl Targets {
+    fn new(entries: usize) -> Self {
+        Targets { all: AtomicBool::new(false), checked: (0..entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    /// Whether the `count` entries from `index` on were, as far as the slice has them.
+    #[inline]
+    pub(crate) fn are_checked(&self, index: usize, count: u64) -> bool {
+        let end = index.saturating_add(count as usize).min(self.checked.len() * 64);
+        self.all.load(Ordering::Acquire) || (index..end).all(|i| self.is_checked(i))
+    }
+
+    pub(crate) fn is_checked(&self, index: usize) -> bool {
+        self.checked.get(index / 64).is_none_or(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
+    }
+
+    pub(crate) fn set_checked(&self, index: usize) {
+        if let Some(word) = self.checked.get(index / 64) {
+            word.fetch_or(1 << (index % 64), Ordering::AcqRel);
+        }
+    }
+
+    pub(crate) fn set_all_checked(&self) {
+        self.all.store(true, Ordering::Release);
+    }
 }
 
 impl Slice {
@@ -166,9 +202,9 @@ impl L2Cache {
                 self.read_bytes.fetch_add(self.slice_size, Ordering::Relaxed);
                 let slice = Arc::new(Slice {
                     index: key,
+                    targets: Targets::new(entries.len()),
                     entries: RwLock::new(entries),
                     dirty: AtomicBool::new(false),
-                    targets_checked: AtomicBool::new(false),
                 });
                 let _ = guard.insert(slice.clone());
                 Ok(Some((slice, index)))

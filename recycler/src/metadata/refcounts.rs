@@ -217,6 +217,12 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Whether every cluster of the range is counted, if the slices that tell are in memory.
+    pub(crate) fn all_counted(&self, range: &Range<u64>) -> Option<bool> {
+        let loaded = |c: u64| self.slices.contains_key(&(c / self.per_slice()));
+        (range.clone().all(loaded)).then(|| range.clone().all(|c| self.cached(HostCluster(c)) > 0))
+    }
+
     /// Adds `delta` (1 or -1) to the refcount of every cluster in the range. All or nothing: an overflow, or a count
     /// that would fall below zero, is an error and changes nothing, and a dropped future changes nothing. The blocks must
     /// exist.

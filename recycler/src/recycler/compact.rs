@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use super::pacing::Pacer;
 use super::plan::{floor, plan};
 use crate::clusters::moves::{Batch, Copying, Move, Reference};
-use crate::clusters::scan::{find_junk, scan};
+use crate::clusters::scan::scan;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -136,7 +136,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let bits = image.meta.geometry.cluster_bits;
         let before = image.file_size();
         let cancelled_before = image.moves.cancelled.load(Ordering::Relaxed);
-        find_junk(&image.volume, &image.meta, &image.clusters).await?;
+        image.find_junk().await?;
         self.settle().await?;
         let mut go_on = true;
         while go_on {

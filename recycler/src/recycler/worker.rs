@@ -9,7 +9,6 @@ use super::compact::compact;
 use super::erase::erase;
 use super::pacing::Pacer;
 use super::policy::{self, Rules, View, Work};
-use crate::clusters::scan::find_junk;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -211,7 +210,7 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         match work {
             Work::FindJunk => {
                 let _turn = image.recycler_turn().await?;
-                find_junk(&image.volume, &image.meta, &image.clusters).await
+                image.find_junk().await
             }
             Work::Erase(bytes) => {
                 if erase(image, bytes, &mut self.pacer).await? == 0 {
