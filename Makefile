@@ -6,6 +6,7 @@
 #   make test              everything CI runs
 #   make lib               the C library; make install PREFIX= DESTDIR= installs it with its header
 #   make wheel             the Python wheel
+#   make bench             how fast, beside the raw file, QEMU and other libraries (see mk/bench.mk)
 #   make soak MINUTES=n    long random runs from a fresh seed, n minutes in all (see mk/soak.mk)
 #   make fuzz SECONDS=n    coverage-guided fuzzing, n seconds a target (see mk/fuzz.mk)
 #   make clean
@@ -27,7 +28,7 @@ include $(filter-out mk/setup.mk,$(sort $(wildcard mk/*.mk)))
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
 
-test: setup rust-format rust-lint header-check rust-test fuzz-slice lib python-dev python-lint pytest
+test: setup rust-format rust-lint header-check rust-test fuzz-slice lib bench-smoke python-dev python-lint pytest
 
 rust-format: system
 	$(CARGO) fmt --all --check

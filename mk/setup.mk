@@ -20,7 +20,8 @@ SYSTEM_PROGRAMS := \
 	mke2fs:e2fsprogs \
 	debugfs:e2fsprogs \
 	e2fsck:e2fsprogs \
-	valgrind:valgrind
+	valgrind:valgrind \
+	strace:strace
 
 # e2fsprogs live in sbin, which is not on every user's path.
 export PATH := $(PATH):/usr/sbin:/sbin

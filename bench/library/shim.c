@@ -1,0 +1,80 @@
+/* What the benchmark calls seldom, put in terms that need no struct of the header in Rust; and a check that what it
+ * calls often is declared in src/library.rs as it is in the header.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include "qcowrecycle.h"
+
+#define SAME(function, type) _Static_assert(_Generic(&(function), type: 1, default: 0), #function " has changed")
+
+SAME(qcr_read, int (*)(struct qcr_image *, void *, size_t, uint64_t, struct qcr_error *));
+SAME(qcr_write, int (*)(struct qcr_image *, const void *, size_t, uint64_t, struct qcr_error *));
+SAME(qcr_flush, int (*)(struct qcr_image *, struct qcr_error *));
+SAME(qcr_discard, int (*)(struct qcr_image *, uint64_t, uint64_t, struct qcr_error *));
+SAME(qcr_start, int (*)(struct qcr_image *, struct qcr_error *));
+SAME(qcr_pause, int (*)(struct qcr_image *, struct qcr_error *));
+SAME(qcr_resume, int (*)(struct qcr_image *, struct qcr_error *));
+SAME(qcr_stop, int (*)(struct qcr_image *, struct qcr_error *));
+SAME(qcr_close, int (*)(struct qcr_image *, struct qcr_error *));
+SAME(qcr_free, void (*)(struct qcr_image *));
+
+/* The message of a failed open goes to standard error. */
+int bench_open(const char *path, const char *config, struct qcr_image **image)
+{
+    struct qcr_options options;
+    struct qcr_error error;
+    int result;
+
+    QCR_INIT(options);
+    QCR_INIT(error);
+    result = qcr_options_init(&options, &error);
+    if (!result)
+        result = qcr_options_parse(&options, config, &error);
+    if (!result)
+        result = qcr_open_path(path, &options, NULL, image, &error);
+    if (result)
+        fprintf(stderr, "%s: %s\n", path, error.message);
+    return result;
+}
+
+/* before, after, moved, cancelled */
+int bench_compact(struct qcr_image *image, uint64_t report[4])
+{
+    struct qcr_compact_report full;
+    struct qcr_error error;
+    int result;
+
+    QCR_INIT(full);
+    QCR_INIT(error);
+    result = qcr_compact(image, NULL, NULL, &full, &error);
+    if (result) {
+        fprintf(stderr, "%s\n", error.message);
+        return result;
+    }
+    report[0] = full.file_size_before;
+    report[1] = full.file_size_after;
+    report[2] = full.moved;
+    report[3] = full.cancelled;
+    return 0;
+}
+
+/* The statistics in the order of the names in src/library.rs. */
+int bench_stats(struct qcr_image *image, uint64_t values[8])
+{
+    struct qcr_stats stats;
+    int result;
+
+    QCR_INIT(stats);
+    result = qcr_get_stats(image, &stats, NULL);
+    if (result)
+        return result;
+    values[0] = stats.file_size;
+    values[1] = stats.junk;
+    values[2] = stats.available;
+    values[3] = stats.device_flushes;
+    values[4] = stats.metadata_read_bytes;
+    values[5] = stats.metadata_write_bytes;
+    values[6] = stats.moved_bytes;
+    values[7] = stats.background_errors;
+    return 0;
+}
