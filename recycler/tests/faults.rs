@@ -1,39 +1,32 @@
 //! Faults: in a fixed history every device operation fails once, for a while, with an I/O error or a full disk. The
 //! error must reach a caller or the statistics; nothing may hang; what was flushed stays; the handle goes on or says
 //! that it is read-only; and the image opens again, sound, with contents that the model allows, also after a power
-//! cut.
+//! cut. The same with random histories and faults, and with faults while a crashed image is being recovered. And requests
+//! that are dropped at every await, while others free, reuse and move their clusters.
 //!
-//! `QCR_SEED=n cargo test --test faults` shifts delays and outcomes by a seed.
+//! `QCR_SEED=n cargo test --test faults` replays a seed, or shifts the delays and outcomes of the fixed histories by it;
+//! `QCR_SOAK_MINUTES=n` makes the run longer.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use common::config::{Config, ImageKind};
 use common::content::SECTOR;
 use common::crash::Effort;
+use common::cuts::{self, Budget, Counts, Start, Watch};
+use common::disturb::{random_fault, with_fault};
 use common::guests::{Clock, Errors, Failure, Shared};
-use common::history::Op;
+use common::history::{After, History, Op, Round};
 use common::play;
-use common::sim::{Delay, Fault, Kind, Settings, SimDevice};
+use common::sim::{Delay, Fault, Settings, SimDevice};
 use common::slice;
-use common::verify::{self, Depth, Tolerance};
-use qcow_recycler::buf::IoBuf;
+use common::verify::{self, Depth};
 use qcow_recycler::device::Features;
-use qcow_recycler::recycler::{Control, run};
 use qcow_recycler::{Error, Image};
-use rand::SeedableRng;
 use rand::rngs::SmallRng;
-
-/// What one run with a fault came to.
-#[derive(Default)]
-struct Outcome {
-    fired: bool,
-    read_only: bool,
-    crash_images: u64,
-}
+use rand::{Rng, SeedableRng};
 
 fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features: Features) -> Config {
     let cluster = 1u64 << cluster_bits;
@@ -86,147 +79,22 @@ fn requests(c: u64) -> Vec<Op> {
     ]
 }
 
-/// Opens the image, works, lets the fault pass, tries the handle, and closes it. Whether it closed well.
-async fn live(
-    config: Config,
-    device: &SimDevice,
-    shared: &Arc<Shared>,
-    outcome: &mut Outcome,
-) -> Result<bool, Failure> {
-    let image = match Image::open(device.clone(), config.options()).await {
-        Ok(image) => Arc::new(image),
-        Err(e) => {
-            outcome.fired = !device.disarm().is_empty();
-            let expected = outcome.fired && matches!(e, Error::Io { .. });
-            return if expected { Ok(false) } else { Err(shared.failure(format!("opening: {e}"))) };
-        }
-    };
-    let control = Control::new();
-    let worker = tokio::spawn(run(image.clone(), control.clone()));
-    shared.guest("guest", &image, &requests(config.image.cluster_sectors())).await?;
-    control.stop();
-    worker.await.map_err(|e| shared.failure(format!("the recycler panicked: {e}")))?;
-    shared.resize(&image, config.image.sectors - 3).await?;
-
-    let fired = device.disarm();
-    outcome.fired = !fired.is_empty();
-    let heard = !shared.errors.lock().is_empty() || image.stats().background_errors > 0;
-    // An operation that only saves work may be done without, and a file that cannot grow by much may grow by little.
-    let replaceable = |kind| matches!(kind, Kind::PunchHole | Kind::WriteZeroes | Kind::CopyRange | Kind::Truncate);
-    if !heard && fired.iter().any(|f| !replaceable(f.kind)) {
-        return Err(shared.failure(format!("nobody heard of {fired:?}")));
-    }
-    for (what, error) in shared.errors.lock().iter() {
-        if !matches!(error, Error::Io { .. } | Error::Failed { .. }) {
-            return Err(shared.failure(format!("{what}: {error}")));
-        }
-    }
-
-    outcome.read_only = try_handle(config, &image, shared).await?;
-    let began = shared.model.lock().flush_begins();
-    let closed = image.close().await;
-    shared.note(format!("closed: {closed:?}"));
-    match closed {
-        Ok(()) if outcome.read_only => Ok(false),
-        Ok(()) => {
-            shared.model.lock().flushed(began);
-            Ok(true)
-        }
-        Err(Error::Failed { .. }) if outcome.read_only => Ok(false),
-        Err(e) => Err(shared.failure(format!("closing after the fault has passed: {e}"))),
-    }
-}
-
-/// Whether the handle has become read-only; if not, it must work and hold what the model says.
-async fn try_handle(config: Config, image: &Image<SimDevice>, shared: &Shared) -> Result<bool, Failure> {
-    let cluster = config.image.cluster_sectors();
-    // The fault may have left a resize undone; these sectors exist in any case.
-    let sectors = [0, 20 * cluster, 150 * cluster];
-    for first in sectors {
-        let (request, version) = {
-            let mut model = shared.model.lock();
-            let version = model.next_version();
-            let allowed = |sector, _: &_| vec![common::content::Content::Data { sector, version }];
-            (model.begin(first, 1, allowed), version)
-        };
-        let data = common::content::data(first, 1, version);
-        match image.write(first * SECTOR as u64, IoBuf::new(&data)).await {
-            Ok(()) => shared.model.lock().end(request),
-            Err(Error::Failed { .. }) => {
-                shared.model.lock().fail(request);
-                return Ok(true);
-            }
-            Err(e) => return Err(shared.failure(format!("writing after the fault has passed: {e}"))),
-        }
-    }
-    let began = shared.model.lock().flush_begins();
-    match image.flush().await {
-        Ok(()) => shared.model.lock().flushed(began),
-        Err(Error::Failed { .. }) => return Ok(true),
-        Err(e) => return Err(shared.failure(format!("flushing after the fault has passed: {e}"))),
-    }
-    let bytes = verify::contents(image).await.map_err(|e| shared.failure(e))?;
-    let mut model = shared.model.lock();
-    model.read(0, &bytes).map_err(|m| shared.failure(format!("after the fault: {m}; {}", model.explain(m.sector))))?;
-    Ok(false)
-}
-
-/// One run with one fault.
-fn with_fault(config: Config, fault: Option<Fault>) -> Result<(Outcome, u64), Failure> {
-    let shared = Shared::new(config, Clock::Tokio, Errors::Collected);
-    let settings = Settings { delay: config.delay, features: config.features, ..Settings::new(config.seed) };
-    let device = SimDevice::new(config.create(), settings);
-    device.limit_operations(500_000);
-    if let Some(fault) = fault {
-        device.arm(fault);
-    }
-    let (mut outcome, mut closed) = (Outcome::default(), false);
-    play::in_paused_time(&shared, async {
-        closed = live(config, &device, &shared, &mut outcome).await?;
-        Ok(())
-    })?;
-    let broken = device.violations();
-    if !broken.is_empty() {
-        return Err(shared.failure(format!("rules of the device trait broken: {}", broken.join("; "))));
-    }
-    let operations = device.operations();
-    let error = |e: String| shared.failure(e);
-    let file = device.contents();
-    let model = shared.model.lock().clone();
-    if closed {
-        verify::our_check(&file, Tolerance::Clean).map_err(|e| error(format!("after closing: {e}")))?;
-        let reopened = verify::in_paused_time(async {
-            let image = Image::open(device.clone(), config.options()).await.map_err(|e| e.to_string())?;
-            verify::whole_disk(&image, &mut model.clone()).await?;
-            image.close().await.map_err(|e| e.to_string())
-        });
-        let reopened = reopened.unwrap_or_else(|hangs| Err(hangs.to_owned()));
-        reopened.map_err(|e| error(format!("reopening: {e}")))?;
-    }
-    verify::crash_image(&file, &model, None, &config, Depth { qemu: false, compact: true })
-        .map_err(|e| error(format!("the file as it was left: {e}")))?;
-    let epoch = device.epoch("after the fault");
-    let mut rng = SmallRng::seed_from_u64(config.seed);
-    let (_, selections) = epoch.selections(Effort { exhaustive: 3, random: 3, singles: 1 }, &mut rng);
-    for selection in selections {
-        outcome.crash_images += 1;
-        verify::crash_image(&epoch.image(&selection), &model, None, &config, Depth { qemu: false, compact: false })
-            .map_err(|e| error(format!("power cut after the fault, selection {selection:?}: {e}")))?;
-    }
-    Ok((outcome, operations))
-}
-
 /// Every operation of the history fails, one run each.
 fn every_operation(name: &str, config: Config) {
-    let (_, operations) = with_fault(config, None).unwrap_or_else(|f| panic!("{name}, without a fault\n{f}"));
+    let guests = [requests(config.image.cluster_sectors())];
+    let start = Start::empty(&config);
+    let play = |fault| with_fault(config, &start, &guests, fault);
+    let (_, operations) = play(None).unwrap_or_else(|f| panic!("{name}, without a fault\n{f}"));
     let (mut faults, mut read_only, mut crash_images) = (0, 0, 0);
     let mut failures = Vec::new();
-    for (errno, lasting) in [(libc::EIO, false), (libc::ENOSPC, false), (libc::EIO, true), (libc::ENOSPC, true)] {
+    let kinds =
+        [(libc::EIO, false), (libc::ENOSPC, false), (libc::EAGAIN, false), (libc::EIO, true), (libc::ENOSPC, true)];
+    for (errno, lasting) in kinds {
         // A history may grow longer by a fault; of lasting ones a share shows what there is to see.
-        let step = if lasting { 3 } else { 1 };
+        let step = if lasting || errno == libc::EAGAIN { 3 } else { 1 };
         for after in (0..operations).step_by(step) {
             let fault = Fault { after, errno, lasting };
-            let result = std::panic::catch_unwind(|| with_fault(config, Some(fault)));
+            let result = std::panic::catch_unwind(|| play(Some(fault)));
             match result {
                 Ok(Ok((outcome, _))) => {
                     faults += u64::from(outcome.fired);
@@ -281,4 +149,141 @@ fn every_operation_fails_with_lazy_refcounts() {
 #[test]
 fn every_operation_fails_with_larger_clusters() {
     every_operation("4096-byte clusters", config(12, false, 4 << 20, EVERYTHING));
+}
+
+#[test]
+fn random_histories_with_faults() {
+    let (mut histories, mut faults, mut crash_images) = (0, 0, 0);
+    for seed in slice::Slice::new(15, 10, 0.5) {
+        match random_fault(seed) {
+            Ok(Some(outcome)) => {
+                histories += 2;
+                faults += u64::from(outcome.fired);
+                crash_images += outcome.crash_images;
+            }
+            Ok(None) => {}
+            Err(failure) => panic!("seed {seed}\n{failure}\nreplay: QCR_SEED={seed} cargo test --test faults random"),
+        }
+    }
+    println!("random histories with faults: {histories} histories, {faults} faults, {crash_images} crash images");
+    slice::tell(&[("histories", histories), ("faults", faults), ("crash_images", crash_images)]);
+}
+
+/// Opens and closes the image on the device, as far as it goes.
+async fn recover(config: &Config, device: &SimDevice) -> Result<(), Error> {
+    let image = Image::open(device.clone(), config.options()).await?;
+    image.close().await
+}
+
+/// What a crash left, recovered while every device operation fails in turn; then the power goes as well.
+fn recovery_with_faults(seed: u64) -> Result<(u64, u64), Failure> {
+    let (history, start) = cuts::random_history(seed);
+    let config = history.config;
+    let shared = Shared::new(config, Clock::Tokio, Errors::None);
+    *shared.model.lock() = start.model.clone();
+    let device = SimDevice::new(start.image.clone(), config.device(true));
+    let watch = Watch::new(&device, &shared, 2);
+    play::in_paused_time(&shared, play::play(&history, &device, &shared, |_| Ok(())))?;
+    let moments = watch.end(&device, &shared);
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let (mut faults, mut crash_images) = (0, 0);
+    let bad = |what: String| Err(shared.failure(what));
+    for moment in &moments {
+        let (image, model) = moment.image(&mut rng);
+        let settings = Settings { features: config.features, ..Settings::new(seed) };
+        let untouched = SimDevice::new(image.clone(), settings);
+        if let Err(e) = verify::in_paused_time(recover(&config, &untouched)).unwrap_or(Err(Error::Closed)) {
+            return bad(format!("recovering: {e}"));
+        }
+        for after in 0..untouched.operations() {
+            let errno = if after % 2 == 0 { libc::EIO } else { libc::ENOSPC };
+            let device = SimDevice::new(image.clone(), settings);
+            device.arm(Fault { after, errno, lasting: rng.random_bool(0.3) });
+            let recovered = verify::in_paused_time(recover(&config, &device));
+            let fired = device.disarm();
+            faults += u64::from(!fired.is_empty());
+            match recovered {
+                Ok(Ok(()) | Err(Error::Io { .. } | Error::Failed { .. })) => {}
+                Ok(Err(e)) => return bad(format!("operation {after} of the recovery fails: {e}")),
+                Err(hangs) => return bad(format!("operation {after} of the recovery fails: {hangs}")),
+            }
+            let epoch = device.epoch("a fault during recovery");
+            let (_, selections) = epoch.selections(Effort { exhaustive: 1, random: 1, singles: 1 }, &mut rng);
+            let mut left: Vec<_> = selections.iter().take(4).map(|s| epoch.image(s)).collect();
+            left.push(device.contents());
+            for image in left {
+                crash_images += 1;
+                verify::crash_image(&image, &model, None, &config, Depth { qemu: false, compact: false })
+                    .map_err(|e| shared.failure(format!("after {fired:?} during recovery: {e}")))?;
+            }
+        }
+    }
+    Ok((faults, crash_images))
+}
+
+#[test]
+fn recovery_survives_faults_and_power_cuts() {
+    let (mut faults, mut crash_images) = (0, 0);
+    for seed in slice::Slice::new(10, 10, 0.15) {
+        match recovery_with_faults(seed) {
+            Ok((fired, images)) => {
+                faults += fired;
+                crash_images += images;
+            }
+            Err(failure) => panic!("seed {seed}\n{failure}\nreplay: QCR_SEED={seed} cargo test --test faults recovery"),
+        }
+    }
+    println!("faults during recovery: {faults} faults, {crash_images} crash images");
+    slice::tell(&[("faults", faults), ("crash_images", crash_images)]);
+}
+
+/// Each kind of request is dropped after every number of polls, while others discard the same clusters, make that durable,
+/// hand them out again, and move what is there.
+#[test]
+fn requests_are_dropped_at_every_await() {
+    let most = if slice::soak_minutes().is_some() { 40 } else { 16 };
+    let mut counts = Counts::default();
+    for cluster_bits in [9, 12] {
+        let c = (1u64 << cluster_bits) / SECTOR as u64;
+        let config = config(cluster_bits, false, 4 << 20, EVERYTHING);
+        let image = ImageKind { sectors: 40 * c, ..config.image };
+        let config = Config { image, overlap: true, keep_erased: 8 << cluster_bits, delay: Delay::Yields(2), ..config };
+        let filling = [Op::Write { first: 0, count: 30 * c }, Op::Discard { first: 4 * c, count: 6 * c }];
+        let filling = History { config, compare: false, rounds: vec![Round::of(&filling)] };
+        let start = Start::after(&filling, false).unwrap_or_else(|f| panic!("filling the disk: {f}"));
+        let dropped = [
+            ("overwrite", Op::Write { first: 20 * c, count: 2 * c }),
+            ("write", Op::Write { first: 34 * c, count: 2 * c }),
+            ("write into a hole", Op::Write { first: 5 * c, count: c }),
+            ("discard", Op::Discard { first: 20 * c, count: 3 * c }),
+            ("discard of a part", Op::Discard { first: 20 * c, count: c.div_ceil(2) }),
+            ("zeroes", Op::WriteZeroes { first: 20 * c, count: 2 * c, may_unmap: false }),
+            ("flush", Op::Flush),
+            ("compact", Op::Compact),
+            ("read", Op::Read { first: 18 * c, count: 6 * c }),
+        ];
+        for (name, op) in dropped {
+            for polls in 1..=most {
+                let (first, count) = op.range().unwrap_or((20 * c, 2 * c));
+                let guests = vec![
+                    vec![Op::DropNext(polls), op, Op::Flush, Op::Write { first: 36 * c, count: c }],
+                    vec![
+                        Op::Discard { first, count },
+                        Op::Flush,
+                        Op::Sleep(2),
+                        Op::Write { first: 30 * c, count: 4 * c },
+                    ],
+                    vec![Op::Compact, Op::Write { first: 38 * c, count: c }, Op::Flush],
+                ];
+                let rounds = vec![Round { recycler: true, guests, after: After::Nothing }];
+                let history = History { config, compare: true, rounds };
+                let effort = Effort { exhaustive: 4, random: 4, singles: 2 };
+                let budget = Budget { moments: 5, effort, qemu: 0, twice: 0 };
+                cuts::play(&history, &start, budget, &mut counts)
+                    .unwrap_or_else(|f| panic!("{name} dropped after {polls} polls, {config}\n{f}"));
+            }
+        }
+    }
+    println!("requests dropped at every await: {counts}");
+    counts.tell();
 }

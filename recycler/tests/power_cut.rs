@@ -36,13 +36,16 @@ fn random_histories() {
         moments: if soak { 120 } else { 40 },
         effort: Effort { exhaustive: if soak { 10 } else { 7 }, random: 24, singles: 8 },
         qemu: if soak { 400 } else { 150 },
+        twice: 151,
     };
     let (mut counts, start) = (Counts::default(), Instant::now());
     for seed in Slice::new(30, 10, 0.5) {
-        let (history, from) = match seed % 8 {
-            3 | 7 => cuts::racing_history(seed),
-            5 => cuts::reusing_history(seed),
-            6 => cuts::overtaken_history(seed),
+        let (history, from) = match seed % 16 {
+            // A large disk, so seldom.
+            12 => cuts::outgrowing_history(seed),
+            3 | 7 | 11 | 15 => cuts::racing_history(seed),
+            5 | 13 => cuts::reusing_history(seed),
+            6 | 14 => cuts::overtaken_history(seed),
             _ => cuts::random_history(seed),
         };
         if let Err(failure) = cuts::play(&history, &from, budget, &mut counts) {

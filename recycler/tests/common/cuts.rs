@@ -7,7 +7,7 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::ops::AddAssign;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -17,7 +17,7 @@ use qcow_recycler::recycler::compact;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::config::{Config, Scale};
+use super::config::{Config, ImageKind, Scale};
 use super::content::{Content, SECTOR, recognise};
 use super::crash::{Atom, Effort, Epoch};
 use super::guests::{Clock, Errors, Failure, Shared, Work};
@@ -94,11 +94,13 @@ pub fn reusing_history(seed: u64) -> (History, Start) {
     (History::reusing(config, &mut rng), start)
 }
 
-/// Guest writes that take long while everything else is quick, so that moves and the reuse of clusters overtake them.
+/// Guest writes that take long while everything else is quick, so that moves and the reuse of clusters overtake them; or
+/// flushes that do, so that guests write to what is being moved.
 pub fn overtaken_history(seed: u64) -> (History, Start) {
     let mut rng = SmallRng::seed_from_u64(seed ^ 0x6f76_6572);
     let mut config = Config::random(seed, Scale::Tiny, &mut rng);
-    config.delay = Delay::SlowGuests { millis: 200 };
+    config.delay =
+        if seed.is_multiple_of(2) { Delay::SlowFlushes { millis: 80 } } else { Delay::SlowGuests { millis: 200 } };
     config.overlap = true;
     // Copying must not be as slow as the guest.
     config.features = Features { copy_range: true, ..config.features };
@@ -108,6 +110,39 @@ pub fn overtaken_history(seed: u64) -> (History, Start) {
     config.flush_after = Duration::from_millis(1);
     let start = full_of_holes(config, &mut rng);
     (History::overtaken(config, &mut rng), start)
+}
+
+/// A file that is about to outgrow what its refcount table can name: the next growth needs a larger table, and a new place
+/// for it.
+pub fn outgrowing_history(seed: u64) -> (History, Start) {
+    static MADE: LazyLock<Start> = LazyLock::new(|| {
+        let config = outgrowing_config(1);
+        let history =
+            History { config, compare: false, rounds: vec![Round::of(&[Op::Write { first: 0, count: 3620 }])] };
+        Start::after(&history, false).unwrap_or_else(|failure| panic!("filling: {failure}"))
+    });
+    let (config, mut rng) = (outgrowing_config(seed), SmallRng::seed_from_u64(seed));
+    let mut ops = Vec::new();
+    for first in [3630, 3640] {
+        ops.extend([Op::Write { first, count: rng.random_range(1..5) }, Op::Flush]);
+        ops.push(Op::Discard { first: rng.random_range(0..3600), count: 3 });
+    }
+    (History { config, compare: false, rounds: vec![Round::of(&ops)] }, MADE.clone())
+}
+
+fn outgrowing_config(seed: u64) -> Config {
+    // Blocks that count few clusters, and a table of one cluster that names few blocks.
+    let image = ImageKind {
+        cluster_bits: 9,
+        refcount_bits: 64,
+        version: 3,
+        lazy_refcounts: false,
+        preallocated: false,
+        sectors: 3700,
+    };
+    let config = Config::random(seed, Scale::Tiny, &mut SmallRng::seed_from_u64(seed));
+    let features = Settings::new(0).features;
+    Config { image, features, delay: Delay::None, l2_cache_size: 4 << 20, room: 0, ..config }
 }
 
 /// A disk that was written whole and then discarded in places.
@@ -131,8 +166,15 @@ pub struct Budget {
     /// Moments kept: an even, seeded share if there are more.
     pub moments: usize,
     pub effort: Effort,
-    /// One crash image in so many is shown to QEMU.
+    /// One crash image in so many is shown to QEMU; with 0 none.
     pub qemu: u64,
+    /// One in so many loses the power again while it is recovered; with 0 none.
+    pub twice: u64,
+}
+
+/// One in so many; with 0 none.
+fn one_in(share: u64, number: u64) -> bool {
+    share > 0 && number.is_multiple_of(share)
 }
 
 /// What was done.
@@ -323,9 +365,9 @@ pub fn cut(
                 continue;
             }
             counts.images += 1;
-            let depth = Depth { qemu: counts.images % budget.qemu == 1, compact: counts.images % 7 == 3 };
+            let depth = Depth { qemu: one_in(budget.qemu, counts.images), compact: counts.images % 7 == 3 };
             counts.qemu += u64::from(depth.qemu);
-            let twice = counts.images % TWICE == 2;
+            let twice = one_in(budget.twice, counts.images);
             let look = || {
                 verify::crash_image(&image, &moment.model, snapshot, config, depth)?;
                 if twice { cut_again(&image, &moment.model, config) } else { Ok(0) }
@@ -344,9 +386,6 @@ pub fn cut(
     }
     Ok(())
 }
-
-/// One crash image in so many loses the power a second time.
-const TWICE: u64 = 151;
 
 /// Opens what a power cut left, compacts and closes it, and cuts the power meanwhile. Returns how many images were looked
 /// at.

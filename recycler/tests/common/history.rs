@@ -170,7 +170,7 @@ impl History {
         History { config, compare: true, rounds: vec![Round { recycler: true, guests, after: After::Nothing }] }
     }
 
-    /// Slow writes, overtaken by compactions, and by discards whose clusters are handed out again.
+    /// Writes that are overtaken by compactions, and by discards whose clusters are handed out again.
     pub fn overtaken(config: Config, rng: &mut SmallRng) -> History {
         let (cluster, sectors) = (config.image.cluster_sectors(), config.image.sectors);
         let mut guests = vec![Vec::new(); 6];
@@ -182,7 +182,7 @@ impl History {
             // Moves begin at the end of the file, which is likely the end of the disk.
             for guest in &mut guests[0..3] {
                 let (first, count) = pick(1, sectors / 2);
-                guest.push(Op::Write { first, count: count.min(2) });
+                guest.extend([Op::Sleep(20 + first % 20), Op::Write { first, count: count.min(2) }]);
             }
             let (first, count) = pick(3, sectors / 2);
             guests[3].extend([Op::Sleep(10), Op::Discard { first, count }, Op::Flush, Op::Sleep(20)]);

@@ -75,7 +75,7 @@ pub struct Model {
     /// Sizes that a power cut may leave besides the present one.
     other_sizes: Vec<u64>,
     /// The size before, and the request that cuts off what is past the new end, while the disk is being made smaller.
-    shrinking: Option<(u64, u64)>,
+    shrinking: Option<(u64, Request)>,
     clock: u64,
     requests: u64,
     watches: BTreeMap<u64, Watch>,
@@ -206,8 +206,11 @@ impl Model {
         self.tightened += 1;
     }
 
-    /// A resize has completed: the size is durable.
+    /// A resize has completed: the size is durable, and what lies past it is lost for good.
     pub fn size_flushed(&mut self) {
+        for cell in self.cells.iter_mut().skip(self.size as usize) {
+            *cell = Cell::new();
+        }
         self.other_sizes.clear();
         self.shrinking = None;
         self.tightened += 1;
@@ -218,8 +221,7 @@ impl Model {
         self.other_sizes.push(self.size);
         if size < self.size {
             let request = self.begin(size, self.size - size, |_, _| vec![Content::Zero]);
-            self.shrinking = Some((self.size, request.number));
-            self.end(request);
+            self.shrinking = Some((self.size, request));
         }
         if self.cells.len() < size as usize {
             self.cells.resize(size as usize, Cell::new());
@@ -230,7 +232,9 @@ impl Model {
     /// A resize to `size` failed: the size is the old or the new one.
     pub fn resize_failed(&mut self, before: u64) {
         self.other_sizes.push(self.size);
-        self.shrinking = None;
+        if let Some((_, request)) = self.shrinking.take() {
+            self.fail(request);
+        }
         self.size = before;
     }
 
@@ -284,7 +288,7 @@ impl Model {
     pub fn survived(&self, bytes: &[u8]) -> Result<(), Mismatch> {
         // A disk that is still as large as it was has lost nothing yet: its size becomes durable first.
         let size = (bytes.len() / SECTOR) as u64;
-        let undone = self.shrinking.and_then(|(before, request)| (size == before).then_some(request));
+        let undone = self.shrinking.and_then(|(before, request)| (size == before).then_some(request.number));
         for (i, found) in bytes.chunks_exact(SECTOR).map(recognise).enumerate() {
             let sector = i as u64;
             let allowed = self.cells.get(i).map_or(found == Content::Zero, |c| c.may_survive(found, undone));

@@ -53,6 +53,7 @@ pub fn steps(variant: &Variant) -> Vec<(&'static str, Round)> {
     let all_tables: Vec<Op> = (20..variant.sectors).step_by(64).map(|first| Op::Write { first, count: 2 }).collect();
     vec![
         ("write", round(&all_tables, false, After::Nothing)),
+        ("write much", op(Op::Write { first: 16, count: 48 })),
         ("overwrite", op(Op::Write { first: 1, count: 2 })),
         ("partial write", op(Op::Write { first: 27, count: 1 })),
         ("write across", op(Op::Write { first: 63, count: 2 })),
@@ -66,7 +67,8 @@ pub fn steps(variant: &Variant) -> Vec<(&'static str, Round)> {
         // Not long enough for a flush, nor for a compaction.
         ("erase", round(&[Op::Sleep(3)], true, After::Nothing)),
         ("recycle", round(&[Op::Sleep(100)], true, After::Nothing)),
-        ("shrink", round(&[], false, After::Resize(30))),
+        // To a size that ends inside a cluster, if it can.
+        ("shrink", round(&[], false, After::Resize(13))),
         ("grow", round(&[], false, After::Resize(variant.sectors * 2))),
         ("reopen", round(&[], false, After::Reopen)),
     ]
@@ -115,7 +117,8 @@ impl Variant {
     pub fn play(&self, config: Config, start: &Start, sequence: &[usize], counts: &mut Counts) -> Result<(), Failure> {
         let steps = steps(self);
         let rounds = sequence.iter().map(|&i| steps[i].1.clone()).collect();
-        let budget = Budget { moments: 1000, effort: Effort { exhaustive: 8, random: 12, singles: 6 }, qemu: 500 };
+        let effort = Effort { exhaustive: 8, random: 12, singles: 6 };
+        let budget = Budget { moments: 1000, effort, qemu: 500, twice: 151 };
         cuts::play(&History { config, compare: false, rounds }, start, budget, counts)
     }
 

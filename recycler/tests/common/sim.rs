@@ -52,6 +52,16 @@ pub enum Delay {
     Sleeps { yields: u32, millis: u64 },
     /// Writes of guest data take about so many milliseconds, everything else is done at once: everything overtakes them.
     SlowGuests { millis: u64 },
+    /// Flushes take about so many milliseconds, everything else is done at once: much happens while one is under way.
+    SlowFlushes { millis: u64 },
+}
+
+/// What an operation is, as far as delays tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    GuestData,
+    Flush,
+    Other,
 }
 
 /// How a device behaves.
@@ -458,15 +468,20 @@ impl SimDevice {
         Ok(Operation { device: self, id, kind, applied: early, failed, covers, ended: false })
     }
 
-    async fn pause(&self, guest_data: bool) {
+    async fn pause(&self, class: Class) {
         let (yields, millis) = {
             let mut state = self.inner.state.lock();
             let mut up_to = |n: u32| if n == 0 { 0 } else { state.rng.random_range(0..=n) };
             match self.inner.settings.delay {
                 Delay::None => (0, 0),
                 Delay::Yields(n) => (up_to(n), 0),
-                Delay::SlowGuests { millis } if guest_data => (0, state.rng.random_range(millis / 2..=millis)),
-                Delay::SlowGuests { .. } => (0, 0),
+                Delay::SlowGuests { millis } if class == Class::GuestData => {
+                    (0, state.rng.random_range(millis / 2..=millis))
+                }
+                Delay::SlowFlushes { millis } if class == Class::Flush => {
+                    (0, state.rng.random_range(millis / 2..=millis))
+                }
+                Delay::SlowGuests { .. } | Delay::SlowFlushes { .. } => (0, 0),
                 Delay::Sleeps { yields, millis } => {
                     let count = up_to(yields);
                     let longest = match state.rng.random_range(0..100) {
@@ -487,12 +502,12 @@ impl SimDevice {
     }
 
     async fn modify(&self, kind: Kind, ranges: Vec<(Range<u64>, bool)>, effect: Effect) -> io::Result<()> {
-        let guest_data = match &effect {
-            Effect::Patch { bytes, .. } => kind == Kind::Write && is_guest_data(bytes),
-            _ => false,
+        let class = match &effect {
+            Effect::Patch { bytes, .. } if kind == Kind::Write && is_guest_data(bytes) => Class::GuestData,
+            _ => Class::Other,
         };
         let operation = self.begin(kind, ranges, effect)?;
-        self.pause(guest_data).await;
+        self.pause(class).await;
         operation.end()
     }
 
@@ -573,7 +588,7 @@ impl BlockDevice for SimDevice {
 
     async fn length(&self) -> io::Result<u64> {
         let operation = self.begin(Kind::Length, Vec::new(), Effect::Nothing)?;
-        self.pause(false).await;
+        self.pause(Class::Other).await;
         operation.end()?;
         Ok(self.inner.state.lock().now.len() as u64)
     }
@@ -595,9 +610,9 @@ impl BlockDevice for SimDevice {
         };
         if early {
             get(&mut buf)?;
-            self.pause(false).await;
+            self.pause(Class::Other).await;
         } else {
-            self.pause(false).await;
+            self.pause(Class::Other).await;
             get(&mut buf)?;
         }
         operation.end()
@@ -612,7 +627,7 @@ impl BlockDevice for SimDevice {
 
     async fn flush(&self) -> io::Result<()> {
         let operation = self.begin(Kind::Flush, Vec::new(), Effect::Nothing)?;
-        self.pause(false).await;
+        self.pause(Class::Flush).await;
         operation.end()
     }
 
