@@ -59,7 +59,7 @@ int bench_compact(struct qcr_image *image, uint64_t report[4])
 }
 
 /* The statistics in the order of the names in src/library.rs. */
-int bench_stats(struct qcr_image *image, uint64_t values[8])
+int bench_stats(struct qcr_image *image, uint64_t values[9])
 {
     struct qcr_stats stats;
     int result;
@@ -76,5 +76,6 @@ int bench_stats(struct qcr_image *image, uint64_t values[8])
     values[5] = stats.metadata_write_bytes;
     values[6] = stats.moved_bytes;
     values[7] = stats.background_errors;
+    values[8] = stats.moves_copying + stats.moves_copied + stats.moves_flushed + stats.moves_referenced;
     return 0;
 }

@@ -204,7 +204,11 @@ impl Field {
             }
             match Process::open(contender, &opening) {
                 Ok(process) => field.processes.push((contender, process)),
-                Err(error) if contender.optional() => eprintln!("  left out: {error:#}"),
+                Err(error) if contender.optional() => {
+                    if contender.built() {
+                        eprintln!("  left out: {error:#}");
+                    }
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -240,7 +244,7 @@ impl Field {
             }
             if let Some(image) = &self.qemu {
                 let joins = round % count.div_ceil(3) == 0 && work.kind != Kind::Discard;
-                let done = if joins { Some(qemu::bench(image, &work, &mut self.seen_by_qemu)?) } else { None };
+                let done = if joins { qemu::bench(image, &work, &mut self.seen_by_qemu)? } else { None };
                 samples.entry(Qemu).or_default().push(done);
             }
         }

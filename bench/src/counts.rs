@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use bench_work::probes::MARK;
-use bench_work::protocol::{Opening, Work};
+use bench_work::protocol::{Extra, Opening, Work};
 
 use crate::contender::{Contender, Process, programs};
 
@@ -31,12 +31,28 @@ impl Calls {
 
 /// Does `work` once under strace. Calls of all threads count, those of the recycler, too.
 pub fn calls(contender: Contender, opening: &Opening, work: &Work, trace: &Path) -> Result<Calls> {
+    let mut process = Process::open_in(contender, traced(contender, trace)?, opening)?;
+    process.run(work)?;
+    process.close()?;
+    read(trace)
+}
+
+/// The same of one compaction.
+pub fn calls_of_compaction(opening: &Opening, trace: &Path) -> Result<Calls> {
+    let mut process = Process::open_in(Contender::Library, traced(Contender::Library, trace)?, opening)?;
+    process.extra(Extra::Compact(None))?;
+    process.close()?;
+    read(trace)
+}
+
+fn traced(contender: Contender, trace: &Path) -> Result<Command> {
     let plain = contender.command()?;
     let mut command = Command::new("strace");
     command.args(["-f", "-qq", "-o"]).arg(trace).arg(plain.get_program()).args(plain.get_args());
-    let mut process = Process::open_in(contender, command, opening)?;
-    process.run(work)?;
-    process.close()?;
+    Ok(command)
+}
+
+fn read(trace: &Path) -> Result<Calls> {
     let text = fs::read_to_string(trace)?;
     fs::remove_file(trace)?;
     Ok(parse(&text))

@@ -101,7 +101,7 @@ pub fn nanoseconds_each(done: &Done) -> f64 {
 }
 
 /// The rounds in which nobody lost his core, unless there are hardly any.
-fn undisturbed<T>(rounds: Vec<(bool, T)>) -> impl Iterator<Item = T> {
+pub fn undisturbed<T>(rounds: Vec<(bool, T)>) -> impl Iterator<Item = T> {
     let calm = rounds.iter().filter(|(calm, _)| *calm).count();
     let all = calm < 5.min(rounds.len());
     rounds.into_iter().filter(move |(calm, _)| all || *calm).map(|(_, value)| value)

@@ -4,6 +4,7 @@
 mod contender;
 mod counts;
 mod figures;
+mod loopback;
 mod place;
 mod qemu;
 mod report;

@@ -46,7 +46,10 @@ impl Place {
     /// Removes all files, for the next row.
     pub fn clear(&self) -> Result<()> {
         for entry in fs::read_dir(&self.directory)? {
-            fs::remove_file(entry?.path())?;
+            let path = entry?.path();
+            if path.is_file() {
+                fs::remove_file(path)?;
+            }
         }
         Ok(())
     }

@@ -36,7 +36,7 @@ unsafe extern "C" {
     fn bench_stats(image: *mut Handle, values: *mut u64) -> c_int;
 }
 
-const STATS: [&str; 8] = [
+const STATS: [&str; 9] = [
     "file_size",
     "junk",
     "available",
@@ -45,6 +45,7 @@ const STATS: [&str; 8] = [
     "metadata_write_bytes",
     "moved_bytes",
     "background_errors",
+    "moves",
 ];
 
 fn check(result: c_int) -> io::Result<()> {
@@ -83,9 +84,9 @@ impl Image {
         }))
     }
 
-    fn stats(&self) -> io::Result<[u64; 8]> {
-        let mut values = [0; 8];
-        // SAFETY: an open handle, and room for the eight numbers.
+    fn stats(&self) -> io::Result<[u64; 9]> {
+        let mut values = [0; 9];
+        // SAFETY: an open handle, and room for the nine numbers.
         check(unsafe { bench_stats(self.0, values.as_mut_ptr()) })?;
         Ok(values)
     }

@@ -51,7 +51,7 @@ fn disk_space(place: &Place, writes: u64) -> Result<Line> {
     let mut line = Line::new("allocate", "disk space per byte written into unallocated clusters", "ratio");
     for who in Contender::ALL {
         let bytes = occupied(&place.of(who, "allocate"))? as f64;
-        if who != Qemu {
+        if who != Qemu && who.built() {
             line = line.value(who, Some(Spread::exact(bytes / (writes * 4096) as f64)));
         }
     }

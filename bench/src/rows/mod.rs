@@ -1,8 +1,11 @@
 //! The rows of the table: what each measures, and what is to be reached.
 
 mod allocating;
+mod compaction;
 mod discards;
+mod huge;
 mod mapped;
+mod recycling;
 mod uncached;
 
 use anyhow::Result;
@@ -59,7 +62,7 @@ pub struct Row {
     pub measure: fn(&mut Bench) -> Result<Vec<Line>>,
 }
 
-pub const ROWS: [Row; 8] = [
+pub const ROWS: [Row; 12] = [
     Row { name: "read", title: "random 4 KiB reads of mapped clusters, tables in memory", measure: mapped::read },
     Row {
         name: "overwrite",
@@ -76,4 +79,8 @@ pub const ROWS: [Row; 8] = [
         measure: uncached::uncached,
     },
     Row { name: "discard", title: "discards of single clusters in random order", measure: discards::discard },
+    Row { name: "recycler", title: "the guest while the recycler moves clusters", measure: recycling::recycler },
+    Row { name: "compact", title: "compaction of a file half free", measure: compaction::compact },
+    Row { name: "huge", title: "a disk of 1 TiB", measure: huge::huge },
+    Row { name: "idle", title: "nothing to do", measure: huge::idle },
 ];

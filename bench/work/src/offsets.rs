@@ -8,6 +8,8 @@ pub enum Offsets {
     Random { units: u64, unit: u64, within: u64, seed: u64 },
     /// Every unit once, in an order that `seed` decides, from the `skip`th on; over again when all had their turn.
     Shuffled { units: u64, unit: u64, within: u64, seed: u64, skip: u64 },
+    /// Independent random units out of those that `Shuffled` with `order` has from the `skip`th on.
+    AmongLast { units: u64, unit: u64, within: u64, order: u64, skip: u64, seed: u64 },
     /// Every unit in order, from the `skip`th on; over again from the first when all had their turn.
     Sequential { units: u64, unit: u64, skip: u64 },
 }
@@ -23,12 +25,13 @@ impl Offsets {
             }
             Self::Shuffled { units, unit, within, seed, skip } => {
                 let (first, share) = share_of(units, thread, threads);
-                let mut order: Vec<u64> = (first..first + share).collect();
-                let mut random = Random::new(seed);
-                for last in (1..order.len()).rev() {
-                    order.swap(last, random.below(last as u64 + 1) as usize);
-                }
+                let order = shuffled(first, share, seed);
                 (skip..skip + count).map(|i| order[(i % share) as usize] * unit + within).collect()
+            }
+            Self::AmongLast { units, unit, within, order, skip, seed } => {
+                let order = shuffled(0, units, order);
+                let mut random = Random::new(seed ^ (thread as u64) << 32);
+                (0..count).map(|_| order[(skip + random.below(units - skip)) as usize] * unit + within).collect()
             }
             Self::Sequential { units, unit, skip } => {
                 let (first, share) = share_of(units, thread, threads);
@@ -36,6 +39,15 @@ impl Offsets {
             }
         }
     }
+}
+
+fn shuffled(first: u64, count: u64, seed: u64) -> Vec<u64> {
+    let mut order: Vec<u64> = (first..first + count).collect();
+    let mut random = Random::new(seed);
+    for last in (1..order.len()).rev() {
+        order.swap(last, random.below(last as u64 + 1) as usize);
+    }
+    order
 }
 
 fn share_of(units: u64, thread: usize, threads: usize) -> (u64, u64) {

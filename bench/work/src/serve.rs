@@ -171,7 +171,12 @@ impl<D: Disk> Worker<D> {
                 Request::Run(work) => self.run(&work).await.map(Reply::Done),
                 Request::Flush => self.disk.flush().await.map(|()| Reply::Done(Done::default())),
                 Request::Extra(Extra::Idle { milliseconds }) => Ok(Reply::Value(idle(milliseconds).into())),
-                Request::Extra(extra) => self.disk.extra(&extra).map(Reply::Value),
+                Request::Extra(extra) => {
+                    probes::mark();
+                    let value = self.disk.extra(&extra).map(Reply::Value);
+                    probes::mark();
+                    value
+                }
                 Request::Close => {
                     let closed = self.disk.close().await.map(|()| Reply::Done(Done::default()));
                     let _ = outbox.send(closed.map_err(|error| error.to_string()));
