@@ -792,6 +792,100 @@ int qcr_check_callbacks(const struct qcr_block_callbacks *callbacks, uint32_t re
                         void *user, struct qcr_check_report *report, struct qcr_error *error);
 
 /* ==============================================================================================================
+ * Persistent bitmaps
+ *
+ * Which parts of the disk were written since somebody last looked: for incremental backups. They live in the image
+ * (version 3 of the format only). While an image is open for writing, the file says that they are in use; closing it
+ * stores them, and everything done here becomes durable with that. After a crash they are inconsistent, as in QEMU,
+ * and can only be removed. The recycler's moves mark nothing. All calls from any thread, and while the image is in use.
+ */
+
+/* Flag of a bitmap: it marks what is written. */
+#define QCR_BITMAP_RECORDING 1
+
+/* Flag of a bitmap: it was left behind by somebody who did not store it; it can only be removed. */
+#define QCR_BITMAP_INCONSISTENT 2
+
+/* What a bitmap is. */
+struct qcr_bitmap {
+    /* sizeof(struct qcr_bitmap), as the library knows it. */
+    uint32_t struct_size;
+    /* QCR_BITMAP_RECORDING, QCR_BITMAP_INCONSISTENT. */
+    uint32_t flags;
+    /* Bytes of the disk that one bit stands for. */
+    uint64_t granularity;
+    /* Bytes of the disk that are marked, in whole units of the granularity. */
+    uint64_t dirty;
+    /* Its name, UTF-8. */
+    char name[1024];
+};
+
+/* Takes a bitmap, valid during the call; called on the thread that called qcr_get_bitmaps(), with no lock of the
+ * library held. It must return by itself (no longjmp, no C++ exception).
+ */
+typedef void (*qcr_bitmap_fn)(void *user, const struct qcr_bitmap *bitmap);
+
+/* A range of the disk. */
+struct qcr_range {
+    /* sizeof(struct qcr_range), set by the caller. */
+    uint32_t struct_size;
+    /* 0. */
+    uint32_t reserved;
+    /* Where it starts, in bytes. */
+    uint64_t offset;
+    /* Its length in bytes; 0: there is none. */
+    uint64_t length;
+};
+
+/* Calls `each` with `user` for every bitmap, in the image's order.
+ *
+ * Errors: -EBADF; on an image that was opened read-only also those of reading the file.
+ */
+int qcr_get_bitmaps(struct qcr_image *image, qcr_bitmap_fn each, void *user, struct qcr_error *error);
+
+/* Adds an empty bitmap. `granularity`: a power of two from 512 bytes to 2 GiB, 0 for 64 KiB; `flags`: 0 or
+ * QCR_BITMAP_RECORDING.
+ *
+ * Errors: -EINVAL for a name that is taken, empty or longer than 1023 bytes, and for an unusable granularity;
+ * -EOPNOTSUPP for an image of version 2, or whose header has no room; -EROFS; -EBADF.
+ */
+int qcr_add_bitmap(struct qcr_image *image, const char *name, uint64_t granularity, uint32_t flags,
+                   struct qcr_error *error);
+
+/* Removes a bitmap, also an inconsistent one.
+ *
+ * Errors: -EINVAL if there is none of this name; -EROFS; -EBADF.
+ */
+int qcr_remove_bitmap(struct qcr_image *image, const char *name, struct qcr_error *error);
+
+/* Takes all marks off a bitmap.
+ *
+ * Errors: as qcr_remove_bitmap(); -EINVAL for an inconsistent bitmap.
+ */
+int qcr_clear_bitmap(struct qcr_image *image, const char *name, struct qcr_error *error);
+
+/* Lets a bitmap mark what is written from now on, now and whenever the image is opened (`recording` not 0), or stop to.
+ *
+ * Errors: as qcr_clear_bitmap().
+ */
+int qcr_record_bitmap(struct qcr_image *image, const char *name, int recording, struct qcr_error *error);
+
+/* Marks in the bitmap `target` whatever `source` marks; their granularities may differ.
+ *
+ * Errors: as qcr_clear_bitmap(), for either.
+ */
+int qcr_merge_bitmap(struct qcr_image *image, const char *target, const char *source,
+                     struct qcr_error *error);
+
+/* Finds the first part of the disk from byte `from` on that a bitmap marks. Start from 0, and go on from the end of what
+ * was found, until the length is 0.
+ *
+ * Errors: as qcr_clear_bitmap().
+ */
+int qcr_next_dirty(struct qcr_image *image, const char *name, uint64_t from, struct qcr_range *range,
+                   struct qcr_error *error);
+
+/* ==============================================================================================================
  * Images that nobody is using
  *
  * Work on whole files. Nobody may be using them, which their locks see to: -EAGAIN otherwise. Any thread.

@@ -538,11 +538,6 @@ def test_external_data_file(tmp_path: Path, image_path: Path) -> None:
     assert digest(data) == before
 
 
-def test_persistent_bitmaps(image_path: Path) -> None:
-    Victim(image_path, bitmap=True)
-    assert_unsupported(image_path, "bitmap")
-
-
 def test_corrupt_bit(victim: Victim) -> None:
     """Set by whoever found corruption: the image is for reading only until it is repaired."""
     victim.header("incompatible_features", 1 << 1)

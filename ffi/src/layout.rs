@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::mem::offset_of;
 
+use crate::bitmaps::{qcr_bitmap, qcr_range};
 use crate::callbacks::qcr_block_callbacks;
 use crate::create::qcr_create_options;
 use crate::data::qcr_extent;
@@ -53,6 +54,8 @@ fn structs_are_laid_out_as_committed() {
         qcr_extent { struct_size kind length host_offset }
         qcr_progress { struct_size reserved done total file_size }
         qcr_compact_report { struct_size reserved file_size_before file_size_after moved cancelled }
+        qcr_bitmap { struct_size flags granularity dirty name }
+        qcr_range { struct_size reserved offset length }
         qcr_commit_report { struct_size reserved written zeroed }
         qcr_stats {
             struct_size reserved virtual_size file_size used freed junk erased available roots copies moves_copying

@@ -17,6 +17,7 @@ mod abi;
 mod boundary;
 mod device;
 
+pub mod bitmaps;
 pub mod callbacks;
 pub mod create;
 pub mod data;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use pyo3::exceptions::{PyMemoryError, PyResourceWarning};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyTuple};
 use qcow_recycler::buf::IoBufMut;
 use qcow_recycler::{Disk, Error, Result};
 
@@ -138,6 +138,46 @@ impl Image {
         let result = self.call(py, |disk| disk.compact(|now| watcher.show(|py| records::progress(py, now))));
         watcher.finish()?;
         records::compact_report(py, &result?)
+    }
+
+    /// The persistent bitmaps, in the image's order.
+    fn bitmaps<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let found = self.call(py, Disk::bitmaps)?;
+        let records: PyResult<Vec<_>> = found.into_iter().map(|bitmap| records::bitmap(py, bitmap)).collect();
+        PyTuple::new(py, records?)
+    }
+
+    /// Adds an empty bitmap that marks what is written, in units of `granularity` bytes, if it is `recording`.
+    #[pyo3(signature = (name, granularity=65536, recording=true))]
+    fn add_bitmap(&self, py: Python<'_>, name: &str, granularity: u64, recording: bool) -> PyResult<()> {
+        self.call(py, |disk| disk.add_bitmap(name, granularity, recording))
+    }
+
+    /// Removes a bitmap, also an inconsistent one.
+    fn remove_bitmap(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        self.call(py, |disk| disk.image().remove_bitmap(name))
+    }
+
+    /// Takes all marks off a bitmap.
+    fn clear_bitmap(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        self.call(py, |disk| disk.image().clear_bitmap(name))
+    }
+
+    /// Lets a bitmap mark what is written from now on, or stop to.
+    fn record_bitmap(&self, py: Python<'_>, name: &str, recording: bool) -> PyResult<()> {
+        self.call(py, |disk| disk.image().record_bitmap(name, recording))
+    }
+
+    /// Marks in `target` whatever `source` marks.
+    fn merge_bitmap(&self, py: Python<'_>, target: &str, source: &str) -> PyResult<()> {
+        self.call(py, |disk| disk.image().merge_bitmap(target, source))
+    }
+
+    /// The first range from byte `start` on that a bitmap marks, as (offset, length), or None.
+    #[pyo3(signature = (name, start=0))]
+    fn next_dirty(&self, py: Python<'_>, name: &str, start: u64) -> PyResult<Option<(u64, u64)>> {
+        let found = self.call(py, |disk| disk.image().next_dirty(name, start))?;
+        Ok(found.map(|range| (range.start, range.end - range.start)))
     }
 
     /// Checks the image while it is open.

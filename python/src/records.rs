@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use qcow_recycler::image::CommitReport;
 use qcow_recycler::recycler::{CompactReport, Progress};
-use qcow_recycler::{CheckReport, Extent, ExtentKind, Info, Stats};
+use qcow_recycler::{BitmapInfo, CheckReport, Extent, ExtentKind, Info, Stats};
 
 fn class<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
     py.import("qcow_recycler.records")?.getattr(name)
@@ -68,6 +68,18 @@ pub(crate) fn compact_report<'py>(py: Python<'py>, report: &CompactReport) -> Py
         file_size_after = report.file_size_after,
         moved = report.moved,
         cancelled = report.cancelled,
+    )
+}
+
+pub(crate) fn bitmap(py: Python<'_>, bitmap: BitmapInfo) -> PyResult<Bound<'_, PyAny>> {
+    record!(
+        py,
+        "Bitmap",
+        name = bitmap.name,
+        granularity = bitmap.granularity,
+        recording = bitmap.recording,
+        inconsistent = bitmap.inconsistent,
+        dirty = bitmap.dirty,
     )
 }
 

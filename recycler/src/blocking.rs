@@ -17,7 +17,7 @@ use crate::buf::{IoBuf, IoBufMut};
 use crate::check::CheckReport;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
-use crate::image::{Extent, Image, Info};
+use crate::image::{BitmapInfo, Extent, Image, Info};
 use crate::options::{LogLevel, Options};
 use crate::recycler::{CompactReport, Control, Progress};
 use crate::stats::Stats;
@@ -133,6 +133,22 @@ impl<D: BlockDevice> Disk<D> {
     /// See [`Image::extent`].
     pub fn extent(&self, offset: u64, length: u64) -> Result<Extent> {
         block_on(self.image.extent(offset, length))
+    }
+
+    /// The persistent bitmaps.
+    ///
+    /// # Errors
+    /// See [`Image::bitmaps`].
+    pub fn bitmaps(&self) -> Result<Vec<BitmapInfo>> {
+        block_on(self.image.bitmaps())
+    }
+
+    /// Adds an empty bitmap.
+    ///
+    /// # Errors
+    /// See [`Image::add_bitmap`].
+    pub fn add_bitmap(&self, name: &str, granularity: u64, recording: bool) -> Result<()> {
+        block_on(self.image.add_bitmap(name, granularity, recording))
     }
 
     /// Checks the image while it is open.

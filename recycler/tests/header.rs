@@ -225,7 +225,7 @@ fn bitmap_counts_and_directories_beyond_the_limits_are_refused() {
 }
 
 #[test]
-fn bitmaps_forbid_writing_even_when_they_are_stale() {
+fn stale_bitmaps_own_nothing() {
     let h = new().u64(88, 1).bitmaps(1, 0, 32, 4 * CLUSTER).parse().unwrap();
     assert!(h.bitmaps_consistent());
     assert_eq!(h.host_ranges().len(), 4);
@@ -234,7 +234,7 @@ fn bitmaps_forbid_writing_even_when_they_are_stale() {
     assert_eq!(stale.host_ranges().len(), 3);
     for h in [h, stale] {
         assert_eq!(h.unsupported_for_reading(), None);
-        assert_eq!(h.unsupported_for_writing().as_deref(), Some("persistent bitmaps"));
+        assert_eq!(h.unsupported_for_writing(), None);
     }
 }
 
@@ -400,7 +400,7 @@ fn headers_of_qemu_img_are_understood() {
     assert_eq!((h.backing_file.as_deref(), h.backing_format.as_deref()), (Some("base"), Some("raw")));
     assert_eq!((h.snapshot_count, h.bitmaps.map(|b| b.count)), (1, Some(1)));
     assert!(h.bitmaps_consistent());
-    assert_eq!(h.unsupported_for_writing().as_deref(), Some("persistent bitmaps"));
+    assert_eq!(h.unsupported_for_writing(), None);
     let options = "encrypt.format=aes,encrypt.key-secret=s";
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, "--object", "secret,id=s,data=x", name, "1M"]);
     let h = parse_file(&path);

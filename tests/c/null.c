@@ -113,6 +113,13 @@ int main(void)
     REFUSED("image", qcr_check(NULL, text, NULL, &check, &error));
     REFUSED("path", qcr_check_path(NULL, QCR_REPAIR_NONE, text, NULL, &check, &error));
     REFUSED("report", qcr_check_path("/nonexistent/x", QCR_REPAIR_NONE, text, NULL, NULL, &error));
+    REFUSED("image", qcr_get_bitmaps(NULL, NULL, NULL, &error));
+    REFUSED("image", qcr_add_bitmap(NULL, "b", 0, 0, &error));
+    REFUSED("image", qcr_remove_bitmap(NULL, "b", &error));
+    REFUSED("image", qcr_clear_bitmap(NULL, "b", &error));
+    REFUSED("image", qcr_record_bitmap(NULL, "b", 1, &error));
+    REFUSED("image", qcr_merge_bitmap(NULL, "b", "c", &error));
+    REFUSED("image", qcr_next_dirty(NULL, "b", 0, NULL, &error));
     REFUSED("path", qcr_commit_path(NULL, NULL, NULL, &error));
     REFUSED("path", qcr_upgrade_path(NULL, &error));
     REFUSED("callbacks", qcr_check_callbacks(NULL, QCR_REPAIR_NONE, text, NULL, &check, &error));

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// The modules of the interface in the order of the manual.
-const SECTIONS: [&str; 10] =
-    ["version", "error", "options", "callbacks", "create", "image", "data", "recycle", "inspect", "offline"];
+const SECTIONS: [&str; 11] =
+    ["version", "error", "options", "callbacks", "create", "image", "data", "recycle", "inspect", "bitmaps", "offline"];
 
 const INTRODUCTION: &str = include_str!("introduction.h");
 const CLOSING: &str = "\n#ifdef __cplusplus\n}\n#endif\n\n#endif /* QCOWRECYCLE_H */\n";

@@ -32,7 +32,7 @@ from .errors import (
 )
 from .options import CreateOptions, OpenOptions
 from .protocol import BlockDevice, FixedBlockDevice, FullBlockDevice
-from .records import CheckReport, CommitReport, CompactReport, Extent, Info, Progress, Stats
+from .records import Bitmap, CheckReport, CommitReport, CompactReport, Extent, Info, Progress, Stats
 from .zeroes import ZeroScan, discard_zeroes
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "BackingError",
     "BackingNotAllowed",
     "BadOption",
+    "Bitmap",
     "BlockDevice",
     "Cancelled",
     "CheckReport",

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from . import _api
-from ._ext import __version__
+from ._ext import Image, __version__
 from .errors import Error
 from .records import CheckReport, CommitReport, Info, Progress
 from .zeroes import ZeroScan, discard_zeroes
@@ -68,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "check an image for corruptions and leaked clusters")
     check.add_argument("--repair", choices=["leaks", "all"], default="no", help="what to repair")
     command("compact", _compact, "move clusters from the end of the file into its holes, and cut it")
+    bitmap = command("bitmap", _bitmap, "list the persistent bitmaps of an image, or change one")
+    bitmap.add_argument("name", metavar="NAME", nargs="?", help="the bitmap that is to be changed")
+    what = bitmap.add_mutually_exclusive_group()
+    what.add_argument("--add", action="store_true", help="add an empty one that marks what is written")
+    what.add_argument("--remove", action="store_true", help="remove it")
+    what.add_argument("--clear", action="store_true", help="take all marks off it")
+    what.add_argument("--enable", action="store_true", help="let it mark what is written")
+    what.add_argument("--disable", action="store_true", help="let it mark nothing any more")
+    what.add_argument("--merge", metavar="SOURCE", help="mark in it whatever SOURCE marks")
+    bitmap.add_argument("--granularity", type=int, default=65536, help="for --add: bytes that one bit stands for")
     commit = command("commit", _commit, "write what an image holds into its backing file, and empty the image")
     commit.add_argument(
         "--backing-format", choices=["raw", "qcow2"], help="of backing files whose format is not recorded"
@@ -177,6 +187,33 @@ def _compact(args: argparse.Namespace) -> int:
         _emit({"event": "done", **dataclasses.asdict(report), "file_size": length})
     else:
         print(f"{size_text(report.file_size_before)} -> {size_text(length)}, {size_text(report.moved)} moved")
+    return OK
+
+
+def _bitmap(args: argparse.Namespace) -> int:
+    changes: list[tuple[object, Callable[[Image], None]]] = [
+        (args.add, lambda image: image.add_bitmap(args.name, args.granularity)),
+        (args.remove, lambda image: image.remove_bitmap(args.name)),
+        (args.clear, lambda image: image.clear_bitmap(args.name)),
+        (args.enable, lambda image: image.record_bitmap(args.name, True)),
+        (args.disable, lambda image: image.record_bitmap(args.name, False)),
+        (args.merge, lambda image: image.merge_bitmap(args.name, args.merge)),
+    ]
+    wanted = [change for given, change in changes if given]
+    if bool(wanted) != (args.name is not None):
+        print("qcow-recycler: bitmap: a NAME goes with what is to be done with it", file=sys.stderr)
+        return USAGE
+    with _api.open(args.image, read_only=not wanted, backing="skip", keep_erased=0) as image:
+        for change in wanted:
+            change(image)
+        found = image.bitmaps()
+    for bitmap in found:
+        if args.json:
+            _emit(dataclasses.asdict(bitmap))
+            continue
+        state = "inconsistent" if bitmap.inconsistent else "recording" if bitmap.recording else "not recording"
+        marked = f"{size_text(bitmap.dirty)} marked"
+        print(f"{bitmap.name}: {state}, {marked}, in units of {size_text(bitmap.granularity)}")
     return OK
 
 

@@ -39,6 +39,21 @@ class CommitReport(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bitmap:
+    """A persistent bitmap."""
+
+    name: str
+    granularity: int
+    """How much of the disk one bit stands for."""
+    recording: bool
+    """Whether it marks what is written."""
+    inconsistent: bool
+    """Whether its last user did not store it: it says nothing, and can only be removed."""
+    dirty: int
+    """How much of the disk it marks, in whole units of the granularity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Info:
     """What an image is."""
 
@@ -137,4 +152,4 @@ class Stats:
     """Failures in the recycler's work."""
 
 
-__all__ = ["CheckReport", "CommitReport", "CompactReport", "Extent", "Info", "Progress", "Stats"]
+__all__ = ["Bitmap", "CheckReport", "CommitReport", "CompactReport", "Extent", "Info", "Progress", "Stats"]

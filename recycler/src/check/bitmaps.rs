@@ -6,16 +6,9 @@ use super::regions::{Regions, overflow};
 use super::source::{Source, Window, entries};
 use crate::device::BlockDevice;
 use crate::error::Result;
+use crate::format::bitmap::{ENTRY, MAX_TABLE_ENTRIES, TableEntry};
 use crate::format::header::Header;
 
-/// The longest bitmap table that QEMU accepts, in entries.
-const MAX_TABLE_ENTRIES: u64 = 0x800_0000;
-/// Bytes of a directory entry before its variable part.
-const ENTRY: u64 = 24;
-/// Bits of a bitmap table entry that must be zero.
-const RESERVED: u64 = 0xff00_0000_0000_01fe;
-/// Bits of a bitmap table entry that hold the offset of a cluster of bitmap data.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bytes of a bitmap table that are looked at together.
 const CHUNK: u64 = 1 << 20;
 
@@ -81,14 +74,17 @@ async fn claim_table<D: BlockDevice>(
         bytes.resize(length as usize, 0);
         source.read("reading a bitmap table", table + done, &mut bytes).await?;
         for (index, entry) in (done / 8..).zip(entries(&bytes)) {
-            let offset = entry & OFFSET;
-            // Bit 0 says what an entry without a cluster stands for; with one, it is reserved.
-            if entry & RESERVED != 0 || (offset != 0 && (entry & 1 != 0 || offset & (cluster_size - 1) != 0)) {
-                findings
-                    .hiding(1, || format!("entry {index} of the bitmap table at {table:#x} is invalid: {entry:#x}"));
-            } else if offset != 0 && !source.holds(offset, cluster_size) {
-                findings.hiding(1, || format!("bitmap data at {offset:#x} lies past the end of the file"));
-            } else if offset != 0 {
+            let offset = match TableEntry::decode(entry, cluster_size) {
+                None => {
+                    findings.hiding(1, || {
+                        format!("entry {index} of the bitmap table at {table:#x} is invalid: {entry:#x}")
+                    });
+                    continue;
+                }
+                Some(TableEntry::Zeroes | TableEntry::Ones) => continue,
+                Some(TableEntry::Data(offset)) => offset.0,
+            };
+            if source.holds(offset, cluster_size) {
                 let cluster = offset >> bits;
                 let excess = counts.add(cluster, 1);
                 if excess > 0 {
@@ -97,6 +93,8 @@ async fn claim_table<D: BlockDevice>(
                 if !regions.claimed.insert(cluster) {
                     findings.overlap(cluster, || format!("bitmap data at {offset:#x} overlaps other metadata"));
                 }
+            } else {
+                findings.hiding(1, || format!("bitmap data at {offset:#x} lies past the end of the file"));
             }
         }
         done += length;

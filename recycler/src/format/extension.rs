@@ -109,6 +109,37 @@ fn take(bytes: &[u8], at: u64) -> Result<(Raw<'_>, &[u8])> {
     Ok((Raw { kind: raw.kind.get(), at, data }, rest))
 }
 
+/// Where an extension of the bitmaps is in a header's first cluster, or could go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Slot {
+    /// Its data is at this byte. `last`: nothing but the end mark follows.
+    Existing { at: u64, last: bool },
+    /// There is none; the end mark is at this byte.
+    Missing { end: u64 },
+}
+
+/// Finds the bitmaps extension in `area`, which starts at byte `start` of the file; `None` if no end mark shows where another
+/// one could go.
+///
+/// # Errors
+/// As for parsing.
+pub(crate) fn bitmaps_slot(area: &[u8], start: u64) -> Result<Option<Slot>> {
+    let (mut found, mut end) = (None, start);
+    for extension in walk(area, start) {
+        let Raw { kind, at, data } = extension?;
+        end = at + 8 + (data.len() as u64).next_multiple_of(8);
+        if kind == kind::BITMAPS {
+            found = Some((at + 8, end));
+        }
+    }
+    let mark = (end - start) as usize;
+    let ends = area.get(mark..mark + 8).is_some_and(|bytes| bytes == [0; 8]);
+    Ok(match found {
+        Some((at, after)) => Some(Slot::Existing { at, last: ends && after == end }),
+        None => Some(Slot::Missing { end }).filter(|_| ends),
+    })
+}
+
 /// What the extensions of an image say.
 #[derive(Default)]
 pub(super) struct Extensions {

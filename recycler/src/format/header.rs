@@ -300,8 +300,6 @@ impl Header {
         self.unsupported_for_reading().or_else(|| {
             let what = if self.incompatible & incompatible::CORRUPT != 0 {
                 "the corrupt bit is set"
-            } else if self.bitmaps.is_some() {
-                "persistent bitmaps"
             } else {
                 return None;
             };
@@ -578,4 +576,25 @@ pub fn patch_autoclear(sector: &mut Sector, bits: u64) {
     if !is_version_2(sector) {
         patch(sector, at::AUTOCLEAR_FEATURES, bits.to_be_bytes());
     }
+}
+
+/// Moves the backing file's name to byte `offset` of the file.
+pub(crate) fn patch_backing_offset(sector: &mut Sector, offset: u64) {
+    patch(sector, at::BACKING_FILE_OFFSET, offset.to_be_bytes());
+}
+
+/// Stores `bytes` at byte `from`, as far as they lie in the first sector.
+pub(crate) fn patch_bytes(sector: &mut Sector, from: u64, bytes: &[u8]) {
+    for (i, &byte) in (from..).zip(bytes) {
+        if let Some(place) = usize::try_from(i).ok().and_then(|i| sector.get_mut(i)) {
+            *place = byte;
+        }
+    }
+}
+
+/// Where the backing file's name is in the first cluster of a valid image, and its length in bytes.
+pub(crate) fn backing_name(cluster: &[u8]) -> Option<(u64, u64)> {
+    let (raw, _) = RawHeader::ref_from_prefix(cluster).ok()?;
+    let at = raw.backing_file_offset.get();
+    (at != 0).then_some((at, raw.backing_file_size.get().into()))
 }

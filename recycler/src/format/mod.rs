@@ -1,5 +1,6 @@
 //! Bytes to typed values and back, as QEMU's `docs/interop/qcow2.rst` defines them. No I/O here.
 
+pub(crate) mod bitmap;
 pub mod extension;
 pub mod header;
 pub mod l2;

@@ -8,7 +8,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::extension::{self, kind};
-use super::header::{RawHeader, RawVersion3, Sector, V2_LENGTH, V3_LENGTH};
+use super::header::{RawHeader, RawVersion3, Sector, V2_LENGTH, V3_LENGTH, backing_name};
 use crate::error::{Error, Result};
 
 const SECTOR: usize = 512;
@@ -31,9 +31,9 @@ pub(crate) struct Upgrade {
 pub(crate) fn upgrade(cluster: &[u8]) -> Result<Upgrade> {
     let too_short = |_| Error::invalid("magic", 0, "the file is too short for a qcow2 header");
     let (raw, _) = RawHeader::ref_from_prefix(cluster).map_err(too_short)?;
-    let (name_at, name_length) = (raw.backing_file_offset.get() as usize, raw.backing_file_size.get() as usize);
-    let name = cluster.get(name_at..).and_then(|rest| rest.get(..name_length)).filter(|_| name_at != 0);
-    let area_end = if name_at == 0 { cluster.len() } else { name_at };
+    let (name_at, name_length) = backing_name(cluster).map_or((cluster.len(), 0), |(at, n)| (at as usize, n as usize));
+    let name = cluster.get(name_at..).and_then(|rest| rest.get(..name_length)).filter(|name| !name.is_empty());
+    let area_end = name_at;
     let area = cluster.get(V2_LENGTH as usize..area_end).unwrap_or(&[]);
 
     let mut extensions = Vec::new();

@@ -27,15 +27,19 @@ impl<D: BlockDevice> Image<D> {
         if self.options.read_only {
             return Ok(());
         }
+        // What fails here fails the bitmaps only: they stay marked as in use. Everything else is completed, but for the
+        // mark that something may have leaked.
+        let bitmaps = self.store_bitmaps().await;
         if !self.prepared.load(Ordering::Acquire) {
             // No table was changed; data may have been overwritten in place.
-            return self.volume.flush().await;
+            return self.volume.flush().await.and(bitmaps);
         }
         self.settle().await?;
         self.return_pool().await?;
         // The counts, and then the length: cut in between, the file is longer than it need be, which is no error.
         self.shorten().await?;
         self.commit().await?;
+        bitmaps?;
         // Everything is durable and counted right: whoever opens the image next need not look for leaks.
         let turn = self.meta.exclusive_turn().await;
         let features = self.incompatible & !incompatible::DIRTY;

@@ -61,6 +61,7 @@ impl<D: BlockDevice> Image<D> {
         let request = self.epochs.enter();
         self.check_request(offset, length)?;
         self.ensure_writable()?;
+        self.bitmaps.will_change(offset, length);
         // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
         let end = offset + length;
         let whole_end =

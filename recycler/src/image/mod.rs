@@ -1,6 +1,7 @@
 //! The guest's disk: opening, reading, writing, discarding, flushing, resizing, closing.
 
 mod backing;
+mod bitmaps;
 mod close;
 mod commit;
 pub mod create;
@@ -23,6 +24,7 @@ mod write;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+pub use bitmaps::BitmapInfo;
 pub use commit::{CommitReport, commit};
 pub use create::{CreateOptions, create};
 pub use extents::{Extent, ExtentKind};
@@ -40,6 +42,7 @@ use crate::format::header::Header;
 use crate::metadata::Metadata;
 use crate::options::{Logger, Options};
 use backing::Backing;
+use bitmaps::Bitmaps;
 use turns::Turns;
 
 /// An open image on a device of type `D`. All calls take `&self`; any number of tasks and threads may make them at once.
@@ -63,6 +66,7 @@ pub struct Image<D: BlockDevice> {
     snapshots: parking_lot::Mutex<snapshots::Snapshots>,
     virtual_size: AtomicU64,
     backing: Backing,
+    pub(crate) bitmaps: Bitmaps,
     closed: AtomicBool,
     panicked: AtomicBool,
     /// Whether the image is marked as being changed: see `prepare_changes`.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::backing::Backing;
+use super::bitmaps::Bitmaps;
 use super::snapshots::Snapshots;
 use super::turns::Turns;
 use super::{Counters, Image};
@@ -15,7 +16,7 @@ use crate::clusters::moves::ActiveMoves;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
-use crate::format::header::{self, Header, incompatible};
+use crate::format::header::{self, AUTOCLEAR_BITMAPS, Header, incompatible};
 use crate::format::snapshot::{self, Snapshot};
 use crate::metadata::Metadata;
 use crate::options::{LogLevel, Options};
@@ -73,6 +74,7 @@ impl<D: BlockDevice> Image<D> {
             virtual_size: AtomicU64::new(header.virtual_size),
             header,
             backing,
+            bitmaps: Bitmaps::default(),
             closed: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
@@ -91,11 +93,13 @@ impl<D: BlockDevice> Image<D> {
             }
             image.check_coverage().await?;
             image.note_end().await?;
-            if image.header.autoclear != 0 {
+            let kept = image.header.autoclear & AUTOCLEAR_BITMAPS;
+            if image.header.autoclear != kept {
                 // Features that we do not keep up to date must not be believed any more once we write.
                 let turn = image.meta.exclusive_turn().await;
-                turn.rewrite_header(&image.volume, |sector| header::patch_autoclear(sector, 0)).await?;
+                turn.rewrite_header(&image.volume, |sector| header::patch_autoclear(sector, kept)).await?;
             }
+            image.load_bitmaps().await?;
         }
         Ok(image)
     }

@@ -46,6 +46,7 @@ impl<D: BlockDevice> Image<D> {
         self.check_request(offset, length)?;
         if purpose == Purpose::Write {
             self.ensure_writable()?;
+            self.bitmaps.will_change(offset, length);
         }
         Ok(request)
     }

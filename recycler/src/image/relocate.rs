@@ -254,6 +254,7 @@ impl<D: BlockDevice> Image<D> {
     pub(crate) async fn move_header_tables(&self, limit: u64) -> Result<()> {
         // Holes are counted before anything refers to them.
         self.prepare_changes().await?;
+        self.release_bitmaps(limit).await?;
         let geometry = self.meta.geometry;
         let old = self.meta.l1.clusters();
         if old.end > limit

@@ -47,12 +47,12 @@ impl<D: BlockDevice> Image<D> {
                     "{size} is less than the present {old} bytes, and shrinking was not asked for"
                 )));
             }
-            self.shrink(size, old).await
+            self.shrink(size, old).await?;
         } else if size > old {
-            self.grow_disk(size, old, entries).await
-        } else {
-            Ok(())
+            self.grow_disk(size, old, entries).await?;
         }
+        self.bitmaps.resized(size);
+        Ok(())
     }
 
     async fn shrink(&self, size: u64, old: u64) -> Result<()> {

@@ -1,0 +1,345 @@
+//! Persistent dirty bitmaps: which parts of the disk were written since somebody last looked, for incremental backups.
+//!
+//! While an image is open for writing its bitmaps are in memory, and marked as in use in the file: whatever happens, nobody
+//! believes what the file says of them. Closing the image stores them and takes the mark away. Moving clusters changes no
+//! contents, so it marks nothing.
+
+mod load;
+mod slot;
+mod store;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use roaring::RoaringTreemap;
+
+use super::Image;
+use crate::clusters::set::ClusterSet;
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::format::bitmap::{self, TableEntry};
+use crate::format::extension::MAX_BITMAPS;
+use crate::units::{Geometry, HostOffset};
+
+/// What a bitmap is. Sizes are in bytes of the virtual disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BitmapInfo {
+    /// Its name; bytes that are not UTF-8 are replaced.
+    pub name: String,
+    /// How much of the disk one bit stands for.
+    pub granularity: u64,
+    /// Whether writes are recorded.
+    pub recording: bool,
+    /// Whether it was left behind by somebody who did not store it: it says nothing, and can only be removed.
+    pub inconsistent: bool,
+    /// How much of the disk is marked, in whole units of the granularity.
+    pub dirty: u64,
+}
+
+/// The bitmaps of an open image.
+#[derive(Default)]
+pub(crate) struct Bitmaps {
+    /// Whether any bitmap records writes, so that writers need not look.
+    recording: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    bitmaps: Vec<Bitmap>,
+    /// Where the directory is, and its size in bytes; `None` if the image has none.
+    directory: Option<(HostOffset, u64)>,
+    /// Whether the directory on disk names other bitmaps, or other tables, than those in memory.
+    directory_stale: bool,
+    /// Clusters that were part of bitmaps which are gone: free when the directory is rewritten.
+    abandoned: ClusterSet,
+}
+
+struct Bitmap {
+    name: Vec<u8>,
+    granularity_bits: u8,
+    recording: bool,
+    inconsistent: bool,
+    /// Units of the granularity that are marked.
+    marks: RoaringTreemap,
+    /// Whether the marks, or what the entry says, have changed since the bitmap was loaded.
+    changed: bool,
+    /// Flags and extra data that mean nothing to us.
+    kept_flags: u32,
+    extra: Vec<u8>,
+    /// Where it is stored.
+    place: Option<Place>,
+}
+
+/// Where a bitmap is stored. While the image is open, the directory says that it is in use.
+#[derive(Clone, Debug)]
+struct Place {
+    table: HostOffset,
+    entries: Vec<TableEntry>,
+}
+
+impl Place {
+    /// Whether any of it lies at or past cluster `limit`.
+    fn reaches(&self, limit: u64, geometry: Geometry) -> bool {
+        self.clusters(geometry).max().is_some_and(|last| last.0 >= limit)
+    }
+
+    /// The clusters of the table and of the data.
+    fn clusters(&self, geometry: Geometry) -> ClusterSet {
+        let mut all: ClusterSet = self
+            .entries
+            .iter()
+            .filter_map(|e| if let TableEntry::Data(at) = e { Some(geometry.host_cluster(*at)) } else { None })
+            .collect();
+        let first = geometry.host_cluster(self.table).0;
+        all.insert_range(first..first + geometry.clusters_for(self.entries.len() as u64 * 8));
+        all
+    }
+}
+
+impl Bitmap {
+    /// All but the marks.
+    fn without_marks(&self) -> Bitmap {
+        Bitmap {
+            name: self.name.clone(),
+            granularity_bits: self.granularity_bits,
+            recording: self.recording,
+            inconsistent: self.inconsistent,
+            marks: RoaringTreemap::new(),
+            changed: self.changed,
+            kept_flags: self.kept_flags,
+            extra: self.extra.clone(),
+            place: self.place.clone(),
+        }
+    }
+
+    /// The units of the granularity that bytes `offset..offset + length` of the disk touch.
+    fn units(&self, offset: u64, length: u64) -> Range<u64> {
+        offset >> self.granularity_bits..offset.saturating_add(length).div_ceil(1 << self.granularity_bits)
+    }
+
+    fn mark(&mut self, units: Range<u64>) {
+        self.changed |= self.marks.insert_range(units) > 0;
+    }
+
+    fn info(&self) -> BitmapInfo {
+        BitmapInfo {
+            name: String::from_utf8_lossy(&self.name).into_owned(),
+            granularity: 1 << self.granularity_bits,
+            recording: self.recording,
+            inconsistent: self.inconsistent,
+            dirty: self.marks.len() << self.granularity_bits,
+        }
+    }
+}
+
+impl State {
+    fn find(&mut self, name: &str) -> Result<&mut Bitmap> {
+        let found = self.bitmaps.iter_mut().find(|b| b.name == name.as_bytes());
+        found.ok_or_else(|| bad("name", format!("there is no bitmap {name:?}")))
+    }
+
+    /// The bitmap if it says something.
+    fn usable(&mut self, name: &str) -> Result<&mut Bitmap> {
+        let bitmap = self.find(name)?;
+        if bitmap.inconsistent {
+            return Err(bad(
+                "name",
+                format!("the bitmap {name:?} was not stored by its last user: it can only be removed"),
+            ));
+        }
+        Ok(bitmap)
+    }
+}
+
+fn bad(name: &str, reason: String) -> Error {
+    Error::BadOption { name: name.to_owned(), reason }
+}
+
+impl Bitmaps {
+    /// The guest is about to change bytes `offset..offset + length` of the disk. To be called before they change.
+    #[inline]
+    pub(crate) fn will_change(&self, offset: u64, length: u64) {
+        if self.recording.load(Ordering::Acquire) {
+            self.mark(offset, length);
+        }
+    }
+
+    #[cold]
+    fn mark(&self, offset: u64, length: u64) {
+        for bitmap in self.state.lock().bitmaps.iter_mut().filter(|b| b.recording) {
+            bitmap.mark(bitmap.units(offset, length));
+        }
+    }
+
+    /// The disk has `size` bytes from now on. What is new was not written.
+    pub(super) fn resized(&self, size: u64) {
+        for bitmap in &mut self.state.lock().bitmaps {
+            let end = size.div_ceil(1 << bitmap.granularity_bits);
+            bitmap.marks.remove_range(end..);
+            bitmap.changed = true;
+        }
+    }
+
+    /// After a change of the bitmaps.
+    fn note_recording(&self, state: &State) {
+        self.recording.store(state.bitmaps.iter().any(|b| b.recording), Ordering::Release);
+    }
+}
+
+/// Calls for whoever makes incremental backups. What they change becomes durable when the image is closed; after a crash the
+/// bitmaps of an image that was open for writing are inconsistent.
+impl<D: BlockDevice> Image<D> {
+    /// The persistent bitmaps, in the order of the image's directory.
+    ///
+    /// # Errors
+    /// [`Error::Closed`]; on a read-only handle [`Error::Io`] and [`Error::Invalid`], since they are read from the file.
+    pub async fn bitmaps(&self) -> Result<Vec<BitmapInfo>> {
+        if self.is_closed() {
+            return Err(Error::Closed);
+        }
+        if self.options.read_only {
+            return Ok(self.read_bitmaps().await?.iter().map(Bitmap::info).collect());
+        }
+        Ok(self.bitmaps.state.lock().bitmaps.iter().map(Bitmap::info).collect())
+    }
+
+    /// The first part of the disk from byte `from` on that a bitmap marks: a range of bytes, or `None`. Only on a handle that
+    /// may write, whose bitmaps are in memory.
+    ///
+    /// # Errors
+    /// As [`add_bitmap`](Self::add_bitmap).
+    pub fn next_dirty(&self, name: &str, from: u64) -> Result<Option<Range<u64>>> {
+        let mut state = self.writable_bitmaps()?;
+        let bitmap = state.usable(name)?;
+        let bits = bitmap.granularity_bits;
+        let mut marks = bitmap.marks.iter();
+        marks.advance_to(from >> bits);
+        let Some(first) = marks.next() else { return Ok(None) };
+        let end = (first + 1..).zip(marks).find(|(expected, mark)| expected != mark).map(|(expected, _)| expected);
+        // Everything from the first mark to the last follows one another if nothing broke the run.
+        let end = end.unwrap_or_else(|| bitmap.marks.max().map_or(first + 1, |last| last + 1));
+        Ok(Some((first << bits).max(from)..(end << bits).min(self.virtual_size())))
+    }
+
+    /// Adds an empty bitmap. `granularity` is how much of the disk one bit stands for, a power of two from 512 bytes to
+    /// 2 GiB; `recording`: it marks what is written from now on, now and whenever the image is opened.
+    ///
+    /// # Errors
+    /// [`Error::BadOption`] for a name that is taken, empty or longer than 1023 bytes, or an unusable granularity;
+    /// [`Error::Unsupported`] in version 2, or beyond 65,535 bitmaps; [`Error::ReadOnly`], [`Error::Closed`].
+    pub async fn add_bitmap(&self, name: &str, granularity: u64, recording: bool) -> Result<()> {
+        if self.meta.version < 3 {
+            return Err(Error::unsupported("bitmaps in a version 2 image"));
+        }
+        if name.is_empty() || name.len() > bitmap::MAX_NAME {
+            return Err(bad("name", format!("is {} bytes long; 1 to {} are allowed", name.len(), bitmap::MAX_NAME)));
+        }
+        let bits = granularity.trailing_zeros() as u8;
+        if !granularity.is_power_of_two() || !bitmap::GRANULARITY_BITS.contains(&bits) {
+            return Err(bad("granularity", format!("is {granularity}, not a power of two from 512 bytes to 2 GiB")));
+        }
+        let clusters = bitmap::data_clusters(self.virtual_size(), bits, self.meta.geometry);
+        if clusters << self.meta.geometry.cluster_bits > bitmap::MAX_DATA {
+            return Err(bad("granularity", format!("{granularity} is too fine for a disk of this size")));
+        }
+        // Fails now rather than when the image is closed.
+        self.ensure_slot().await?;
+        let mut state = self.writable_bitmaps()?;
+        if state.bitmaps.len() as u64 >= u64::from(MAX_BITMAPS) {
+            return Err(Error::unsupported(format!("more than {MAX_BITMAPS} bitmaps")));
+        }
+        if state.bitmaps.iter().any(|b| b.name == name.as_bytes()) {
+            return Err(bad("name", format!("there is a bitmap {name:?} already")));
+        }
+        state.bitmaps.push(Bitmap {
+            name: name.as_bytes().to_vec(),
+            granularity_bits: bits,
+            recording,
+            inconsistent: false,
+            marks: RoaringTreemap::new(),
+            changed: true,
+            kept_flags: 0,
+            extra: Vec::new(),
+            place: None,
+        });
+        state.directory_stale = true;
+        self.bitmaps.note_recording(&state);
+        Ok(())
+    }
+
+    /// Removes a bitmap, also an inconsistent one.
+    ///
+    /// # Errors
+    /// [`Error::BadOption`] if there is none; [`Error::ReadOnly`], [`Error::Closed`].
+    pub fn remove_bitmap(&self, name: &str) -> Result<()> {
+        let mut state = self.writable_bitmaps()?;
+        state.find(name)?;
+        let geometry = self.meta.geometry;
+        let State { bitmaps, abandoned, directory_stale, .. } = &mut *state;
+        bitmaps.retain(|b| {
+            let gone = b.name == name.as_bytes();
+            if let (true, Some(place)) = (gone, &b.place) {
+                abandoned.add_all(&place.clusters(geometry));
+            }
+            !gone
+        });
+        *directory_stale = true;
+        self.bitmaps.note_recording(&state);
+        Ok(())
+    }
+
+    /// Takes all marks off a bitmap.
+    ///
+    /// # Errors
+    /// As [`remove_bitmap`](Self::remove_bitmap); [`Error::BadOption`] for an inconsistent bitmap.
+    pub fn clear_bitmap(&self, name: &str) -> Result<()> {
+        let mut state = self.writable_bitmaps()?;
+        let bitmap = state.usable(name)?;
+        bitmap.marks.clear();
+        bitmap.changed = true;
+        Ok(())
+    }
+
+    /// Lets a bitmap record writes from now on, or stop to.
+    ///
+    /// # Errors
+    /// As [`clear_bitmap`](Self::clear_bitmap).
+    pub fn record_bitmap(&self, name: &str, recording: bool) -> Result<()> {
+        let mut state = self.writable_bitmaps()?;
+        let bitmap = state.usable(name)?;
+        bitmap.changed |= bitmap.recording != recording;
+        bitmap.recording = recording;
+        self.bitmaps.note_recording(&state);
+        Ok(())
+    }
+
+    /// Marks in `target` whatever `source` marks; their granularities may differ.
+    ///
+    /// # Errors
+    /// As [`clear_bitmap`](Self::clear_bitmap).
+    pub fn merge_bitmap(&self, target: &str, source: &str) -> Result<()> {
+        let mut state = self.writable_bitmaps()?;
+        let from = state.usable(source)?;
+        let (bits, marks) = (from.granularity_bits, from.marks.clone());
+        let size = self.virtual_size();
+        let target = state.usable(target)?;
+        if target.granularity_bits == bits {
+            target.marks |= marks;
+        } else {
+            for mark in marks {
+                let offset = mark << bits;
+                target.mark(target.units(offset, (1 << bits).min(size.saturating_sub(offset))));
+            }
+        }
+        target.changed = true;
+        Ok(())
+    }
+
+    fn writable_bitmaps(&self) -> Result<parking_lot::MutexGuard<'_, State>> {
+        self.ensure_writable()?;
+        Ok(self.bitmaps.state.lock())
+    }
+}
