@@ -117,3 +117,32 @@ fn what_snapshots_use_moves_until_the_file_is_as_short_as_can_be() {
         assert_eq!(snapshots::all(&device.contents()).unwrap(), before);
     }
 }
+
+/// Compactions take turns batch by batch: what one has moved, another that planned it earlier must not move again.
+#[test]
+fn two_compactions_at_once_move_what_snapshots_use_once() {
+    let commands = [
+        "write -P 1 700k 220k",
+        "+holes",
+        "discard 700k 220k",
+        "write -P 2 0 60k",
+        "+first",
+        "write -P 3 10k 10k",
+        "-holes",
+    ];
+    let image = by_qemu("1000k", "cluster_size=1k", &commands);
+    let before = snapshots::all(&image).unwrap();
+    let device = MemoryDevice::new(image);
+    block_on(async {
+        let image = open(&device).await;
+        let (mut first, mut second) = (|_| true, |_| true);
+        let (a, b) = tokio::join!(compact(&image, &mut first), compact(&image, &mut second));
+        a.unwrap();
+        b.unwrap();
+        assert_eq!(image.stats().background_errors, 0);
+        assert!(image.check().await.unwrap().is_clean());
+        image.close().await.unwrap();
+    });
+    assert_packed(&device.contents(), 1024);
+    assert_eq!(snapshots::all(&device.contents()).unwrap(), before);
+}

@@ -276,16 +276,21 @@ impl Scan {
             _ => None,
         };
         let entries: Vec<SharedSource> = seen.iter().filter_map(source).collect();
-        let paths = entries.iter().map(|s| u64::from(s.entry.paths)).sum::<u64>() + u64::from(active);
         if entries.is_empty() {
             // The disk says that somebody else uses it, and no snapshot that we see does.
             return Ok(());
         }
         // Snapshots share clusters by taking over whole tables, so the same place refers to them everywhere. A count that
-        // is too low, or a second place, means damage; a count that is higher stands for somebody whom we do not know.
+        // is too low, or a second place, means damage.
+        let paths: u64 = entries.iter().map(|s| u64::from(s.entry.paths)).sum();
+        let count = meta.refcounts.lock().await.count(volume, host).await?;
         let first = seen.first().and_then(place);
-        let elsewhere = seen.iter().any(|s| place(s) != first);
-        let contradiction = odd || elsewhere || meta.refcounts.lock().await.count(volume, host).await? < paths;
+        let contradiction = odd || seen.iter().any(|s| place(s) != first) || count < paths;
+        if !contradiction && count != paths + u64::from(active) {
+            // A guest has dropped the disk's reference since it was seen, or it is counted still. Or somebody whom we do not
+            // know refers to the cluster: then it must stay, since its count must not become one without its flag.
+            return Ok(());
+        }
         if contradiction {
             clusters.lock().junk.remove(host);
             self.doubtful += 1;

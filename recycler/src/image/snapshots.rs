@@ -18,7 +18,7 @@ pub(crate) struct Snapshots {
     pub(crate) entries: Vec<Snapshot>,
     /// Where it is in the file.
     pub(super) table: HostOffset,
-    /// Changes when a snapshot comes or goes.
+    /// Changes when somebody moves what the snapshots' tables refer to.
     generation: u64,
 }
 
@@ -50,9 +50,17 @@ impl<D: BlockDevice> Image<D> {
         self.snapshots.lock().entries.len() as u32
     }
 
-    /// A number that changes whenever a snapshot is created, deleted or applied.
+    /// A number that changes whenever the snapshots' tables do. Whoever lets go of the compaction's turn compares it afterwards:
+    /// another compaction may have moved what is about to be moved, and the references are not looked at again.
     pub(crate) fn snapshot_generation(&self) -> u64 {
         self.snapshots.lock().generation
+    }
+
+    /// The snapshots' tables are about to change; returns the new number.
+    pub(crate) fn snapshot_tables_change(&self) -> u64 {
+        let mut snapshots = self.snapshots.lock();
+        snapshots.generation += 1;
+        snapshots.generation
     }
 
     /// Where the snapshots' L1 tables are, and the generation that they belong to. The caller has the compaction's turn.
@@ -108,6 +116,7 @@ impl<D: BlockDevice> Image<D> {
         let mut snapshots = self.snapshots.lock();
         for (index, old, hole) in copies {
             // Snapshots come and go with the compaction's turn only, which the caller has.
+            snapshots.generation += 1;
             let Some(snapshot) = snapshots.entries.get_mut(index) else { continue };
             snapshot.l1_offset = geometry.host_offset(hole.first());
             self.meta.patches.set(snapshot.at, snapshot.l1_offset.0);

@@ -21,7 +21,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
     pub(super) async fn move_shared(
         &mut self,
         plan: &Plan,
-        generation: u64,
+        mut generation: u64,
         progress: &mut (dyn FnMut(Progress) -> bool + Send),
     ) -> Result<bool> {
         let image = self.image;
@@ -42,9 +42,10 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 }
                 self.yield_turn().await?;
                 if image.snapshot_generation() != generation {
-                    // There are other snapshots now: what the plan says of references may be wrong.
+                    // Another compaction has moved something: what the plan says of references may be wrong.
                     return Ok(true);
                 }
+                generation = image.snapshot_tables_change();
                 match self.shared_batch(sources, plan.limit, tables, progress).await? {
                     Ended::Whole => self.progress.done += sources.len() as u64,
                     Ended::NoHoles => return Ok(true),
