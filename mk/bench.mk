@@ -1,8 +1,9 @@
 # Benchmarks: this library beside the raw file, QEMU and other qcow2 libraries. docs/PERFORMANCE.md says how.
 #
-#   bench                   all rows: some twenty minutes; the table, and build/bench/bench.json
-#   bench QUICK=1           all rows in a few minutes, into build/bench/quick.json
+#   bench                   all rows: some twenty minutes; the table, and build/bench/bench.json and .svg
+#   bench QUICK=1           all rows in a few minutes, into build/bench/quick.json and .svg
 #   bench ROWS=read,flush   some rows; `make bench-rows` names them
+#   bench-report            the last full run's results into docs/PERFORMANCE.md and README.md; RESULTS= names another
 #   bench-smoke             does it build and run at all? for make test
 #
 # BENCH_TMPFS= and BENCH_DISK= name the directories for images: in memory (some 8 GiB), and on a disk (some 12 GiB).
@@ -16,8 +17,14 @@ BENCH_PLACES := --tmpfs=$(BENCH_TMPFS) --disk=$(BENCH_DISK) --output=build/bench
 # It conducts and measures nothing itself, so it need not be fast.
 BENCH := $(BENCH_TARGET)/debug/qcow-recycler-bench
 
-.PHONY: bench bench-build bench-rows bench-smoke
+RESULTS ?= build/bench/bench.json
 
+.PHONY: bench bench-build bench-rows bench-report bench-smoke
+
+# For the row of compaction on XFS, which only root can measure.
+ifeq ($(shell id -u),0)
+bench: SYSTEM_PROGRAMS += mkfs.xfs:xfsprogs
+endif
 bench: setup bench-build
 	BENCH_PROGRAMS=$(BENCH_TARGET)/release $(BENCH) $(if $(QUICK),--quick) --rows=$(ROWS) $(BENCH_PLACES)
 
@@ -30,6 +37,10 @@ bench-build: lib
 
 bench-rows: bench-build
 	$(BENCH) rows
+
+bench-report:
+	$(BENCH_CARGO) run -q $(BENCH_FLAGS) -p qcow-recycler-bench -- report --results=$(RESULTS) \
+		--page=docs/PERFORMANCE.md --readme=README.md --plot=docs/performance.svg
 
 # Without the peers, without optimisation, and with disks so small that it takes seconds.
 bench-smoke: setup lib

@@ -3,6 +3,7 @@
  */
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include "qcowrecycle.h"
 
 #define SAME(function, type) _Static_assert(_Generic(&(function), type: 1, default: 0), #function " has changed")
@@ -79,3 +80,79 @@ int bench_stats(struct qcr_image *image, uint64_t values[9])
     values[8] = stats.moves_copying + stats.moves_copied + stats.moves_flushed + stats.moves_referenced;
     return 0;
 }
+
+#ifdef QCR_QUEUE_THREADS
+
+int bench_queue_open(struct qcr_image *image, uint32_t depth, struct qcr_queue **queue)
+{
+    struct qcr_queue_options options;
+
+    QCR_INIT(options);
+    options.depth = depth;
+    return qcr_queue_create(image, &options, queue, NULL);
+}
+
+/* Goes through the offsets with `depth` requests under way, each with a buffer of its own. Nothing is under way when it
+ * returns 0.
+ */
+int bench_queue_run(struct qcr_queue *queue, int write, void *const *buffers, size_t depth, size_t size,
+                    const uint64_t *offsets, size_t count)
+{
+    struct qcr_completion done[64];
+    size_t next = 0, missing = 0, reaped, i;
+    int result = 0, failed = 0;
+
+    if (depth > sizeof(done) / sizeof(done[0]))
+        return -EINVAL;
+    for (i = 0; i < depth; i++)
+        done[i].user_data = i;
+    reaped = depth;
+    for (;;) {
+        for (i = 0; i < reaped && next < count && !failed; i++, next++, missing++) {
+            uint64_t slot = done[i].user_data;
+
+            failed = write ? qcr_queue_write(queue, buffers[slot], size, offsets[next], slot, NULL)
+                           : qcr_queue_read(queue, buffers[slot], size, offsets[next], slot, NULL);
+            if (failed)
+                missing--;
+        }
+        if (!missing)
+            return failed;
+        result = qcr_queue_reap(queue, done, depth, 1, -1, &reaped, NULL);
+        if (result)
+            abort(); /* the kernel may still use the buffers */
+        missing -= reaped;
+        for (i = 0; i < reaped; i++)
+            if (done[i].result)
+                failed = done[i].result;
+    }
+}
+
+void bench_queue_close(struct qcr_queue *queue)
+{
+    qcr_queue_free(queue);
+}
+
+#else /* a library without queues */
+
+struct qcr_queue;
+
+int bench_queue_open(struct qcr_image *image, uint32_t depth, struct qcr_queue **queue)
+{
+    (void)image, (void)depth, (void)queue;
+    return -ENOSYS;
+}
+
+int bench_queue_run(struct qcr_queue *queue, int write, void *const *buffers, size_t depth, size_t size,
+                    const uint64_t *offsets, size_t count)
+{
+    (void)queue, (void)write, (void)buffers, (void)depth, (void)size, (void)offsets, (void)count;
+    return -ENOSYS;
+}
+
+void bench_queue_close(struct qcr_queue *queue)
+{
+    (void)queue;
+}
+
+#endif

@@ -184,7 +184,8 @@ impl Drop for Process {
 /// Contenders that take turns on images of their own.
 pub struct Field {
     processes: Vec<(Contender, Process)>,
-    qemu: Option<PathBuf>,
+    /// Its image, and whether it bypasses the page cache.
+    qemu: Option<(PathBuf, bool)>,
     /// Units of its disk that QEMU has been at.
     seen_by_qemu: u64,
 }
@@ -199,7 +200,7 @@ impl Field {
         for &contender in contenders {
             let opening = opening(contender)?;
             if contender == Qemu {
-                field.qemu = Some(opening.path.into());
+                field.qemu = Some((opening.path.into(), opening.direct));
                 continue;
             }
             match Process::open(contender, &opening) {
@@ -242,13 +243,18 @@ impl Field {
                     }
                 }
             }
-            if let Some(image) = &self.qemu {
+            if let Some((image, direct)) = &self.qemu {
                 let joins = round % count.div_ceil(3) == 0 && work.kind != Kind::Discard;
-                let done = if joins { qemu::bench(image, &work, &mut self.seen_by_qemu)? } else { None };
+                let done = if joins { qemu::bench(image, *direct, &work, &mut self.seen_by_qemu)? } else { None };
                 samples.entry(Qemu).or_default().push(done);
             }
         }
         Ok(samples)
+    }
+
+    /// The most memory that each has had resident, in bytes.
+    pub fn peaks(&mut self) -> Result<Vec<(Contender, u64)>> {
+        self.processes.iter_mut().map(|(who, process)| Ok((*who, process.memory()?.peak))).collect()
     }
 
     pub fn close(self) -> Result<()> {

@@ -6,6 +6,7 @@ mod counts;
 mod figures;
 mod loopback;
 mod place;
+mod plot;
 mod qemu;
 mod report;
 mod rows;
@@ -21,7 +22,9 @@ use crate::rows::{Bench, ROWS, Scale};
 
 const USAGE: &str = "\
 bench [--quick | --tiny] [--rows=a,b] [--tmpfs=DIR] [--disk=DIR] [--output=DIR]
-    measures; the results go to standard output, DIR/bench.json
+    measures; the results go to standard output, DIR/bench.json and DIR/bench.svg (quick.json, quick.svg)
+bench report --results=FILE --page=FILE --readme=FILE --plot=FILE
+    writes the results of a run into the documents
 bench rows
     names the rows";
 
@@ -32,6 +35,7 @@ struct Arguments {
     tmpfs: PathBuf,
     disk: PathBuf,
     output: PathBuf,
+    documents: report::Documents,
 }
 
 fn arguments() -> Result<Arguments> {
@@ -43,6 +47,7 @@ fn arguments() -> Result<Arguments> {
         tmpfs: "/dev/shm".into(),
         disk: "build/bench".into(),
         output: "build/bench".into(),
+        documents: report::Documents::default(),
     };
     let mut parser = lexopt::Parser::from_env();
     while let Some(argument) = parser.next()? {
@@ -57,6 +62,10 @@ fn arguments() -> Result<Arguments> {
             Long("tmpfs") => arguments.tmpfs = path(parser.value()?),
             Long("disk") => arguments.disk = path(parser.value()?),
             Long("output") => arguments.output = path(parser.value()?),
+            Long("results") => arguments.documents.results = path(parser.value()?),
+            Long("page") => arguments.documents.page = path(parser.value()?),
+            Long("readme") => arguments.documents.readme = path(parser.value()?),
+            Long("plot") => arguments.documents.plot = path(parser.value()?),
             Long("help") | Short('h') => {
                 println!("{USAGE}");
                 std::process::exit(0);
@@ -113,6 +122,7 @@ fn main() -> Result<()> {
     let arguments = arguments()?;
     match arguments.verb.as_deref() {
         None => measure(&arguments),
+        Some("report") => report::publish(&arguments.documents),
         Some("rows") => {
             ROWS.iter().for_each(|row| println!("{:12} {}", row.name, row.title));
             Ok(())

@@ -35,7 +35,7 @@ pub fn create(path: &Path, size: u64, options: &str) -> Result<()> {
 /// `qemu-img bench`, what it takes to start subtracted: the difference of two counts. It walks through the image in equal
 /// steps, so random work becomes steps of a large prime number of units.
 /// `seen` units have been worked on already; the next follow.
-pub fn bench(image: &Path, work: &Work, seen: &mut u64) -> Result<Option<Done>> {
+pub fn bench(image: &Path, direct: bool, work: &Work, seen: &mut u64) -> Result<Option<Done>> {
     let (units, unit, within, step) = match work.offsets {
         Offsets::Random { units, unit, within, .. } | Offsets::Shuffled { units, unit, within, .. } => {
             (units, unit, within, 4099)
@@ -53,11 +53,19 @@ pub fn bench(image: &Path, work: &Work, seen: &mut u64) -> Result<Option<Done>> 
         let start = *seen * step % units * unit + within;
         *seen += count;
         let mut command = qemu_img();
-        command.args(["bench", "-f", "qcow2", "-t", "writeback", "-s", &work.size.to_string()]);
+        command.args([
+            "bench",
+            "-f",
+            "qcow2",
+            "-t",
+            if direct { "none" } else { "writeback" },
+            "-s",
+            &work.size.to_string(),
+        ]);
         command.args(["-c", &count.to_string(), "-d", &work.depth.max(1).to_string()]);
         command.args(["-o", &start.to_string(), "-S", &(step * unit).to_string()]);
         if work.depth > 1 {
-            command.args(["-i", "io_uring", "-t", "none"]);
+            command.args(["-i", "io_uring"]);
         }
         if work.kind == Kind::Write {
             command.arg("-w");

@@ -1,13 +1,14 @@
 //! Results: on standard output, as JSON, as a plot, and in the documents.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::contender::Contender::Library;
+use crate::contender::Contender::{self, Library};
 use crate::figures::{Line, Spread, Target};
+use crate::plot;
 use crate::qemu;
 use crate::rows::{Bench, Scale};
 
@@ -32,8 +33,9 @@ impl Run {
     }
 
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let name = if self.scale == Scale::Full { "bench.json" } else { "quick.json" };
-        fs::write(folder.join(name), serde_json::to_vec_pretty(self)?)?;
+        let name = if self.scale == Scale::Full { "bench" } else { "quick" };
+        fs::write(folder.join(name).with_extension("json"), serde_json::to_vec_pretty(self)?)?;
+        plot::draw(&self.lines, &folder.join(name).with_extension("svg"))?;
         println!("\n{}", self.machine.join("; "));
         Ok(())
     }
@@ -104,4 +106,83 @@ pub fn one_line(line: &Line) -> String {
         .collect();
     let (target, verdict) = (target(line), verdict(line));
     format!("  {:62} {:>22} {:13} {target:8} {verdict:6} | {}", line.work, ours, line.unit, others.join(", "))
+}
+
+/// Files that hold results between two marks.
+#[derive(Default)]
+pub struct Documents {
+    pub results: PathBuf,
+    pub page: PathBuf,
+    pub readme: PathBuf,
+    pub plot: PathBuf,
+}
+
+const BEGIN: &str = "<!-- written by `make bench-report` -->";
+const END: &str = "<!-- end -->";
+
+/// Writes the results of a run into the documents.
+pub fn publish(documents: &Documents) -> Result<()> {
+    let bytes = fs::read(&documents.results).with_context(|| documents.results.display().to_string())?;
+    let run: Run = serde_json::from_slice(&bytes)?;
+    let all: Vec<&Line> = run.lines.iter().collect();
+    replace(&documents.page, &format!("{}\n{}", run.heading(), markdown(&all)))?;
+    replace(&documents.readme, &format!("{}\n{}", run.heading(), markdown(&run.first_lines())))?;
+    plot::draw(&run.lines, &documents.plot)
+}
+
+impl Run {
+    fn heading(&self) -> String {
+        let quick = if self.scale == Scale::Full { "" } else { " A short run." };
+        format!("Measured on {}: {}.{quick}\n", self.date, self.machine.join("; "))
+    }
+
+    /// What each row is about, for those who read no further: the first line with a target.
+    fn first_lines(&self) -> Vec<&Line> {
+        let mut rows: Vec<&Line> = Vec::new();
+        for line in self.lines.iter().filter(|line| line.target.is_some()) {
+            if rows.iter().all(|first| first.row != line.row) {
+                rows.push(line);
+            }
+        }
+        rows
+    }
+}
+
+fn markdown(lines: &[&Line]) -> String {
+    let others = [
+        Contender::Qcow2Rs,
+        Contender::Qcow2RsUring,
+        Contender::ImagoSync,
+        Contender::ImagoAsync,
+        Contender::Qemu,
+        Contender::Raw,
+    ];
+    let others: Vec<Contender> = others
+        .into_iter()
+        .filter(|who| lines.iter().any(|line| line.values.contains_key(who) || *who == Contender::Raw))
+        .collect();
+    let mut table = String::from("| work | unit | libqcowrecycle | target | |");
+    others.iter().for_each(|who| table += &format!(" {} |", who.name()));
+    table += "\n|---|---|---|---|---|";
+    others.iter().for_each(|_| table += "---|");
+    for line in lines {
+        let of = |who: &Contender| line.values.get(who).map(with_spread).unwrap_or_default();
+        let verdict = verdict(line).to_lowercase();
+        table += &format!("\n| {} | {} | {} | {} | {verdict} |", line.work, line.unit, of(&Library), target(line));
+        for who in &others {
+            // Where values are ratios to the raw file, its own column has its time.
+            match line.raw_microseconds {
+                Some(raw) if *who == Contender::Raw => table += &format!(" {} µs |", number(raw)),
+                _ => table += &format!(" {} |", of(who)),
+            }
+        }
+    }
+    table + "\n"
+}
+
+fn replace(path: &Path, with: &str) -> Result<()> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let (before, rest) = text.split_once(BEGIN).with_context(|| format!("{} lacks {BEGIN}", path.display()))?;
+    let (_, after) = rest.split_once(END).with_context(|| format!("{} lacks {END}", path.display()))?;
+    Ok(fs::write(path, format!("{before}{BEGIN}\n\n{with}\n{END}{after}"))?)
 }

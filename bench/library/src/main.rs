@@ -2,6 +2,7 @@
 
 mod library;
 mod raw;
+mod ring;
 
 use std::io;
 

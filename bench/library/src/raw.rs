@@ -4,15 +4,19 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Mutex;
 use std::time::Instant;
 
 use bench_work::Disk;
 use bench_work::buffer::Buffer;
-use bench_work::protocol::{Bound, Extra, Opening};
+use bench_work::protocol::{Bound, Extra, Opening, Work};
 use serde_json::{Value, json};
+
+use crate::ring::Ring;
 
 pub struct File {
     file: std::fs::File,
+    ring: Mutex<Option<Ring>>,
 }
 
 /// The most that one transfer of the bound moves, and how far ahead of it the kernel is asked to read.
@@ -35,7 +39,7 @@ impl File {
     pub fn open(opening: &Opening) -> io::Result<Self> {
         let flags = if opening.direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&opening.path)?;
-        Ok(Self { file })
+        Ok(Self { file, ring: Mutex::new(None) })
     }
 
     #[inline]
@@ -121,6 +125,18 @@ impl Disk for File {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: no memory is involved.
         check(unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, length as i64) })
+    }
+
+    fn queue(&self, work: &Work, offsets: &[u64], buffers: &mut [Buffer]) -> Option<io::Result<()>> {
+        let mut ring = self.ring.lock().ok()?;
+        let ring = match &mut *ring {
+            Some(ring) => ring,
+            none => match Ring::new(&self.file, buffers.len()) {
+                Ok(new) => none.insert(new),
+                Err(error) => return Some(Err(error)),
+            },
+        };
+        Some(ring.go_through(work, offsets, buffers))
     }
 
     fn extra(&mut self, extra: &Extra) -> io::Result<Value> {

@@ -40,17 +40,29 @@ fn random(bench: &mut Bench, row: &str, kind: Kind, target: f64, instructions: f
             let rounds = if cluster == 64 << 10 { scale.rounds() } else { scale.rounds() / 2 };
             let samples =
                 field.rounds(rounds, false, |round| Work::new(kind, 4096, anywhere(&shape, round), count).warm(500))?;
+            let peaks = field.peaks()?;
             field.close()?;
             let work = format!("random 4 KiB {verb}, {} KiB clusters, {}", cluster >> 10, place.name);
             lines.push(ratios(row, &work, &samples).at_most(target));
             if cluster == 64 << 10 && place.name == bench.tmpfs.name {
                 let work = Work::new(kind, 4096, anywhere(&shape, 7), scale.pick(5_000, 10_000)).warm(1_000);
+                lines.push(memory(row, verb, &peaks));
                 lines.extend(counted(row, verb, place, &work, instructions)?);
             }
             place.clear()?;
         }
     }
     Ok(lines)
+}
+
+/// The most memory resident, over that of the raw file's process.
+fn memory(row: &str, verb: &str, peaks: &[(Contender, u64)]) -> Line {
+    let raw = peaks.iter().find(|(who, _)| *who == Raw).map_or(0, |(_, peak)| *peak);
+    let mut line = Line::new(row, format!("random 4 KiB {verb}: peak memory over the raw file's"), "MiB");
+    for &(who, peak) in peaks.iter().filter(|(who, _)| *who != Raw) {
+        line = line.value(who, Some(Spread::exact(peak.saturating_sub(raw) as f64 / MIB as f64)));
+    }
+    line
 }
 
 /// What does not depend on the time of day, for each contender that runs in a process of ours.

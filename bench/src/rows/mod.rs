@@ -5,6 +5,7 @@ mod compaction;
 mod discards;
 mod huge;
 mod mapped;
+mod queues;
 mod recycling;
 mod uncached;
 
@@ -62,7 +63,7 @@ pub struct Row {
     pub measure: fn(&mut Bench) -> Result<Vec<Line>>,
 }
 
-pub const ROWS: [Row; 12] = [
+pub const ROWS: [Row; 13] = [
     Row { name: "read", title: "random 4 KiB reads of mapped clusters, tables in memory", measure: mapped::read },
     Row {
         name: "overwrite",
@@ -79,6 +80,7 @@ pub const ROWS: [Row; 12] = [
         measure: uncached::uncached,
     },
     Row { name: "discard", title: "discards of single clusters in random order", measure: discards::discard },
+    Row { name: "queue", title: "random 4 KiB requests, 32 at once", measure: queues::queue },
     Row { name: "recycler", title: "the guest while the recycler moves clusters", measure: recycling::recycler },
     Row { name: "compact", title: "compaction of a file half free", measure: compaction::compact },
     Row { name: "huge", title: "a disk of 1 TiB", measure: huge::huge },

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use serde_json::Value;
 
+use crate::buffer::Buffer;
 use crate::protocol::{Extra, Opening, Work};
 
 /// An open virtual disk. Its calls are `async` so that one loop serves all; those of a synchronous library are ready at
@@ -24,7 +25,7 @@ pub trait Disk: Sized {
 
     /// `work.depth` operations at once by a queue of the disk's own; `None`: it has none, and futures are joined.
     /// Called to warm up, too.
-    fn queue(&self, _work: &Work, _offsets: &[u64]) -> Option<io::Result<()>> {
+    fn queue(&self, _work: &Work, _offsets: &[u64], _buffers: &mut [Buffer]) -> Option<io::Result<()>> {
         None
     }
 
@@ -99,8 +100,8 @@ impl<D: Disk> Disk for Arc<D> {
         }
     }
 
-    fn queue(&self, work: &Work, offsets: &[u64]) -> Option<io::Result<()>> {
-        D::queue(self, work, offsets)
+    fn queue(&self, work: &Work, offsets: &[u64], buffers: &mut [Buffer]) -> Option<io::Result<()>> {
+        D::queue(self, work, offsets, buffers)
     }
 
     fn extra(&mut self, extra: &Extra) -> io::Result<Value> {

@@ -230,7 +230,7 @@ impl<D: Disk> Worker<D> {
 
     async fn go_through(&mut self, work: &Work, offsets: &[u64], buffers: &mut [Buffer]) -> io::Result<()> {
         if work.depth > 1 {
-            return match self.disk.queue(work, offsets) {
+            return match self.disk.queue(work, offsets, buffers) {
                 Some(result) => result,
                 None => concurrently(&self.disk, work, offsets, buffers).await,
             };
