@@ -142,8 +142,12 @@ impl Shape {
         for &contender in contenders {
             let path = place.of(contender, name);
             if contender == Contender::Raw {
-                sparse(&path, self.size)?;
-                fill(contender, &path)?;
+                // Copied as the images are: how a file was written decides how large the pieces are in which it is cached.
+                let written = place.path(&format!("{name}-written"));
+                sparse(&written, self.size)?;
+                fill(contender, &written)?;
+                copy(&written, &path)?;
+                fs::remove_file(written)?;
             } else {
                 copy(&base, &path)?;
             }
