@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use qcow_recycler::recycler::{Control, run};
-use qcow_recycler::{BlockDevice, Image};
+use qcow_recycler::{BlockDevice, Image, LogLevel, Logger, Options};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
@@ -27,7 +27,15 @@ pub async fn play<D: BlockDevice + Clone>(
     closed: impl Fn(&D) -> Result<(), String>,
 ) -> Result<(), Failure> {
     let open = || async {
-        let image = Image::open(device.clone(), history.config.options()).await;
+        // What the library says goes into the trace: "2 background errors" alone tells nobody anything.
+        let trace = shared.clone();
+        let logger = Logger::new(move |level, message| {
+            if level <= LogLevel::Warning {
+                trace.note(format!("{level:?}: {message}"));
+            }
+        });
+        let options = Options { logger, ..history.config.options() };
+        let image = Image::open(device.clone(), options).await;
         image.map(Arc::new).map_err(|e| shared.failure(format!("opening: {e}")))
     };
     let closed = &closed;

@@ -135,6 +135,7 @@ struct Pending {
     orphan: bool,
 }
 
+#[derive(Clone)]
 enum Effect {
     Patch { offset: u64, bytes: Arc<Vec<u8>> },
     Length(u64),
@@ -144,6 +145,9 @@ enum Effect {
 struct InFlight {
     kind: Kind,
     ranges: Vec<(Range<u64>, bool)>,
+    /// What it was asked to do.
+    asked: Effect,
+    /// What it does: less, if it is to fail.
     effect: Effect,
 }
 
@@ -445,7 +449,7 @@ impl SimDevice {
             let both_write = ranges
                 .iter()
                 .any(|(a, write)| *write && other.ranges.iter().any(|(b, w)| *w && a.start < b.end && b.start < a.end));
-            let excused = self.inner.settings.overlap && kind == other.kind && effect.same_guest(&other.effect);
+            let excused = self.inner.settings.overlap && kind == other.kind && effect.same_guest(&other.asked);
             both_write && !excused || other.ranges.iter().any(|(b, _)| b.end > shrinks_to)
         });
         if let Some(other) = clash {
@@ -458,9 +462,10 @@ impl SimDevice {
         if early {
             state.apply(&effect);
         }
+        let asked = effect.clone();
         // A failed write may have reached any of its sectors.
         let effect = if failed.is_some() { part(effect, &mut state.rng) } else { effect };
-        state.in_flight.insert(id, InFlight { kind, ranges, effect });
+        state.in_flight.insert(id, InFlight { kind, ranges, asked, effect });
         drop(state);
         if kind.modifies() {
             self.event(|| format!("operation {id}, {kind:?}, in flight"));
