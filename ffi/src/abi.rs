@@ -90,6 +90,7 @@ impl<T: Shared> Out<T> {
     ///
     /// # Safety
     /// As there.
+    #[inline]
     pub(crate) unsafe fn optional(theirs: *mut T) -> Result<Option<Self>, Fault> {
         // SAFETY: as promised by the caller.
         if theirs.is_null() { Ok(None) } else { unsafe { Self::new(theirs) }.map(Some) }

@@ -45,27 +45,39 @@ pub(crate) unsafe fn call(error: *mut qcr_error, body: impl FnOnce() -> Result<(
 ///
 /// # Safety
 /// As there; `image` is NULL or an image that is not freed before this returns.
+#[inline]
 pub(crate) unsafe fn on_image(
     image: *const qcr_image,
     error: *mut qcr_error,
     body: impl FnOnce(&qcr_image) -> Result<(), Fault>,
 ) -> c_int {
-    let body = || {
-        // SAFETY: as promised by the caller.
-        let image = unsafe { image.as_ref() }.ok_or_else(|| Fault::null("image"))?;
+    // SAFETY: as promised by the caller.
+    let image = unsafe { image.as_ref() };
+    let run = || {
+        let image = image.ok_or_else(|| Fault::null("image"))?;
         if image.disk().image().has_panicked() {
             image.fuse().blow();
         }
         if image.fuse().is_blown() {
-            return Err(poisoned("an earlier call found a fault of the library; close the image"));
+            return Err(already_poisoned());
         }
-        catch_unwind(AssertUnwindSafe(|| body(image))).unwrap_or_else(|payload| {
-            image.fuse().blow();
-            Err(poisoned(&describe(payload)))
-        })
+        body(image)
     };
     // SAFETY: as promised by the caller.
-    unsafe { call(error, body) }
+    let details = match unsafe { Out::optional(error) } {
+        Ok(details) => details,
+        Err(fault) => return fault.report(None),
+    };
+    let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+        if let Some(image) = image {
+            image.fuse().blow();
+        }
+        Err(poisoned(&describe(payload)))
+    });
+    match result {
+        Ok(()) => 0,
+        Err(fault) => fault.report(details),
+    }
 }
 
 /// Runs `body`, which touches no image that anybody else can see, and turns a panic into a fault.
@@ -73,6 +85,12 @@ pub(crate) fn contain<T>(body: impl FnOnce() -> Result<T, Fault>) -> Result<T, F
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| Err(poisoned(&describe(payload))))
 }
 
+#[cold]
+fn already_poisoned() -> Fault {
+    poisoned("an earlier call found a fault of the library; close the image")
+}
+
+#[cold]
 fn poisoned(reason: &str) -> Fault {
     Fault::new(libc::ENOTRECOVERABLE, format!("internal fault: {reason}"))
 }

@@ -71,9 +71,9 @@ pub unsafe extern "C" fn qcr_read(
     error: *mut qcr_error,
 ) -> c_int {
     let body = |image: &qcr_image| {
-        let one = [area(buffer, count)?];
-        // SAFETY: the header's rules for memory.
-        Ok(image.disk().read(offset, unsafe { IoBufMut::from_iovecs(&one) })?)
+        check_area(buffer, count)?;
+        // SAFETY: the header's rules for memory; the length was checked.
+        Ok(image.disk().read(offset, unsafe { IoBufMut::from_raw(buffer.cast(), count) })?)
     };
     // SAFETY: the header's rules for images and errors.
     unsafe { on_image(image, error, body) }
@@ -89,9 +89,9 @@ pub unsafe extern "C" fn qcr_write(
     error: *mut qcr_error,
 ) -> c_int {
     let body = |image: &qcr_image| {
-        let one = [area(buffer.cast_mut(), count)?];
-        // SAFETY: the header's rules for memory.
-        Ok(image.disk().write(offset, unsafe { IoBuf::from_iovecs(&one) })?)
+        check_area(buffer, count)?;
+        // SAFETY: the header's rules for memory; the length was checked.
+        Ok(image.disk().write(offset, unsafe { IoBuf::from_raw(buffer.cast(), count) })?)
     };
     // SAFETY: the header's rules for images and errors.
     unsafe { on_image(image, error, body) }
@@ -243,12 +243,12 @@ unsafe fn areas<'a>(iov: *const iovec, iovcnt: c_int) -> Result<&'a [iovec], Fau
     }
 }
 
-fn area(base: *mut c_void, count: usize) -> Result<iovec, Fault> {
-    if base.is_null() && count > 0 {
-        return Err(Fault::null("buffer"));
-    }
-    if isize::try_from(count).is_err() {
-        return Err(Fault::argument("count", "is too large"));
-    }
-    Ok(iovec { iov_base: base, iov_len: count })
+#[inline]
+fn check_area(base: *const c_void, count: usize) -> Result<(), Fault> {
+    if base.is_null() && count > 0 || isize::try_from(count).is_err() { Err(refuse_area(count)) } else { Ok(()) }
+}
+
+#[cold]
+fn refuse_area(count: usize) -> Fault {
+    if isize::try_from(count).is_err() { Fault::argument("count", "is too large") } else { Fault::null("buffer") }
 }

@@ -83,6 +83,7 @@ impl<D: BlockDevice> Disk<D> {
     ///
     /// # Errors
     /// See [`Image::read`].
+    #[inline]
     pub fn read(&self, offset: u64, buf: IoBufMut<'_>) -> Result<()> {
         self.image.read_blocking(offset, buf)
     }
@@ -91,6 +92,7 @@ impl<D: BlockDevice> Disk<D> {
     ///
     /// # Errors
     /// See [`Image::write`].
+    #[inline]
     pub fn write(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         self.image.write_blocking(offset, buf)
     }

@@ -26,6 +26,17 @@ struct Raw<'a> {
 }
 
 impl<'a> Raw<'a> {
+    /// The one area that this is, if it is known to be one.
+    #[inline]
+    fn single(self) -> Option<*mut u8> {
+        match self.areas {
+            // SAFETY: `skip` is within the area, by the constructors and `slice`.
+            Areas::One(base) => Some(unsafe { base.add(self.skip) }),
+            Areas::Many(_) => None,
+        }
+    }
+
+    #[inline]
     fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "buffer range out of bounds");
         Raw { areas: self.areas, skip: self.skip + range.start, len: range.end - range.start }
@@ -119,6 +130,16 @@ impl<'a> IoBuf<'a> {
         IoBuf { raw, memory: PhantomData }
     }
 
+    /// `len` bytes from `base` on; they may change while they are read.
+    ///
+    /// # Safety
+    /// They must stay readable for `'a`, and `len` must be at most `isize::MAX`.
+    #[inline]
+    #[must_use]
+    pub unsafe fn from_raw(base: *const u8, len: usize) -> Self {
+        IoBuf { raw: Raw { areas: Areas::One(base.cast_mut()), skip: 0, len }, memory: PhantomData }
+    }
+
     /// The bytes of a list of areas, in order; they may change while they are read.
     ///
     /// # Safety
@@ -130,6 +151,7 @@ impl<'a> IoBuf<'a> {
     }
 
     /// Length in bytes.
+    #[inline]
     #[must_use]
     pub fn len(&self) -> usize {
         self.raw.len
@@ -139,6 +161,12 @@ impl<'a> IoBuf<'a> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.raw.len == 0
+    }
+
+    /// The address, if this is known to be one area. It is valid for `'a`.
+    #[inline]
+    pub(crate) fn single(&self) -> Option<*const u8> {
+        self.raw.single().map(<*mut u8>::cast_const)
     }
 
     /// The part `range` (bytes). Panics when it is out of bounds.
@@ -171,6 +199,17 @@ impl<'a> IoBufMut<'a> {
         IoBufMut { raw, memory: PhantomData }
     }
 
+    /// `len` bytes from `base` on.
+    ///
+    /// # Safety
+    /// They must stay writable for `'a` and belong to no Rust reference that is used meanwhile; `len` must be at most
+    /// `isize::MAX`.
+    #[inline]
+    #[must_use]
+    pub unsafe fn from_raw(base: *mut u8, len: usize) -> Self {
+        IoBufMut { raw: Raw { areas: Areas::One(base), skip: 0, len }, memory: PhantomData }
+    }
+
     /// The bytes of a list of areas, in order.
     ///
     /// # Safety
@@ -183,6 +222,7 @@ impl<'a> IoBufMut<'a> {
     }
 
     /// Length in bytes.
+    #[inline]
     #[must_use]
     pub fn len(&self) -> usize {
         self.raw.len
@@ -192,6 +232,18 @@ impl<'a> IoBufMut<'a> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.raw.len == 0
+    }
+
+    /// The same buffer again, borrowed from this one.
+    #[inline]
+    pub(crate) fn reborrow(&mut self) -> IoBufMut<'_> {
+        IoBufMut { raw: self.raw, memory: PhantomData }
+    }
+
+    /// The address, if this is known to be one area. It is valid for `'a`.
+    #[inline]
+    pub(crate) fn single(&mut self) -> Option<*mut u8> {
+        self.raw.single()
     }
 
     /// The part `range` (bytes), borrowed from this one. Panics when it is out of bounds.

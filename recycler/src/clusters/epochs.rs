@@ -69,6 +69,7 @@ pub(crate) struct Detached {
 pub(crate) struct Ticket(u64);
 
 impl Epochs {
+    #[inline]
     fn slot(&self) -> &Slot {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         thread_local!(static MINE: Cell<usize> = const { Cell::new(usize::MAX) });
@@ -82,6 +83,7 @@ impl Epochs {
     }
 
     /// A request begins.
+    #[inline]
     pub(crate) fn enter(&self) -> InFlight<'_> {
         let slot = self.slot();
         loop {
@@ -107,6 +109,7 @@ impl Epochs {
         }
     }
 
+    #[inline]
     fn leave(&self, slot: &Slot, side: usize) {
         slot.inside[side].fetch_sub(1, Ordering::SeqCst);
         if self.awaited.load(Ordering::SeqCst) {
@@ -172,12 +175,14 @@ impl InFlight<'_> {
     }
 
     /// Counts something for the statistics.
+    #[inline]
     pub(crate) fn count(&self, counter: Counter, amount: u64) {
         self.slot.counts[counter as usize].fetch_add(amount, Ordering::Relaxed);
     }
 }
 
 impl Drop for InFlight<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.epochs.leave(self.slot, self.side);
     }

@@ -157,6 +157,21 @@ pub(crate) struct ActiveMoves {
     referenced: Mutex<Vec<Batch<Referenced>>>,
 }
 
+/// Where the sources of active moves were, at a moment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    low: u64,
+    high: u64,
+}
+
+impl Bounds {
+    /// Whether `count` clusters from `first` on may be sources.
+    #[inline]
+    pub(crate) fn touch(&self, first: HostCluster, count: u64) -> bool {
+        first.0 <= self.high && first.0 + count > self.low
+    }
+}
+
 impl Default for ActiveMoves {
     fn default() -> Self {
         ActiveMoves {
@@ -183,11 +198,30 @@ impl ActiveMoves {
         }
     }
 
+    /// The bounds now, for a writer that is going to write a cluster in place without taking a lock: it may, if the bounds
+    /// do not [touch](Bounds::touch) what it finds in the entry. It must be in flight already, and load the entry
+    /// *afterwards*. Take a batch of moves that has the cluster among its sources:
+    ///
+    /// - Published after the bounds were loaded, or while: the grace period that begins when the batch is published waits for
+    ///   the writer, which was in flight before. So the copy is made after the write.
+    /// - Published before: then the bounds touch the cluster, unless the batch had been withdrawn already. In that case the
+    ///   references had been rewritten before, or the moves given up, and the writer, which loads the entry after the bounds,
+    ///   finds the reference as it is now: another cluster, or this one, which nobody is going to move.
+    ///
+    /// The two bounds are not loaded at one moment, but each of them alone says which of the cases holds for a batch that it
+    /// includes or not. If the entry were loaded first, the batch could be rewritten and withdrawn between the two: the
+    /// write would go to a cluster that nobody reads any more.
+    #[inline]
+    pub(crate) fn bounds(&self) -> Bounds {
+        // In one order with entering the epoch and with the look that ends a grace period, so sequentially consistent.
+        Bounds { low: self.low.load(Ordering::SeqCst), high: self.high.load(Ordering::SeqCst) }
+    }
+
     /// A writer is about to write, or has unlinked, `count` clusters from `first` on. To be called under the lock of the
     /// L2 slice that refers to them.
     #[inline]
     pub(crate) fn cancel(&self, first: HostCluster, count: u64) {
-        if first.0 <= self.high.load(Ordering::SeqCst) && first.0 + count > self.low.load(Ordering::SeqCst) {
+        if self.bounds().touch(first, count) {
             self.cancel_slow(first, count);
         }
     }

@@ -35,7 +35,23 @@ fn moved(result: isize) -> io::Result<Option<usize>> {
 ///
 /// # Errors
 /// [`io::ErrorKind::UnexpectedEof`] if the file ends before; what the system reports.
+#[inline]
 pub(super) fn read(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
+    // Nearly always one area, and one call.
+    if let (Some(base), Ok(at)) = (buf.single(), i64::try_from(offset)) {
+        // SAFETY: by `IoBufMut` the area is writable memory of this length, and belongs to no reference, while `buf` lives.
+        let result = unsafe { libc::pread64(fd.as_raw_fd(), base.cast(), buf.len(), at) };
+        if usize::try_from(result) == Ok(buf.len()) {
+            return Ok(());
+        }
+        moved(result)?;
+    }
+    // What was cut short or interrupted is done again: the bytes are the same.
+    read_pieces(fd, offset, buf)
+}
+
+#[cold]
+fn read_pieces(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
     let (fd, length) = (fd.as_raw_fd(), buf.len());
     let mut done = 0;
     while done < length {
@@ -67,7 +83,23 @@ pub(super) fn read(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io
 ///
 /// # Errors
 /// What the system reports.
+#[inline]
 pub(super) fn write(fd: BorrowedFd<'_>, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+    // Nearly always one area, and one call.
+    if let (Some(base), Ok(at)) = (buf.single(), i64::try_from(offset)) {
+        // SAFETY: by `IoBuf` the area is readable memory of this length while `buf` lives; the kernel only reads it.
+        let result = unsafe { libc::pwrite64(fd.as_raw_fd(), base.cast(), buf.len(), at) };
+        if usize::try_from(result) == Ok(buf.len()) {
+            return Ok(());
+        }
+        moved(result)?;
+    }
+    // What was cut short or interrupted is done again: the bytes are the same.
+    write_pieces(fd, offset, buf)
+}
+
+#[cold]
+fn write_pieces(fd: BorrowedFd<'_>, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
     let (fd, length) = (fd.as_raw_fd(), buf.len());
     let mut done = 0;
     while done < length {

@@ -67,9 +67,14 @@ impl<D: BlockDevice> Volume<D> {
         self.features.resize
     }
 
+    #[inline]
+    pub(crate) fn is_sound(&self) -> bool {
+        !self.failed.load(Ordering::Acquire)
+    }
+
     /// Fails when an earlier flush did.
     pub(crate) fn ensure_sound(&self) -> Result<()> {
-        if self.failed.load(Ordering::Acquire) {
+        if !self.is_sound() {
             return Err(Error::Failed { reason: self.failure.lock().clone() });
         }
         Ok(())
@@ -108,12 +113,10 @@ impl<D: BlockDevice> Volume<D> {
         }
     }
 
-    /// Writes what lies within the file, if the device does so at once. `None`: nothing was done.
+    /// Writes what lies within the file, if the device does so at once. `None`: nothing was done. The caller has seen that
+    /// the volume is sound.
     #[inline]
     pub(crate) fn write_now(&self, action: &'static str, offset: u64, buf: IoBuf<'_>) -> Option<Result<()>> {
-        if let Err(e) = self.ensure_sound() {
-            return Some(Err(e));
-        }
         match self.device.write_now(offset, buf)? {
             Ok(()) => Some(Ok(())),
             Err(e) => Some(Err(Error::io(action, offset)(e))),

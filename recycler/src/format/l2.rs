@@ -45,6 +45,7 @@ impl Mapping {
     ///
     /// # Errors
     /// Reserved bits that are set, an unaligned offset, a zero flag in version 2.
+    #[inline]
     pub fn decode(entry: u64, version: u32, cluster_size: u64) -> Result<Mapping, &'static str> {
         if entry & COMPRESSED != 0 {
             return Ok(Mapping::Compressed { descriptor: entry & (COMPRESSED - 1) });
@@ -88,6 +89,14 @@ impl Mapping {
     pub const fn encode_data(host: HostOffset) -> u64 {
         host.0 | COPIED
     }
+}
+
+/// What [`Mapping::decode`] says of an entry if it says `Data`, for those who want nothing else.
+#[inline]
+pub(crate) fn plain_data(entry: u64, cluster_size: u64) -> Option<(HostOffset, bool)> {
+    let offset = entry & OFFSET;
+    let plain = entry & (!(COPIED | OFFSET) | (cluster_size - 1)) == 0 && offset != 0;
+    plain.then_some((HostOffset(offset), entry & COPIED != 0))
 }
 
 /// Where a compressed cluster's data starts in the file, and how many bytes it may take at most. (Section "Compressed
@@ -142,6 +151,21 @@ mod tests {
         assert!(Mapping::decode(1, 2, 65536).is_err());
         assert!(decode_l1(COMPRESSED | 65536, 65536).is_err());
         assert!(decode_l1(512, 1024).is_err());
+    }
+
+    #[test]
+    fn plain_data_is_what_decodes_as_data() {
+        let bits = [0, 1, 2, 9, 12, 16, 40, 55, 56, 62, 63];
+        for chosen in 0u32..1 << bits.len() {
+            let entry = (0..bits.len()).filter(|i| chosen >> i & 1 == 1).fold(0u64, |e, i| e | 1 << bits[i]);
+            for cluster_size in [512, 65536] {
+                let decoded = match Mapping::decode(entry, 3, cluster_size) {
+                    Ok(Mapping::Data { host, copied }) => Some((host, copied)),
+                    _ => None,
+                };
+                assert_eq!(plain_data(entry, cluster_size), decoded, "{entry:#x}");
+            }
+        }
     }
 
     #[test]

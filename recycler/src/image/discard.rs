@@ -9,6 +9,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Mapping};
+use crate::metadata::slices::Entries as _;
 use crate::units::{GuestCluster, GuestOffset};
 
 /// What becomes of whole clusters that are to read as zeroes.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::Image;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
-use crate::format::l2::Mapping;
-use crate::metadata::l2::Slice;
+use crate::format::l2::{self, Mapping};
+use crate::metadata::slices::{Entries, Slice};
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 
 /// How a run of bytes of the virtual disk is stored.
@@ -77,35 +77,87 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// The same, as far as it is in memory. `None` if the first slice is not, or if its entries must be checked before a write:
-    /// then tables must be read.
+    /// The same, as far as it is in memory, and without a lock. `None` if the first slice is not there, or
+    /// if its entries must be checked before a write: then tables must be read.
+    #[inline]
     pub(crate) fn lookup_cached(&self, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Option<Run>> {
-        let geometry = self.meta.geometry;
-        let Some((slice, index)) = self.meta.l2.cached(geometry.guest_cluster(at)) else { return Ok(None) };
-        let writable = |slice: &Slice, index: usize, at: GuestOffset, max: u64| {
-            purpose == Purpose::Read || slice.targets.are_checked(index, self.clusters_of(at, max))
-        };
-        if !writable(&slice, index, at, max) {
-            return Ok(None);
+        // Before any entry is looked at.
+        let moving = self.moves.bounds();
+        let Some(mut run) = self.look(at, max, purpose)? else { return Ok(None) };
+        if run.length < max {
+            self.look_on(at, max, purpose, &mut run);
         }
-        let mut run = self.lookup_in_slice(&slice, index, at, max, purpose)?;
-        // On into the next slices.
-        loop {
-            let next = GuestOffset(at.0 + run.length);
-            if run.length == max || !next.0.is_multiple_of(self.slice_bytes()) {
-                break;
-            }
-            let Some((slice, index)) = self.meta.l2.cached(geometry.guest_cluster(next)) else { break };
-            if !writable(&slice, index, next, max - run.length) {
-                break;
-            }
-            // An error there is left to the request that needs it: this one may end before, or comes again.
-            match self.lookup_in_slice(&slice, index, next, max - run.length, purpose) {
-                Ok(more) if run.continues(&more) => run.length += more.length,
-                _ => break,
+        if purpose == Purpose::Write
+            && let RunKind::Data { host, copied: true } = run.kind
+        {
+            let (first, count) = self.hosts_of(host, run.length);
+            if moving.touch(first, count) {
+                return self.lookup_locked(at, max);
             }
         }
         Ok(Some(run))
+    }
+
+    /// Where in the file a request goes that lies within one cluster of data, as most do. `None` if it does not, or if the
+    /// answer is not that simple, for whatever reason: then ask [`lookup_cached`](Self::lookup_cached), which is longer and
+    /// says the same.
+    #[inline(always)]
+    pub(super) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<HostOffset> {
+        // Before the entry is looked at.
+        let moving = self.moves.bounds();
+        let cluster_size = self.meta.geometry.cluster_size();
+        let within = at.0 & (cluster_size - 1);
+        if within + length > cluster_size {
+            return None;
+        }
+        let (view, index) = self.meta.l2.view(self.meta.geometry.guest_cluster(at))?;
+        if purpose == Purpose::Write && !view.targets_checked(index, 1) {
+            return None;
+        }
+        let (host, copied) = l2::plain_data(view.get(index), cluster_size)?;
+        let end = host.0 + within + length;
+        if !view.still() || end > self.volume.length() {
+            return None;
+        }
+        if purpose == Purpose::Write && (!copied || moving.touch(self.meta.geometry.host_cluster(host), 1)) {
+            return None;
+        }
+        Some(HostOffset(host.0 + within))
+    }
+
+    /// Looks at one slice.
+    #[inline]
+    fn look(&self, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Option<Run>> {
+        let Some((view, index)) = self.meta.l2.view(self.meta.geometry.guest_cluster(at)) else { return Ok(None) };
+        if purpose == Purpose::Write && !view.targets_checked(index, self.clusters_of(at, max)) {
+            return Ok(None);
+        }
+        let run = self.run_in(&view, index, at, max);
+        // Also an error is one only if it is this slice's.
+        if view.still() { run.map(Some) } else { Ok(None) }
+    }
+
+    /// Looks on into the next slices, as far as what they say continues the run.
+    #[cold]
+    fn look_on(&self, at: GuestOffset, max: u64, purpose: Purpose, run: &mut Run) {
+        loop {
+            let next = GuestOffset(at.0 + run.length);
+            if run.length == max || !next.0.is_multiple_of(self.slice_bytes()) {
+                return;
+            }
+            // An error there is left to the request that needs it: this one may end before, or comes again.
+            match self.look(next, max - run.length, purpose) {
+                Ok(Some(more)) if run.continues(&more) => run.length += more.length,
+                _ => return,
+            }
+        }
+    }
+
+    /// The way of a writer whose cluster may be about to move, and whose entries have been checked: under the slice's lock.
+    #[cold]
+    fn lookup_locked(&self, at: GuestOffset, max: u64) -> Result<Option<Run>> {
+        let Some((slice, index)) = self.meta.l2.cached(self.meta.geometry.guest_cluster(at)) else { return Ok(None) };
+        self.lookup_in_slice(&slice, index, at, max, Purpose::Write).map(Some)
     }
 
     /// How many clusters a range of the disk touches.
@@ -119,7 +171,13 @@ impl<D: BlockDevice> Image<D> {
         self.meta.l2.per_slice() << self.meta.geometry.cluster_bits
     }
 
-    /// Within one slice, whose entries have been checked if this is for a write.
+    fn hosts_of(&self, host: HostOffset, length: u64) -> (HostCluster, u64) {
+        let first = self.meta.geometry.host_cluster(host);
+        let last = self.meta.geometry.host_cluster(HostOffset(host.0 + length - 1));
+        (first, last.0 - first.0 + 1)
+    }
+
+    /// Within one slice, under its lock, whose entries have been checked if this is for a write.
     fn lookup_in_slice(
         &self,
         slice: &Arc<Slice>,
@@ -128,56 +186,81 @@ impl<D: BlockDevice> Image<D> {
         max: u64,
         purpose: Purpose,
     ) -> Result<Run> {
-        let geometry = self.meta.geometry;
-        let cluster_size = geometry.cluster_size();
-        let guest = geometry.guest_cluster(at);
-        let within = at.0 & (cluster_size - 1);
         let entries = slice.read();
-        let first = self.decode(guest, entries.get(index))?;
-        let mut length = (cluster_size - within).min(max);
-        let mut next = index + 1;
-        // Decoding errors of later entries are left to the request that needs them.
-        let mut follow = |expected: &dyn Fn(Mapping, u64) -> bool| {
-            while length < max && next < entries.len() {
-                let clusters = (next - index) as u64;
-                match Mapping::decode(entries.get(next), self.meta.version, cluster_size) {
-                    Ok(m) if expected(m, clusters) => {}
-                    _ => break,
-                }
-                length = (length + cluster_size).min(max);
-                next += 1;
-            }
+        let run = self.run_in(&entries, index, at, max)?;
+        if purpose == Purpose::Write
+            && let RunKind::Data { host, copied: true } = run.kind
+        {
+            // Still under the slice's lock: the reference cannot be rewritten between this and our write, whatever state
+            // the move was in.
+            let (first, count) = self.hosts_of(host, run.length);
+            self.moves.cancel(first, count);
+        }
+        Ok(run)
+    }
+
+    /// What is stored from `at` on, as far as these entries tell.
+    #[inline]
+    fn run_in(&self, entries: &impl Entries, index: usize, at: GuestOffset, max: u64) -> Result<Run> {
+        let cluster_size = self.meta.geometry.cluster_size();
+        let within = at.0 & (cluster_size - 1);
+        let entry = entries.get(index);
+        let first = match Mapping::decode(entry, self.meta.version, cluster_size) {
+            Ok(first) => first,
+            Err(reason) => return Err(self.invalid_entry(self.meta.geometry.guest_cluster(at), entry, reason)),
         };
         let kind = match first {
-            Mapping::Data { host, copied } => {
-                follow(&|m, n| m == Mapping::Data { host: HostOffset(host.0 + n * cluster_size), copied });
-                RunKind::Data { host: HostOffset(host.0 + within), copied }
-            }
-            Mapping::Zero { .. } => {
-                follow(&|m, _| matches!(m, Mapping::Zero { .. }));
-                RunKind::Zero
-            }
-            Mapping::Unallocated => {
-                follow(&|m, _| m == Mapping::Unallocated);
-                RunKind::Unallocated
-            }
+            Mapping::Data { host, copied } => RunKind::Data { host: HostOffset(host.0 + within), copied },
+            Mapping::Zero { .. } => RunKind::Zero,
+            Mapping::Unallocated => RunKind::Unallocated,
             Mapping::Compressed { descriptor } => RunKind::Compressed { descriptor },
         };
-        if let RunKind::Data { host, copied } = kind {
-            let end = self.volume.length().next_multiple_of(cluster_size);
-            if host.0 + length > end {
-                let reason = format!("a data cluster lies outside the file of {} bytes", self.volume.length());
-                return Err(self.invalid_entry(guest, entries.get(index), &reason));
-            }
-            if purpose == Purpose::Write && copied {
-                // Still under the slice's lock: the reference cannot be rewritten between this and our write, whatever
-                // state the move was in.
-                let last = geometry.host_cluster(HostOffset(host.0 + length - 1));
-                let first = geometry.host_cluster(host);
-                self.moves.cancel(first, last.0 - first.0 + 1);
-            }
+        let mut length = cluster_size - within;
+        if length < max {
+            length += self.followers(entries, index, max - length, first);
+        }
+        let length = length.min(max);
+        if let RunKind::Data { host, .. } = kind
+            && host.0 + length > self.volume.length()
+        {
+            self.check_end(at, entry, host, length)?;
         }
         Ok(Run { kind, length })
+    }
+
+    /// How many bytes of clusters after that at `index` are stored as it is, in one run with it, in at most about `max` bytes.
+    fn followers(&self, entries: &impl Entries, index: usize, max: u64, first: Mapping) -> u64 {
+        let cluster_size = self.meta.geometry.cluster_size();
+        let (mut length, mut next) = (0, index + 1);
+        while length < max && next < entries.len() {
+            // Decoding errors of later entries are left to the request that needs them.
+            let Ok(mapping) = Mapping::decode(entries.get(next), self.meta.version, cluster_size) else { break };
+            let follows = match (first, mapping) {
+                (Mapping::Data { host, copied }, Mapping::Data { host: h, copied: c }) => {
+                    h.0 == host.0 + length + cluster_size && c == copied
+                }
+                (Mapping::Zero { .. }, Mapping::Zero { .. }) => true,
+                (Mapping::Unallocated, Mapping::Unallocated) => true,
+                _ => false,
+            };
+            if !follows {
+                break;
+            }
+            length += cluster_size;
+            next += 1;
+        }
+        length
+    }
+
+    /// Refuses data that lies outside the file; the last cluster may be cut short.
+    #[cold]
+    fn check_end(&self, at: GuestOffset, entry: u64, host: HostOffset, length: u64) -> Result<()> {
+        let end = self.volume.length();
+        if host.0 + length > end.next_multiple_of(self.meta.geometry.cluster_size()) {
+            let reason = format!("a data cluster lies outside the file of {end} bytes");
+            return Err(self.invalid_entry(self.meta.geometry.guest_cluster(at), entry, &reason));
+        }
+        Ok(())
     }
 
     /// Decodes an entry, with an error that names its place.

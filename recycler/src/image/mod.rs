@@ -128,7 +128,14 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// [`Error::Closed`], [`Error::ReadOnly`], or [`Error::Failed`] after a failed flush.
+    #[inline]
     pub fn ensure_writable(&self) -> Result<()> {
+        let writable = !self.options.read_only && self.volume.is_sound() && !self.is_closed();
+        if writable { Ok(()) } else { self.why_not_writable() }
+    }
+
+    #[cold]
+    fn why_not_writable(&self) -> Result<()> {
         if self.is_closed() {
             return Err(Error::Closed);
         }

@@ -40,7 +40,7 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// As [`read`](Image::read), and as [`write`](Image::write) if that is what it is for.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn begin(&self, offset: u64, length: u64, purpose: Purpose) -> Result<InFlight<'_>> {
         let request = self.epochs.enter();
         self.check_request(offset, length)?;
@@ -82,9 +82,32 @@ impl<D: BlockDevice> Image<D> {
         })
     }
 
+    /// Reads a request of the commonest kind at once: `false` if it is not of that kind.
+    #[inline]
+    pub(super) fn read_mapped(&self, offset: u64, buf: &mut IoBufMut<'_>) -> Result<bool> {
+        let length = buf.len() as u64;
+        let Some(host) = self.place_of(GuestOffset(offset), length, Purpose::Read) else { return Ok(false) };
+        match self.volume.read_now("reading guest data", host.0, buf.reborrow()) {
+            None => Ok(false),
+            Some(Ok(())) => Ok(true),
+            Some(Err(e)) => Err(e),
+        }
+    }
+
+    /// Writes a request of the commonest kind at once: `false` if it is not of that kind.
+    #[inline]
+    pub(super) fn write_mapped(&self, offset: u64, buf: IoBuf<'_>) -> Result<bool> {
+        let Some(host) = self.place_of(GuestOffset(offset), buf.len() as u64, Purpose::Write) else { return Ok(false) };
+        match self.volume.write_now("writing guest data", host.0, buf) {
+            None => Ok(false),
+            Some(Ok(())) => Ok(true),
+            Some(Err(e)) => Err(e),
+        }
+    }
+
     /// Reads as much as can be read at once; returns how many bytes that were.
     pub(super) fn read_at_once(&self, request: &InFlight<'_>, offset: u64, buf: &mut IoBufMut<'_>) -> Result<usize> {
-        let mut done = 0;
+        let (mut done, mut loaded) = (0, None);
         while done < buf.len() {
             let max = (buf.len() - done) as u64;
             match self.plan(request, offset + done as u64, max, Purpose::Read)? {
@@ -101,19 +124,43 @@ impl<D: BlockDevice> Image<D> {
                     buf.slice(done..end).fill_zero();
                     done = end;
                 }
-                Planned::Wait => break,
+                Planned::Wait => {
+                    if !self.load_at_once(offset + done as u64, &mut loaded)? {
+                        break;
+                    }
+                }
             }
         }
         Ok(done)
     }
 
+    /// The next bytes of a request could not be planned: if that is for want of a slice, and the device can read it at once,
+    /// it is in memory afterwards (or there is no table, which the asynchronous path says). `loaded` is the last place that
+    /// this was done for, since once is enough.
+    #[cold]
+    fn load_at_once(&self, at: u64, loaded: &mut Option<u64>) -> Result<bool> {
+        let guest = self.meta.geometry.guest_cluster(GuestOffset(at));
+        if loaded.replace(at) == Some(at) || self.meta.l2.view(guest).is_some() {
+            return Ok(false);
+        }
+        match self.meta.l2.load_now(&self.volume, &self.meta.l1, guest) {
+            Some(result) => result,
+            None => Ok(false),
+        }
+    }
+
     /// Writes as much as can be written at once; returns how many bytes that were.
     pub(super) fn write_at_once(&self, request: &InFlight<'_>, offset: u64, buf: IoBuf<'_>) -> Result<usize> {
-        let mut done = 0;
+        let (mut done, mut loaded) = (0, None);
         while done < buf.len() {
             let max = (buf.len() - done) as u64;
             let planned = self.plan(request, offset + done as u64, max, Purpose::Write)?;
-            let Planned::Transfer { host, length } = planned else { break };
+            let Planned::Transfer { host, length } = planned else {
+                if self.load_at_once(offset + done as u64, &mut loaded)? {
+                    continue;
+                }
+                break;
+            };
             let end = done + length as usize;
             match self.volume.write_now("writing guest data", host.0, buf.slice(done..end)) {
                 None => break,

@@ -36,9 +36,14 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// As there.
+    #[inline]
     pub(crate) fn read_blocking(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
         let length = buf.len();
         let request = self.begin(offset, length as u64, Purpose::Read)?;
+        if self.read_mapped(offset, &mut buf)? {
+            self.end(request, length as u64, Purpose::Read);
+            return Ok(());
+        }
         let done = self.read_at_once(&request, offset, &mut buf)?;
         if done < length {
             block_on(self.read_range(offset + done as u64, buf.slice(done..length)))?;
@@ -95,17 +100,22 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Whether a request is within the disk, aligned, and the image open.
+    #[inline]
     pub(crate) fn check_request(&self, offset: u64, length: u64) -> Result<()> {
+        let aligned = (offset | length) & 511 == 0;
+        let within = offset.checked_add(length).is_some_and(|end| end <= self.virtual_size());
+        if aligned && within && !self.is_closed() { Ok(()) } else { Err(self.refusal(offset, length)) }
+    }
+
+    /// Why a request is refused.
+    #[cold]
+    fn refusal(&self, offset: u64, length: u64) -> Error {
         if self.is_closed() {
-            return Err(Error::Closed);
+            return Error::Closed;
         }
-        let size = self.virtual_size();
         if (offset | length) & 511 != 0 {
-            return Err(Error::Misaligned { offset, length });
+            return Error::Misaligned { offset, length };
         }
-        if offset.checked_add(length).is_none_or(|end| end > size) {
-            return Err(Error::OutOfRange { offset, length, size });
-        }
-        Ok(())
+        Error::OutOfRange { offset, length, size: self.virtual_size() }
     }
 }

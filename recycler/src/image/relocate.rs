@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::l2::{self, Mapping};
 use crate::metadata::commit::L1Move;
 use crate::metadata::refcounts::Refcounts;
+use crate::metadata::slices::Entries as _;
 use crate::mutation::{Mutation, broken};
 use crate::units::HostCluster;
 

@@ -29,6 +29,7 @@ use crate::clusters::moves::{Place, SharedSource};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
+use crate::metadata::slices::Entries as _;
 use crate::units::HostCluster;
 
 /// A cluster that snapshots use, on its way to another place.

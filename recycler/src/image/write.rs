@@ -10,8 +10,8 @@ use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
-use crate::metadata::l2::Slice;
 use crate::metadata::patches::lay_over;
+use crate::metadata::slices::{Entries as _, Slice};
 use crate::units::{GuestCluster, GuestOffset, HostOffset};
 use std::sync::Arc;
 
@@ -45,9 +45,14 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// As there.
+    #[inline]
     pub(crate) fn write_blocking(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len();
         let request = self.begin(offset, length as u64, Purpose::Write)?;
+        if self.write_mapped(offset, buf)? {
+            self.end(request, length as u64, Purpose::Write);
+            return Ok(());
+        }
         let done = self.write_at_once(&request, offset, buf)?;
         if done == length {
             self.end(request, length as u64, Purpose::Write);

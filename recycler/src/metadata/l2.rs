@@ -1,159 +1,77 @@
 //! L2 tables of the active L1 table, cached in slices.
 //!
-//! A slice is the unit of reading, caching and writing back. Its entries stay big-endian and are decoded on use. There is
-//! never more than one copy of a slice: a slice that somebody holds, or that is dirty (the dirty list holds it), is not
-//! evicted.
+//! A slice is the unit of reading and caching; what changed of it is written back by the sector. There is never more than
+//! one copy of a slice: one that somebody holds, or that is dirty (the dirty list holds it), is not evicted.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use foldhash::fast::RandomState;
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use quick_cache::sync::{Cache, DefaultLifecycle};
-use quick_cache::{Lifecycle, OptionsBuilder, UnitWeighter};
+use parking_lot::{Mutex, RwLockWriteGuard};
 use zerocopy::IntoBytes;
 
 use super::Writes;
 use super::l1::L1Table;
 use super::mirror::Mirrors;
 use super::patches::{self, Patches};
+use super::slices::{Entries as _, Locked, Slices, View};
 use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::units::{Geometry, GuestCluster, HostOffset};
 
-/// L2 tables are read, cached and written back in pieces of at most this many bytes.
+pub(crate) use super::slices::Slice;
+
+/// L2 tables are read and cached in pieces of at most this many bytes.
 const SLICE: u64 = 4096;
 /// The cache holds at least this many slices, whatever the option says.
 const MIN_SLICES: usize = 8;
-
-/// Part of an L2 table.
-pub(crate) struct Slice {
-    index: u64,
-    entries: RwLock<Box<[u64]>>,
-    dirty: AtomicBool,
-    /// Which entries guests may write through: see `Image::check_targets`.
-    pub(crate) targets: Targets,
-}
-
-/// Which entries of a slice were found to point at clusters that guests may write to. What the engine itself sets later is
-/// right by construction.
-pub(crate) struct Targets {
-    /// All were, so that nothing else needs to be looked at.
-    all: AtomicBool,
-    /// One bit for each entry.
-    checked: Box<[AtomicU64]>,
-}
-
-impl Targets {
-    fn new(entries: usize) -> Self {
-        Targets { all: AtomicBool::new(false), checked: (0..entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
-    }
-
-    /// Whether the `count` entries from `index` on were, as far as the slice has them.
-    #[inline]
-    pub(crate) fn are_checked(&self, index: usize, count: u64) -> bool {
-        let end = index.saturating_add(count as usize).min(self.checked.len() * 64);
-        self.all.load(Ordering::Acquire) || (index..end).all(|i| self.is_checked(i))
-    }
-
-    pub(crate) fn is_checked(&self, index: usize) -> bool {
-        self.checked.get(index / 64).is_none_or(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
-    }
-
-    pub(crate) fn set_checked(&self, index: usize) {
-        if let Some(word) = self.checked.get(index / 64) {
-            word.fetch_or(1 << (index % 64), Ordering::AcqRel);
-        }
-    }
-
-    pub(crate) fn set_all_checked(&self) {
-        self.all.store(true, Ordering::Release);
-    }
-}
-
-impl Slice {
-    pub(crate) fn read(&self) -> Entries<RwLockReadGuard<'_, Box<[u64]>>> {
-        Entries(self.entries.read())
-    }
-}
-
-/// A slice's entries under its lock.
-pub(crate) struct Entries<G>(G);
-
-impl<G: std::ops::Deref<Target = Box<[u64]>>> Entries<G> {
-    /// The raw entry at `index` of the slice.
-    pub(crate) fn get(&self, index: usize) -> u64 {
-        self.0.get(index).map_or(0, |&e| u64::from_be(e))
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.0.len()
-    }
-}
-
-impl Entries<RwLockWriteGuard<'_, Box<[u64]>>> {
-    pub(crate) fn set(&mut self, index: usize, entry: u64) {
-        if let Some(e) = self.0.get_mut(index) {
-            *e = entry.to_be();
-        }
-    }
-}
-
-/// Slices that somebody holds stay in the cache.
-#[derive(Clone, Default)]
-struct PinHeld(DefaultLifecycle<u64, Arc<Slice>>);
-
-impl Lifecycle<u64, Arc<Slice>> for PinHeld {
-    type RequestState = <DefaultLifecycle<u64, Arc<Slice>> as Lifecycle<u64, Arc<Slice>>>::RequestState;
-
-    fn is_pinned(&self, _: &u64, slice: &Arc<Slice>) -> bool {
-        // The cache asks under its lock, and handing out another reference needs that lock: one reference is its own.
-        Arc::strong_count(slice) > 1
-    }
-
-    fn on_evict(&self, state: &mut Self::RequestState, key: u64, slice: Arc<Slice>) {
-        self.0.on_evict(state, key, slice);
-    }
-}
+/// So many slices can be read from the device at once.
+const LOADING: usize = 64;
+const SECTOR: usize = 512;
+/// Changed sectors that are no farther apart are written in one piece.
+const GAP: usize = 2;
 
 /// The slices in memory.
 pub(crate) struct L2Cache {
     geometry: Geometry,
     slice_size: u64,
-    cache: Cache<u64, Arc<Slice>, UnitWeighter, RandomState, PinHeld>,
-    capacity: usize,
+    /// log2 of the entries of a slice.
+    slice_bits: u32,
+    slices: Slices,
+    /// Who reads a slice from the device has the lock that its key leads to.
+    loading: [tokio::sync::Mutex<()>; LOADING],
+    /// Buffers for that.
+    buffers: Mutex<Vec<Box<[u64]>>>,
     patches: Arc<Patches>,
     dirty: Mutex<BTreeMap<u64, Arc<Slice>>>,
     /// Bytes read from the device, for the statistics.
     pub(crate) read_bytes: AtomicU64,
 }
 
-/// Dirty slices that a commit is writing back.
-pub(super) struct Captured(Vec<Arc<Slice>>);
+/// Dirty slices that a commit is writing back, with their sectors.
+pub(super) struct Captured(Vec<(Arc<Slice>, u8)>);
+
+/// Where a slice that is not in memory can be read.
+enum Absent {
+    At(HostOffset),
+    /// There is no L2 table.
+    NoTable,
+}
 
 impl L2Cache {
     pub(crate) fn new(geometry: Geometry, size: u64, patches: Arc<Patches>) -> Self {
         let slice_size = SLICE.min(geometry.cluster_size());
         let capacity = ((size / slice_size) as usize).max(MIN_SLICES);
-        let options = OptionsBuilder::new()
-            .estimated_items_capacity(capacity)
-            .weight_capacity(capacity as u64)
-            .shards(if capacity < 512 { 1 } else { 8 })
-            .build();
-        let cache = match options {
-            Ok(options) => Cache::with_options(options, UnitWeighter, RandomState::default(), PinHeld::default()),
-            // Unreachable: both required options are set. The same cache without the choice of shards.
-            Err(_) => Cache::with(capacity, capacity as u64, UnitWeighter, RandomState::default(), PinHeld::default()),
-        };
         L2Cache {
             geometry,
             slice_size,
-            cache,
-            capacity,
+            slice_bits: slice_size.trailing_zeros() - 3,
+            slices: Slices::new(capacity, (slice_size / 8) as usize),
+            loading: [const { tokio::sync::Mutex::const_new(()) }; LOADING],
+            buffers: Mutex::default(),
             patches,
             dirty: Mutex::default(),
             read_bytes: AtomicU64::new(0),
@@ -162,16 +80,22 @@ impl L2Cache {
 
     /// Guest clusters that one slice maps.
     pub(crate) fn per_slice(&self) -> u64 {
-        self.slice_size / 8
+        1 << self.slice_bits
     }
 
     /// Whether so much is dirty that a commit is due, lest memory grow.
     pub(crate) fn wants_commit(&self) -> bool {
-        self.dirty.lock().len() * 2 >= self.capacity
+        self.dirty.lock().len() * 2 >= self.slices.capacity()
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
         !self.dirty.lock().is_empty()
+    }
+
+    /// The key of the slice that maps a guest cluster, and the cluster's index in it.
+    #[inline]
+    fn locate(&self, guest: GuestCluster) -> (u64, usize) {
+        (guest.0 >> self.slice_bits, (guest.0 & ((1 << self.slice_bits) - 1)) as usize)
     }
 
     /// The slice that maps a guest cluster, and the cluster's index in it; `None` if there is no L2 table.
@@ -181,46 +105,98 @@ impl L2Cache {
         l1: &L1Table,
         guest: GuestCluster,
     ) -> Result<Option<(Arc<Slice>, usize)>> {
-        let key = guest.0 / self.per_slice();
-        let index = (guest.0 % self.per_slice()) as usize;
-        if let Some(slice) = self.cache.get(&key) {
+        let (key, index) = self.locate(guest);
+        if let Some(slice) = self.slices.get(key) {
             return Ok(Some((slice, index)));
         }
-        match self.cache.get_value_or_guard_async(&key).await {
-            Ok(slice) => Ok(Some((slice, index))),
-            Err(guard) => {
-                // The L1 entry is read, and the slice read from the disk, by one task at a time (the guard's holder). A
-                // slice that is not cached is clean, so the table's place on disk has its newest contents; if the table
-                // moves meanwhile, both places have them, and the old one is not reused while this request is in flight.
-                let Some(place) = self.place(l1, key, volume.length())? else { return Ok(None) };
-                let mut entries = vec![0u64; (self.slice_size / 8) as usize].into_boxed_slice();
-                // If a snapshot shares the table, the recycler may have changed it. It does so for a slice that is in memory
-                // only, and keeps it there, so nothing is added meanwhile.
-                let changed = self.patches.within(place.0..place.0 + self.slice_size);
-                volume.read("reading an L2 table", place.0, IoBufMut::new(entries.as_mut_bytes())).await?;
-                patches::lay_over(entries.as_mut_bytes(), place.0, &changed);
-                self.read_bytes.fetch_add(self.slice_size, Ordering::Relaxed);
-                let slice = Arc::new(Slice {
-                    index: key,
-                    targets: Targets::new(entries.len()),
-                    entries: RwLock::new(entries),
-                    dirty: AtomicBool::new(false),
-                });
-                let _ = guard.insert(slice.clone());
-                Ok(Some((slice, index)))
-            }
+        // The L1 entry is read, and the slice read from the disk, by one task at a time. A slice that is not cached is
+        // clean, so the table's place on disk has its newest contents; if the table moves meanwhile, both places have
+        // them, and the old one is not reused while this request is in flight.
+        let _loading = self.loading[key as usize % LOADING].lock().await;
+        if let Some(slice) = self.slices.get(key) {
+            return Ok(Some((slice, index)));
         }
+        let Absent::At(place) = self.absent(l1, key, volume)? else { return Ok(None) };
+        let mut entries = self.buffer();
+        // If a snapshot shares the table, the recycler may have changed it. It does so for a slice that is in memory only,
+        // and keeps it there, so nothing is added meanwhile.
+        let changed = self.patches.within(place.0..place.0 + self.slice_size);
+        volume.read("reading an L2 table", place.0, IoBufMut::new(entries.as_mut_bytes())).await?;
+        patches::lay_over(entries.as_mut_bytes(), place.0, &changed);
+        Ok(self.loaded(key, entries).map(|slice| (slice, index)))
+    }
+
+    /// As [`slice`](Self::slice), for a look without a lock, if the device reads at once. Afterwards the slice is in memory, or
+    /// there is no table (`false`). `None`: not so, and nothing was done.
+    pub(crate) fn load_now<D: BlockDevice>(
+        &self,
+        volume: &Volume<D>,
+        l1: &L1Table,
+        guest: GuestCluster,
+    ) -> Option<Result<bool>> {
+        let (key, _) = self.locate(guest);
+        let _loading = self.loading[key as usize % LOADING].try_lock().ok()?;
+        if self.slices.get(key).is_some() {
+            // Perhaps on the side, where it is not found without a lock.
+            return self.slices.view(key).map(|_| Ok(true));
+        }
+        let place = match self.absent(l1, key, volume) {
+            Ok(Absent::At(place)) => place,
+            Ok(Absent::NoTable) => return Some(Ok(false)),
+            Err(e) => return Some(Err(e)),
+        };
+        if place.0 + self.slice_size > volume.length() {
+            return None;
+        }
+        let mut entries = self.buffer();
+        // As in `slice`.
+        let changed = self.patches.within(place.0..place.0 + self.slice_size);
+        match volume.read_now("reading an L2 table", place.0, IoBufMut::new(entries.as_mut_bytes()))? {
+            Ok(()) => {
+                patches::lay_over(entries.as_mut_bytes(), place.0, &changed);
+                self.loaded(key, entries);
+                self.slices.view(key).map(|_| Ok(true))
+            }
+            Err(e) => Some(Err(e)),
+        }
+    }
+
+    fn absent<D: BlockDevice>(&self, l1: &L1Table, key: u64, volume: &Volume<D>) -> Result<Absent> {
+        Ok(self.place(l1, key, volume.length())?.map_or(Absent::NoTable, Absent::At))
+    }
+
+    fn buffer(&self) -> Box<[u64]> {
+        let buffer = self.buffers.lock().pop();
+        buffer.unwrap_or_else(|| vec![0; (self.slice_size / 8) as usize].into_boxed_slice())
+    }
+
+    fn loaded(&self, key: u64, entries: Box<[u64]>) -> Option<Arc<Slice>> {
+        self.read_bytes.fetch_add(self.slice_size, Ordering::Relaxed);
+        let slice = self.slices.insert(key, &entries);
+        let mut buffers = self.buffers.lock();
+        if buffers.len() < LOADING {
+            buffers.push(entries);
+        }
+        slice
+    }
+
+    /// A look, without a lock, at the slice that maps a guest cluster, and the cluster's index in it; `None` if it is not in
+    /// memory. The caller must be in flight.
+    #[inline]
+    pub(crate) fn view(&self, guest: GuestCluster) -> Option<(View<'_>, usize)> {
+        let (key, index) = self.locate(guest);
+        Some((self.slices.view(key)?, index))
     }
 
     /// As [`slice`](Self::slice), if the slice is in memory.
     pub(crate) fn cached(&self, guest: GuestCluster) -> Option<(Arc<Slice>, usize)> {
-        let slice = self.cache.get(&(guest.0 / self.per_slice()))?;
-        Some((slice, (guest.0 % self.per_slice()) as usize))
+        let (key, index) = self.locate(guest);
+        Some((self.slices.get(key)?, index))
     }
 
     /// The slice if it is in memory; does not count as a use.
     pub(crate) fn peek(&self, key: u64) -> Option<Arc<Slice>> {
-        self.cache.peek(&key)
+        self.slices.get(key)
     }
 
     /// Where a slice is on disk.
@@ -232,20 +208,21 @@ impl L2Cache {
     }
 
     /// Locks a slice for changes, which will be written back by the next commit.
-    pub(crate) fn modify<'a>(&self, slice: &'a Arc<Slice>) -> Entries<RwLockWriteGuard<'a, Box<[u64]>>> {
-        let entries = slice.entries.write();
-        self.mark_dirty(slice);
-        Entries(entries)
+    pub(crate) fn modify<'a>(&self, slice: &'a Arc<Slice>) -> Locked<'a, RwLockWriteGuard<'a, ()>> {
+        let entries = slice.write();
+        self.list(slice);
+        entries
     }
 
     /// Changes an entry of a table that a snapshot shares: it is not written back with the slice, but as a patch.
     pub(crate) fn amend(&self, slice: &Arc<Slice>, index: usize, entry: u64) {
-        Entries(slice.entries.write()).set(index, entry);
+        slice.write().set(index, entry);
     }
 
-    fn mark_dirty(&self, slice: &Arc<Slice>) {
-        if !slice.dirty.swap(true, Ordering::AcqRel) {
-            self.dirty.lock().insert(slice.index, slice.clone());
+    /// Puts a slice on the dirty list.
+    fn list(&self, slice: &Arc<Slice>) {
+        if !slice.listed.swap(true, Ordering::AcqRel) {
+            self.dirty.lock().insert(slice.key(), slice.clone());
         }
     }
 
@@ -254,43 +231,62 @@ impl L2Cache {
         let keys = guest.start / self.per_slice()..guest.end.div_ceil(self.per_slice());
         let mut dirty = self.dirty.lock();
         let gone: Vec<u64> = dirty.range(keys.clone()).map(|(&k, _)| k).collect();
-        for key in gone {
-            dirty.remove(&key);
+        for slice in gone.iter().filter_map(|key| dirty.remove(key)) {
+            slice.listed.store(false, Ordering::Release);
+            slice.sectors.store(0, Ordering::Relaxed);
         }
         drop(dirty);
-        self.cache.retain(|key, _| !keys.contains(key));
+        self.slices.forget(keys);
     }
 
-    /// Copies every dirty slice, to be written; they count as clean from now on, but are held until the commit is done.
+    /// Copies what changed of every dirty slice, to be written; they count as clean from now on, but are held until the
+    /// commit is done.
     pub(super) fn capture(&self, l1: &L1Table, mirrors: &Mirrors, file_length: u64) -> Result<(Writes, Captured)> {
-        let captured = Captured(std::mem::take(&mut *self.dirty.lock()).into_values().collect());
+        let listed = std::mem::take(&mut *self.dirty.lock());
+        let mut captured = Captured(Vec::with_capacity(listed.len()));
         let mut writes = Writes::default();
-        for slice in &captured.0 {
-            let place = match self.place(l1, slice.index, file_length) {
+        let mut failure = None;
+        for slice in listed.into_values() {
+            let place = match self.place(l1, slice.key(), file_length) {
                 Ok(place) => place,
                 Err(e) => {
-                    self.restore(captured);
-                    return Err(e);
+                    failure.get_or_insert(e);
+                    None
                 }
             };
-            let entries = slice.entries.read();
-            // Under the lock: a change is either in the copy, or marks the slice dirty again.
-            slice.dirty.store(false, Ordering::Release);
-            let Some(place) = place else { continue };
-            let in_table = place.0 & (self.geometry.cluster_size() - 1);
-            for table in mirrors.places(HostOffset(place.0 - in_table)) {
-                writes.push(table.0 + in_table, entries.as_bytes());
+            let sectors = {
+                let entries = slice.read();
+                // Under the lock: a change is either in the copy, or puts the slice on the list again.
+                slice.listed.store(false, Ordering::Release);
+                let sectors = slice.sectors.swap(0, Ordering::Relaxed);
+                if let Some(place) = place {
+                    let in_table = place.0 & (self.geometry.cluster_size() - 1);
+                    for table in mirrors.places(HostOffset(place.0 - in_table)) {
+                        push_sectors(&mut writes, table.0 + in_table, &entries, sectors);
+                    }
+                }
+                sectors
+            };
+            captured.0.push((slice, sectors));
+        }
+        match failure {
+            None => Ok((writes, captured)),
+            Some(e) => {
+                self.restore(captured);
+                Err(e)
             }
         }
-        Ok((writes, captured))
     }
 
     /// The captured slices could not be written.
     pub(super) fn restore(&self, captured: Captured) {
-        for slice in captured.0 {
-            let _entries = slice.entries.read();
-            slice.dirty.store(true, Ordering::Release);
-            self.dirty.lock().insert(slice.index, slice.clone());
+        for (slice, sectors) in captured.0 {
+            let _entries = slice.write();
+            // One that was forgotten meanwhile is not to come back.
+            if self.slices.get(slice.key()).is_some_and(|s| Arc::ptr_eq(&s, &slice)) {
+                slice.sectors.fetch_or(sectors, Ordering::Relaxed);
+                self.list(&slice);
+            }
         }
     }
 
@@ -334,5 +330,24 @@ impl L2Cache {
         let slice = self.place(l1, guest.0 / self.per_slice(), volume.length()).ok().flatten();
         let at = slice.map_or(0, |s| s.0 + guest.0 % self.per_slice() * 8);
         Error::invalid("L2 table entry", at, format!("{entry:#x}: {reason}"))
+    }
+}
+
+/// Adds the sectors whose bits are set to `writes`; a slice stands at byte `place`.
+fn push_sectors<G>(writes: &mut Writes, place: u64, entries: &Locked<'_, G>, sectors: u8) {
+    let mut bytes = Vec::new();
+    let mut next = 0;
+    for sector in (0..8).filter(|s| sectors & (1 << s) != 0) {
+        // What is between two changed sectors is what the disk has, so it may be written again: fewer, longer writes.
+        if next > 0 && sector - next > GAP {
+            writes.push(place + (next * SECTOR - bytes.len()) as u64, &bytes);
+            bytes.clear();
+        }
+        let from = if bytes.is_empty() { sector } else { next };
+        (from..=sector).for_each(|s| entries.sector(s, &mut bytes));
+        next = sector + 1;
+    }
+    if !bytes.is_empty() {
+        writes.push(place + (next * SECTOR - bytes.len()) as u64, &bytes);
     }
 }

@@ -9,6 +9,7 @@ pub(crate) mod l2;
 pub(crate) mod mirror;
 pub(crate) mod patches;
 pub(crate) mod refcounts;
+pub(crate) mod slices;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};

@@ -1,0 +1,418 @@
+//! Slices of tables in memory, found without a lock and without a write to memory that others write, too.
+//!
+//! A slice has its place in one of the eight ways of a set. The slices themselves are never freed: a way keeps its slice and
+//! fills it anew. So a look-up that takes no part in any counting reads memory that is there, and has only to make sure
+//! that it read what it was looking for. Each way has a *tag*, which names the slice in it and counts how often it was
+//! filled:
+//!
+//! - a reader loads the tag, loads entries, and loads the tag again: if it has not changed, the entries are of that slice;
+//! - who fills a way first gives it a tag that nobody looks for, then stores the entries, then the new tag. A reader that
+//!   has seen one of those entries sees the first of these tags or a later one, too, since it loaded the entry with
+//!   *acquire*, and there is a *release* fence between tag and entries.
+//!
+//! An entry that a look-up found was therefore in the slice at some moment of the look-up. What keeps its meaning until the
+//! request has ended is the request's being in flight: see `Epochs`.
+//!
+//! To change a slice, or to see several of its entries at one moment, take it ([`Slices::get`]) and lock it. A slice that
+//! somebody holds keeps its way. If all ways of a set are held, as they may be by changes that wait to be written back, a
+//! slice has to go into a table on the side until one is free; look-ups without a lock do not find it there.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+const WAYS: usize = 8;
+/// Entries in 512 bytes.
+const PER_SECTOR: usize = 64;
+
+/// Part of an L2 table. Its entries are big-endian, as on disk, and decoded on use.
+pub(crate) struct Slice {
+    /// Which one it is. Changes only while nobody holds the slice.
+    key: AtomicU64,
+    entries: Box<[AtomicU64]>,
+    lock: RwLock<()>,
+    /// Whether it is in the list of slices to be written back.
+    pub(super) listed: AtomicBool,
+    /// The 512-byte sectors that changed, as bits. Changed under the lock.
+    pub(super) sectors: AtomicU8,
+    /// Which entries guests may write through: see `Image::check_targets`.
+    pub(crate) targets: Targets,
+}
+
+/// Which entries of a slice were found to point at clusters that guests may write to. What the engine itself sets later is
+/// right by construction.
+pub(crate) struct Targets {
+    /// All were, so that nothing else needs to be looked at.
+    all: AtomicBool,
+    /// One bit for each entry.
+    checked: Box<[AtomicU64]>,
+}
+
+impl Targets {
+    fn new(entries: usize) -> Self {
+        Targets { all: AtomicBool::new(false), checked: (0..entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    fn reset(&self) {
+        self.all.store(false, Ordering::Relaxed);
+        self.checked.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// Whether the `count` entries from `index` on were, as far as the slice has them.
+    #[inline]
+    pub(crate) fn are_checked(&self, index: usize, count: u64) -> bool {
+        let end = index.saturating_add(count as usize).min(self.checked.len() * 64);
+        self.all.load(Ordering::Acquire) || (index..end).all(|i| self.is_checked(i))
+    }
+
+    pub(crate) fn is_checked(&self, index: usize) -> bool {
+        self.checked.get(index / 64).is_none_or(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
+    }
+
+    pub(crate) fn set_checked(&self, index: usize) {
+        if let Some(word) = self.checked.get(index / 64) {
+            word.fetch_or(1 << (index % 64), Ordering::AcqRel);
+        }
+    }
+
+    pub(crate) fn set_all_checked(&self) {
+        self.all.store(true, Ordering::Release);
+    }
+}
+
+impl Slice {
+    fn new(len: usize) -> Self {
+        Slice {
+            key: AtomicU64::new(0),
+            entries: (0..len).map(|_| AtomicU64::new(0)).collect(),
+            lock: RwLock::new(()),
+            listed: AtomicBool::new(false),
+            sectors: AtomicU8::new(0),
+            targets: Targets::new(len),
+        }
+    }
+
+    pub(super) fn key(&self) -> u64 {
+        self.key.load(Ordering::Relaxed)
+    }
+
+    /// Locks the slice against changes.
+    pub(crate) fn read(&self) -> Locked<'_, RwLockReadGuard<'_, ()>> {
+        Locked { slice: self, _guard: self.lock.read() }
+    }
+
+    /// Locks the slice to change it.
+    pub(super) fn write(&self) -> Locked<'_, RwLockWriteGuard<'_, ()>> {
+        Locked { slice: self, _guard: self.lock.write() }
+    }
+
+    fn fill(&self, key: u64, entries: &[u64]) {
+        self.key.store(key, Ordering::Relaxed);
+        for (to, &from) in self.entries.iter().zip(entries) {
+            to.store(from, Ordering::Relaxed);
+        }
+        self.sectors.store(0, Ordering::Relaxed);
+        self.targets.reset();
+    }
+}
+
+/// Entries of one slice, decoded from big-endian. Past its end there are zeroes.
+pub(crate) trait Entries {
+    fn get(&self, index: usize) -> u64;
+    fn len(&self) -> usize;
+}
+
+/// A slice's entries under its lock.
+pub(crate) struct Locked<'a, G> {
+    slice: &'a Slice,
+    _guard: G,
+}
+
+impl<G> Entries for Locked<'_, G> {
+    fn get(&self, index: usize) -> u64 {
+        self.slice.entries.get(index).map_or(0, |e| u64::from_be(e.load(Ordering::Acquire)))
+    }
+
+    fn len(&self) -> usize {
+        self.slice.entries.len()
+    }
+}
+
+impl<G> Locked<'_, G> {
+    /// A sector's bytes as on disk.
+    pub(super) fn sector(&self, sector: usize, out: &mut Vec<u8>) {
+        let start = sector * PER_SECTOR;
+        let entries = self.slice.entries.get(start..start + PER_SECTOR).unwrap_or_default();
+        out.extend(entries.iter().flat_map(|e| e.load(Ordering::Relaxed).to_ne_bytes()));
+    }
+}
+
+impl Locked<'_, RwLockWriteGuard<'_, ()>> {
+    pub(crate) fn set(&mut self, index: usize, entry: u64) {
+        if let Some(e) = self.slice.entries.get(index) {
+            // Who sees the entry without the lock sees what was done before it was made.
+            e.store(entry.to_be(), Ordering::Release);
+            self.slice.sectors.fetch_or(1 << (index / PER_SECTOR), Ordering::Relaxed);
+        }
+    }
+}
+
+/// A slice as a look-up without a lock sees it.
+pub(crate) struct View<'a> {
+    slice: &'a Slice,
+    tag: &'a AtomicU64,
+    seen: u64,
+}
+
+impl Entries for View<'_> {
+    #[inline]
+    fn get(&self, index: usize) -> u64 {
+        self.slice.entries.get(index).map_or(0, |e| u64::from_be(e.load(Ordering::Acquire)))
+    }
+
+    fn len(&self) -> usize {
+        self.slice.entries.len()
+    }
+}
+
+impl View<'_> {
+    /// Whether all that was seen so far was the slice that was looked up.
+    #[inline]
+    pub(crate) fn still(&self) -> bool {
+        // After the entries: they were loaded with acquire.
+        self.tag.load(Ordering::Relaxed) == self.seen
+    }
+
+    #[inline]
+    pub(crate) fn targets_checked(&self, index: usize, count: u64) -> bool {
+        self.slice.targets.are_checked(index, count)
+    }
+}
+
+#[derive(Default)]
+#[repr(align(64))]
+struct Set {
+    /// The upper half is the slice's key plus one, or 0; the lower half counts.
+    tags: [AtomicU64; WAYS],
+    slices: [OnceLock<Arc<Slice>>; WAYS],
+    /// Whether the way was looked at since the hand last came by.
+    used: [AtomicBool; WAYS],
+    /// Who has it may give slices to holders, and fill ways; it holds the way to be considered next.
+    hand: Mutex<usize>,
+}
+
+/// The slices in memory.
+pub(crate) struct Slices {
+    sets: Box<[Set]>,
+    /// Entries of a slice.
+    len: usize,
+    aside: Mutex<HashMap<u64, Arc<Slice>>>,
+    aside_len: AtomicUsize,
+}
+
+/// The upper half of a slice's tag.
+#[inline]
+fn name(key: u64) -> u64 {
+    (key + 1) << 32
+}
+
+impl Slices {
+    /// Room for about `capacity` slices of `len` entries. Memory is taken when it is first used.
+    pub(super) fn new(capacity: usize, len: usize) -> Self {
+        let sets = (capacity / WAYS).clamp(1, u32::MAX as usize);
+        Slices {
+            sets: std::iter::repeat_with(Set::default).take(sets).collect(),
+            len,
+            aside: Mutex::default(),
+            aside_len: AtomicUsize::new(0),
+        }
+    }
+
+    pub(super) fn capacity(&self) -> usize {
+        self.sets.len() * WAYS
+    }
+
+    /// The set that a slice belongs to, if there can be such a slice: an L1 table has at most 2^22 entries and an L2 table at
+    /// most 2^9 slices, so keys fit a tag.
+    #[inline]
+    fn set(&self, key: u64) -> Option<&Set> {
+        let key = u32::try_from(key).ok().filter(|&key| key < u32::MAX)?;
+        // Neighbours are in different sets.
+        self.sets.get((key % self.sets.len() as u32) as usize)
+    }
+
+    /// A look at a slice without a lock; `None` if it is not found so.
+    #[inline]
+    pub(super) fn view(&self, key: u64) -> Option<View<'_>> {
+        let set = self.set(key)?;
+        let name = name(key);
+        for ((tag, slice), used) in set.tags.iter().zip(&set.slices).zip(&set.used) {
+            let seen = tag.load(Ordering::Acquire);
+            if seen & !0xffff_ffff == name {
+                let slice = slice.get()?;
+                if !used.load(Ordering::Relaxed) {
+                    used.store(true, Ordering::Relaxed);
+                }
+                return Some(View { slice, tag, seen });
+            }
+        }
+        None
+    }
+
+    /// The slice if it is in memory. It keeps its place as long as somebody has it.
+    pub(super) fn get(&self, key: u64) -> Option<Arc<Slice>> {
+        let set = self.set(key)?;
+        let _hand = set.hand.lock();
+        self.get_in(set, key)
+    }
+
+    fn get_in(&self, set: &Set, key: u64) -> Option<Arc<Slice>> {
+        let name = name(key);
+        for (tag, slice) in set.tags.iter().zip(&set.slices) {
+            if tag.load(Ordering::Relaxed) & !0xffff_ffff == name {
+                return slice.get().cloned();
+            }
+        }
+        if self.aside_len.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        self.aside.lock().get(&key).cloned()
+    }
+
+    /// Puts a slice into memory that is not there: one at a time does so for each key.
+    pub(super) fn insert(&self, key: u64, entries: &[u64]) -> Option<Arc<Slice>> {
+        let set = self.set(key)?;
+        let mut hand = set.hand.lock();
+        let Some(way) = find_way(set, &mut hand, self.len) else {
+            let slice = Slice::new(self.len);
+            slice.fill(key, entries);
+            let slice = Arc::new(slice);
+            let mut aside = self.aside.lock();
+            aside.retain(|_, slice| Arc::strong_count(slice) > 1);
+            aside.insert(key, slice.clone());
+            self.aside_len.store(aside.len(), Ordering::Relaxed);
+            return Some(slice);
+        };
+        let (tag, slice) = (set.tags.get(way)?, set.slices.get(way)?.get()?);
+        // Only who has the hand changes tags.
+        let count = tag.load(Ordering::Relaxed).wrapping_add(1) & 0xffff_ffff;
+        tag.store(count, Ordering::Relaxed);
+        fence(Ordering::Release);
+        slice.fill(key, entries);
+        tag.store(name(key) | count, Ordering::Release);
+        if self.aside_len.load(Ordering::Relaxed) > 0 {
+            let mut aside = self.aside.lock();
+            aside.retain(|_, slice| Arc::strong_count(slice) > 1);
+            self.aside_len.store(aside.len(), Ordering::Relaxed);
+        }
+        Some(slice.clone())
+    }
+
+    /// Forgets slices, which nobody must be using.
+    pub(super) fn forget(&self, keys: std::ops::Range<u64>) {
+        for set in &self.sets {
+            let _hand = set.hand.lock();
+            for tag in &set.tags {
+                let seen = tag.load(Ordering::Relaxed);
+                if (seen >> 32).checked_sub(1).is_some_and(|key| keys.contains(&key)) {
+                    tag.store(seen & 0xffff_ffff, Ordering::Relaxed);
+                }
+            }
+        }
+        let mut aside = self.aside.lock();
+        aside.retain(|key, _| !keys.contains(key));
+        self.aside_len.store(aside.len(), Ordering::Relaxed);
+    }
+}
+
+/// A way that can be filled: an empty one, else the next that nobody holds and nobody looked at lately.
+fn find_way(set: &Set, hand: &mut usize, len: usize) -> Option<usize> {
+    let free = |way: usize| {
+        let slice = set.slices.get(way)?.get_or_init(|| Arc::new(Slice::new(len)));
+        // Another holder can only come from here or from a holder, so one reference is the way's own and stays the only
+        // one. The fence is for what the last holder did.
+        let free = Arc::strong_count(slice) == 1;
+        fence(Ordering::Acquire);
+        free.then_some(way)
+    };
+    let empty = |way: &usize| set.tags.get(*way).is_some_and(|tag| tag.load(Ordering::Relaxed) >> 32 == 0);
+    if let Some(way) = (0..WAYS).filter(empty).find_map(free) {
+        return Some(way);
+    }
+    for _ in 0..2 * WAYS {
+        let way = *hand;
+        *hand = (way + 1) % WAYS;
+        if free(way).is_some() && !set.used.get(way)?.swap(false, Ordering::Relaxed) {
+            return Some(way);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_that_is_held_stays_and_the_others_give_way() {
+        let slices = Slices::new(8, 64);
+        let held: Vec<_> = (0..3).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
+        for key in 3..100 {
+            slices.insert(key, &[key; 64]);
+        }
+        for (key, slice) in held.iter().enumerate() {
+            assert!(Arc::ptr_eq(slice, &slices.get(key as u64).unwrap()));
+            assert_eq!(slice.read().get(5), (key as u64).to_be());
+        }
+        assert_eq!((3..100).filter(|&key| slices.get(key).is_some()).count(), 5);
+    }
+
+    #[test]
+    fn when_all_ways_are_held_there_is_room_on_the_side() {
+        let slices = Slices::new(8, 64);
+        let held: Vec<_> = (0..20).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
+        assert!((0..20).all(|key| Arc::ptr_eq(&held[key as usize], &slices.get(key).unwrap())));
+        assert_eq!((0..20).filter(|&key| slices.view(key).is_some()).count(), 8);
+        drop(held);
+        slices.insert(20, &[20; 64]);
+        assert_eq!((0..20).filter(|&key| slices.get(key).is_some()).count(), 7);
+        slices.forget(0..20);
+        assert!((0..20).all(|key| slices.get(key).is_none() && slices.view(key).is_none()));
+        assert!(slices.view(20).is_some());
+    }
+
+    /// Every entry of slice `k` is `k`: a look-up that finds anything else in it has read another slice's entries.
+    #[test]
+    fn a_look_without_a_lock_never_shows_another_slice() {
+        let slices = Slices::new(8, 64);
+        let stop = AtomicBool::new(false);
+        let (mut seen, mut changed) = (0u64, 0u64);
+        std::thread::scope(|scope| {
+            for first in 0..2 {
+                let (slices, stop) = (&slices, &stop);
+                scope.spawn(move || {
+                    for key in (first..40_000).step_by(2) {
+                        slices.insert(key % 20, &[(key % 20).to_be(); 64]);
+                    }
+                    stop.store(true, Ordering::Relaxed);
+                });
+            }
+            let mut key = 0;
+            while !stop.load(Ordering::Relaxed) {
+                key = (key + 7) % 20;
+                if let Some(view) = slices.view(key) {
+                    let (first, last) = (view.get(0), view.get(63));
+                    if view.still() {
+                        assert_eq!((first, last), (key, key));
+                        seen += 1;
+                    } else {
+                        changed += 1;
+                    }
+                }
+            }
+        });
+        println!("{seen} looks, and {changed} that came too late");
+    }
+}
