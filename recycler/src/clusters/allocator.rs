@@ -80,6 +80,31 @@ impl Clusters {
         }
     }
 
+    /// Makes the file longer ahead of the guests, if they have taken clusters since this was last called and the pool runs low.
+    /// To be called where a flush of the device is about to be made: it makes the new clusters Available, and guests need no
+    /// flush of their own for them.
+    ///
+    /// Only an offer: whoever needs clusters and finds none makes the file longer himself, and is told if that fails.
+    pub(crate) async fn replenish<D: BlockDevice>(&self, volume: &Volume<D>, meta: &Metadata) -> Result<()> {
+        let bits = meta.geometry.cluster_bits;
+        let wanted = {
+            let mut states = self.lock();
+            let step = meta.geometry.clusters_for(((states.end << bits) / 8).clamp(GROW_MIN, GROW_MAX));
+            let pool = states.available.len() + states.erased.len();
+            let taken = std::mem::take(&mut states.taken);
+            // Where the length is fixed, zeroes would have to be written.
+            if !taken || pool > step / 2 || !volume.can_resize() {
+                return Ok(());
+            }
+            step
+        };
+        // Not worth a wait.
+        let Ok(_turn) = self.length_turn.try_lock() else { return Ok(()) };
+        let fresh = self.grow(volume, meta, wanted, wanted).await?;
+        self.lock().erased.insert_range(fresh);
+        Ok(())
+    }
+
     /// Takes exactly `count` consecutive clusters below `limit` out of Junk, counted and zeroed; `None` if there is no
     /// such hole. For tables that move; the caller puts a barrier before the reference.
     pub(crate) async fn allocate_hole<D: BlockDevice>(
@@ -130,6 +155,7 @@ impl Clusters {
             None => (states.erased.take_run(wanted)?, false),
         };
         states.roots.insert_range(range.clone());
+        states.taken = true;
         Some(Allocation { clusters: self, range, durable })
     }
 

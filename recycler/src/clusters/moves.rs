@@ -296,4 +296,50 @@ mod tests {
         active.withdraw_all();
         assert!(active.is_cancelled(HostCluster(10)));
     }
+
+    /// One guest cluster, moved again and again between two places while a writer overwrites it: no write is lost, though the
+    /// writer takes a lock only when the bounds say so.
+    #[test]
+    fn writes_in_place_race_moves_and_none_is_lost() {
+        use crate::clusters::epochs::Epochs;
+        use std::sync::atomic::AtomicBool;
+        let (epochs, active, lock) = (Epochs::default(), ActiveMoves::default(), Mutex::new(()));
+        let entry = AtomicU64::new(1);
+        let places = [const { AtomicU64::new(0) }; 3];
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for value in 1..20_000u64 {
+                    let in_flight = epochs.enter();
+                    let bounds = active.bounds();
+                    let mut at = entry.load(Ordering::Acquire);
+                    if bounds.touch(HostCluster(at), 1) {
+                        let _locked = lock.lock();
+                        at = entry.load(Ordering::Acquire);
+                        active.cancel(HostCluster(at), 1);
+                    }
+                    places[at as usize].store(value, Ordering::SeqCst);
+                    drop(in_flight);
+                    let _reader = epochs.enter();
+                    assert_eq!(places[entry.load(Ordering::Acquire) as usize].load(Ordering::SeqCst), value);
+                }
+                stop.store(true, Ordering::SeqCst);
+            });
+            while !stop.load(Ordering::SeqCst) {
+                let src = entry.load(Ordering::Acquire);
+                let dst = 3 - src;
+                active.publish(&[a_move(src)]);
+                pollster::block_on(epochs.grace());
+                places[dst as usize].store(places[src as usize].load(Ordering::SeqCst), Ordering::SeqCst);
+                let locked = lock.lock();
+                if !active.is_cancelled(HostCluster(src)) {
+                    entry.store(dst, Ordering::Release);
+                }
+                drop(locked);
+                active.withdraw_all();
+                // The source is not written again before those who may have looked it up have ended.
+                pollster::block_on(epochs.grace());
+            }
+        });
+    }
 }

@@ -25,7 +25,22 @@ impl<D: BlockDevice> Image<D> {
         if self.options.read_only {
             return Ok(());
         }
+        self.replenish().await;
         self.commit().await.map(|_| ())
+    }
+
+    /// Lets the flush that follows make clusters Available that guests will soon need: see [`Clusters::replenish`].
+    ///
+    /// [`Clusters::replenish`]: crate::clusters::Clusters::replenish
+    async fn replenish(&self) {
+        // Neither while somebody needs the mapping, and with it the pool, to stand still, nor after the pool was given back.
+        let Ok(_unfrozen) = self.structure.try_read() else { return };
+        if self.is_closed() {
+            return;
+        }
+        if let Err(e) = self.clusters.replenish(&self.volume, &self.meta).await {
+            self.background_error("making the file longer ahead of the guests", &e);
+        }
     }
 
     /// Writes metadata back and flushes the device; what waited for that is promoted.
