@@ -24,6 +24,9 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 const WAYS: usize = 8;
+/// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 16 TiB at the usual
+/// cluster size.
+const MAX_SETS: usize = 1 << 16;
 /// Entries in 512 bytes.
 const PER_SECTOR: usize = 64;
 
@@ -221,7 +224,7 @@ fn name(key: u64) -> u64 {
 impl Slices {
     /// Room for about `capacity` slices of `len` entries. Memory is taken when it is first used.
     pub(super) fn new(capacity: usize, len: usize) -> Self {
-        let sets = (capacity / WAYS).clamp(1, u32::MAX as usize);
+        let sets = (capacity / WAYS).clamp(1, MAX_SETS);
         Slices {
             sets: std::iter::repeat_with(Set::default).take(sets).collect(),
             len,
@@ -381,6 +384,11 @@ mod tests {
         slices.forget(0..20);
         assert!((0..20).all(|key| slices.get(key).is_none() && slices.view(key).is_none()));
         assert!(slices.view(20).is_some());
+    }
+
+    #[test]
+    fn a_boundless_cache_takes_no_boundless_memory() {
+        assert_eq!(Slices::new(usize::MAX, 64).capacity(), MAX_SETS * WAYS);
     }
 
     /// Every entry of slice `k` is `k`: a look-up that finds anything else in it has read another slice's entries.
