@@ -335,8 +335,8 @@ async fn names<D: BlockDevice>(
     }
 }
 
-/// Puts the clusters that were free when the image was opened into Junk: those with a refcount of 0 that no entry of the
-/// active tables names. Returns how many a damaged image names all the same: they are left alone.
+/// Puts the clusters that were free when the image was opened into Junk: those with a refcount of 0 that are none of the image's
+/// own tables, and that no entry of the active tables names. Returns how many a damaged image names all the same: they are left alone.
 ///
 /// Whoever counts or releases clusters holds the refcounts, as this does block by block, so a cluster with a count of 0
 /// that is not in Junk was free from the start. Nobody takes such a cluster before it is in Junk, so an entry that names it
@@ -366,7 +366,9 @@ pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadat
         tokio::task::yield_now().await;
     }
     let all = found.len();
-    if all > 0 {
+    // The image's own tables, bitmaps included, are where they are, whatever their counts say.
+    found.remove_all(&meta.tables.lock());
+    if !found.is_empty() {
         remove_named(volume, meta, &mut found).await?;
     }
     let mut states = clusters.lock();
