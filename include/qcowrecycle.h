@@ -521,6 +521,190 @@ int qcr_get_extent(struct qcr_image *image, uint64_t offset, uint64_t length, st
                    struct qcr_error *error);
 
 /* ==============================================================================================================
+ * Asynchronous queues
+ *
+ * Requests that go on by themselves, many at a time, on one thread:
+ *
+ *     struct qcr_queue *queue;
+ *     struct qcr_completion done[32];
+ *     size_t count, i;
+ *     qcr_queue_create(image, NULL, &queue, &error);
+ *     qcr_queue_write(queue, data, 4096, 0, 1, &error);     1 is for the program to know the request again
+ *     qcr_queue_read(queue, more, 4096, 65536, 2, &error);
+ *     while (requests are missing) {
+ *         qcr_queue_reap(queue, done, 32, 1, -1, &count, &error);
+ *         for (i = 0; i < count; i++)
+ *             use done[i].user_data and done[i].result
+ *     }
+ *     qcr_queue_free(queue);
+ *
+ * - Each request that was submitted is completed exactly once, and whatever goes wrong with it is the result in its
+ *   completion, a range that does not fit the disk included. The submitting call itself fails only if it was given
+ *   something unusable (-EINVAL), the queue is full (-EBUSY), or the library found a fault of its own; then there will
+ *   be no completion.
+ * - The memory of a request (not the array of areas) is in use until its completion has been reaped, or the queue is
+ *   freed. It may belong to a guest that changes it meanwhile.
+ * - Requests are carried out side by side and completed in any order. One that must see another is submitted after
+ *   the other's completion. A flush covers every request that was completed when it was submitted.
+ * - On a host file the kernel carries transfers out (io_uring), and takes them many at a time: when qcr_queue_reap() or
+ *   qcr_queue_arm() is called, or qcr_queue_kick(). Where the kernel refuses, and for whatever has to wait for something
+ *   else, threads of the library do the work. On block callbacks these threads call them, but for `submit` (see struct
+ *   qcr_block_callbacks).
+ * - An image may have several queues. A queue is for one thread at a time; others that call it wait. All its calls but
+ *   qcr_queue_reap() and qcr_queue_free() return at once.
+ * - Nothing waits for a program that does not reap: the image can be compacted, resized and closed by the very thread
+ *   that has submitted something. After the close, what is submitted completes with -EBADF.
+ * - A queue must be freed before its image. It keeps the image's file open and locked until then.
+ * - While requests are under way on io_uring, the kernel may interrupt what the thread that submitted them waits for:
+ *   a call such as epoll_wait(2) then fails with EINTR, and is to be made again.
+ */
+
+/* Queue flag: transfers are carried out by threads, even where the kernel would do it. */
+#define QCR_QUEUE_THREADS 1
+
+/* In struct qcr_queue_info: the kernel carries transfers out. */
+#define QCR_QUEUE_IO_URING 2
+
+/* A queue of requests to an image. */
+struct qcr_queue;
+
+/* What a queue is to be like. All zeroes but struct_size: the defaults. */
+struct qcr_queue_options {
+    /* sizeof(struct qcr_queue_options), set by the caller. */
+    uint32_t struct_size;
+    /* 0 or QCR_QUEUE_THREADS. */
+    uint32_t flags;
+    /* The most requests that are submitted and not reaped: up to 16384; 0: 128. */
+    uint32_t depth;
+    /* The most threads that the queue uses for what has to wait; 0: 16. They are started when they are needed. */
+    uint32_t threads;
+};
+
+/* The end of a request. As one of an array it never grows. */
+struct qcr_completion {
+    /* What the request was submitted with. */
+    uint64_t user_data;
+    /* 0 or a negative errno: what the call without a queue would have returned. */
+    int32_t result;
+    /* 0. */
+    uint32_t reserved;
+};
+
+/* What a queue is doing. */
+struct qcr_queue_info {
+    /* sizeof(struct qcr_queue_info), set by the caller. */
+    uint32_t struct_size;
+    /* 0 or QCR_QUEUE_IO_URING. */
+    uint32_t flags;
+    /* Requests that were submitted and not reaped. */
+    uint64_t pending;
+};
+
+/* Makes a queue over an open image. `options` may be NULL: the defaults. On success `*queue` is the caller's to
+ * qcr_queue_free(). Any thread.
+ *
+ * Errors: -EINVAL; -EMFILE and the like if there is no descriptor left.
+ */
+int qcr_queue_create(struct qcr_image *image, const struct qcr_queue_options *options,
+                     struct qcr_queue **queue, struct qcr_error *error);
+
+/* Submits what qcr_readv() does. The array of areas is not used any more when this returns; the memory is.
+ *
+ * Errors: -EINVAL, -EBUSY.
+ */
+int qcr_queue_readv(struct qcr_queue *queue, const struct iovec *iov, int iovcnt, uint64_t offset,
+                    uint64_t user_data, struct qcr_error *error);
+
+/* Submits what qcr_writev() does. The array of areas is not used any more when this returns; the memory is.
+ *
+ * Errors: -EINVAL, -EBUSY.
+ */
+int qcr_queue_writev(struct qcr_queue *queue, const struct iovec *iov, int iovcnt, uint64_t offset,
+                     uint64_t user_data, struct qcr_error *error);
+
+/* qcr_queue_readv() into one area of `count` bytes. */
+int qcr_queue_read(struct qcr_queue *queue, void *buffer, size_t count, uint64_t offset, uint64_t user_data,
+                   struct qcr_error *error);
+
+/* qcr_queue_writev() from one area of `count` bytes. */
+int qcr_queue_write(struct qcr_queue *queue, const void *buffer, size_t count, uint64_t offset,
+                    uint64_t user_data, struct qcr_error *error);
+
+/* Submits what qcr_discard() does.
+ *
+ * Errors: -EINVAL, -EBUSY.
+ */
+int qcr_queue_discard(struct qcr_queue *queue, uint64_t offset, uint64_t length, uint64_t user_data,
+                      struct qcr_error *error);
+
+/* Submits what qcr_write_zeroes() does. `flags`: 0 or QCR_ZERO_MAY_UNMAP.
+ *
+ * Errors: -EINVAL, -EBUSY.
+ */
+int qcr_queue_write_zeroes(struct qcr_queue *queue, uint64_t offset, uint64_t length, uint32_t flags,
+                           uint64_t user_data, struct qcr_error *error);
+
+/* Submits a flush: what it covers are the requests of all queues, and the calls, that were completed before it was
+ * submitted.
+ *
+ * Errors: -EINVAL, -EBUSY.
+ */
+int qcr_queue_flush(struct qcr_queue *queue, uint64_t user_data, struct qcr_error *error);
+
+/* Hands what was submitted to the kernel now, for a program that does something else before it reaps.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_queue_kick(struct qcr_queue *queue, struct qcr_error *error);
+
+/* Stores completions in the array `completions`, which has room for `max`, and their number in `*count`.
+ *
+ * Waits until `min` are there (or as many as were submitted, if they are fewer), but no longer than `timeout_us`
+ * microseconds: 0 does not wait, a negative value waits for as long as it takes. Works on an image with a fault of the
+ * library's own, too, so that the memory of requests can be had back.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_queue_reap(struct qcr_queue *queue, struct qcr_completion *completions, size_t max, size_t min,
+                   int64_t timeout_us, size_t *count, struct qcr_error *error);
+
+/* Gives the details of the failed request that was reaped last: they are stored in `error`, and its result is
+ * returned; 0 if none has failed.
+ *
+ * Errors: as said; -EINVAL.
+ */
+int qcr_queue_failure(struct qcr_queue *queue, struct qcr_error *error);
+
+/* Stores in `*fd` the queue's eventfd, for a program that sleeps in poll(2), epoll_wait(2) or the like. It belongs to
+ * the queue, and is the same each time.
+ *
+ * It is written only between a qcr_queue_arm() and the next qcr_queue_reap(), which also makes it unreadable again; the
+ * program need not read it. Now and then it becomes readable although there is nothing to reap; the program then arms
+ * the queue anew. It is always readable when there is something.
+ *
+ * Errors: -EINVAL; -EMFILE and the like if there is no descriptor left.
+ */
+int qcr_queue_eventfd(struct qcr_queue *queue, int *fd, struct qcr_error *error);
+
+/* To be called before sleeping on the eventfd: stores in `*ready` how many completions are there already. If there are
+ * none, the eventfd becomes readable with the next one. Hands what was submitted to the kernel.
+ *
+ * Errors: -EINVAL; -EMFILE and the like if there is no descriptor left.
+ */
+int qcr_queue_arm(struct qcr_queue *queue, size_t *ready, struct qcr_error *error);
+
+/* Tells what a queue is doing.
+ *
+ * Errors: -EINVAL.
+ */
+int qcr_queue_get_info(struct qcr_queue *queue, struct qcr_queue_info *info, struct qcr_error *error);
+
+/* Waits until everything that was submitted has ended, and frees the queue; completions that were not reaped are lost.
+ * NULL is ignored. It must be the last call on the queue, and not from a callback of its image.
+ */
+void qcr_queue_free(struct qcr_queue *queue);
+
+/* ==============================================================================================================
  * The recycler
  *
  * While it runs, the recycler keeps zeroed clusters ready for the guest, moves clusters from the end of the file

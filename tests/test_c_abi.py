@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -173,6 +174,44 @@ def test_images_in_files(installed: Installed, language: str, checked: list[str]
 def test_behaviour_under_valgrind(installed: Installed, name: str, tmp_path: Path) -> None:
     program = installed.compile(SOURCES / f"{name}.c", tmp_path / name)
     installed.run(*VALGRIND, program, *(["60"] if PROGRAMS[name] else []))
+
+
+# How transfers are done, whether the kernel is to do them, and whether the image is in memory.
+QUEUES = {
+    "uring": ("uring", True),
+    "threads": ("threads", False),
+    "refused": ("refused", False),
+    "refused-later": ("late", True),
+}
+
+
+@pytest.mark.parametrize("how", QUEUES)
+def test_queues(installed: Installed, language: str, how: str, image_path: Path, tmp_path: Path) -> None:
+    program = installed.compile(SOURCES / "queue.c", tmp_path / "queue", language)
+    argument, uring = QUEUES[how]
+    printed = installed.run(program, argument, "6000", image_path)
+    if not uring:
+        assert printed == "queues on io_uring: 0\n"
+    run("qemu-img", "check", "-q", image_path)
+
+
+def test_queues_use_io_uring_where_the_kernel_has_it(installed: Installed, image_path: Path, tmp_path: Path) -> None:
+    # By its number (io_uring_setup), without the struct that a kernel that has it, and allows it, then wants to read.
+    has_it = ctypes.CDLL(None, use_errno=True).syscall(425, 0, None) == -1 and ctypes.get_errno() == errno.EFAULT
+    program = installed.compile(SOURCES / "queue.c", tmp_path / "queue")
+    assert installed.run(program, "uring", "100", image_path) == f"queues on io_uring: {3 if has_it else 0}\n"
+
+
+def test_queues_on_callbacks(installed: Installed, language: str, tmp_path: Path) -> None:
+    program = installed.compile(SOURCES / "queue.c", tmp_path / "queue", language)
+    installed.run(program, "uring", "6000")
+
+
+def test_queues_under_valgrind(installed: Installed, image_path: Path, tmp_path: Path) -> None:
+    program = installed.compile(SOURCES / "queue.c", tmp_path / "queue")
+    # What the kernel writes by io_uring is unknown to valgrind, so threads do it here.
+    installed.run(*VALGRIND, program, "threads", "300", image_path)
+    installed.run(*VALGRIND, program, "uring", "300")
 
 
 def test_a_panic_is_contained(with_hooks: Installed, language: str, tmp_path: Path) -> None:

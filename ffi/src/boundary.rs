@@ -5,7 +5,10 @@ use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use qcow_recycler::Image;
+
 use crate::abi::Out;
+use crate::device::Device;
 use crate::error::{Fault, qcr_error};
 use crate::image::qcr_image;
 
@@ -78,6 +81,24 @@ pub(crate) unsafe fn on_image(
         Ok(()) => 0,
         Err(fault) => fault.report(details),
     }
+}
+
+/// Runs `body` unless the fuse is blown; a panic blows it.
+pub(crate) fn guarded(
+    image: &Image<Device>,
+    fuse: &Fuse,
+    body: impl FnOnce() -> Result<(), Fault>,
+) -> Result<(), Fault> {
+    if image.has_panicked() {
+        fuse.blow();
+    }
+    if fuse.is_blown() {
+        return Err(already_poisoned());
+    }
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        fuse.blow();
+        Err(poisoned(&describe(payload)))
+    })
 }
 
 /// Runs `body`, which touches no image that anybody else can see, and turns a panic into a fault.

@@ -221,7 +221,7 @@ pub unsafe extern "C" fn qcr_get_extent(
 ///
 /// # Safety
 /// The header's rules for memory; the array lives for `'a`.
-unsafe fn areas<'a>(iov: *const iovec, iovcnt: c_int) -> Result<&'a [iovec], Fault> {
+pub(crate) unsafe fn areas<'a>(iov: *const iovec, iovcnt: c_int) -> Result<&'a [iovec], Fault> {
     let count = usize::try_from(iovcnt).map_err(|_| Fault::argument("iovcnt", "is negative"))?;
     if count == 0 {
         return Ok(&[]);
@@ -244,7 +244,7 @@ unsafe fn areas<'a>(iov: *const iovec, iovcnt: c_int) -> Result<&'a [iovec], Fau
 }
 
 #[inline]
-fn check_area(base: *const c_void, count: usize) -> Result<(), Fault> {
+pub(crate) fn check_area(base: *const c_void, count: usize) -> Result<(), Fault> {
     if base.is_null() && count > 0 || isize::try_from(count).is_err() { Err(refuse_area(count)) } else { Ok(()) }
 }
 

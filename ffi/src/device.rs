@@ -80,6 +80,13 @@ impl BlockDevice for Device {
         }
     }
 
+    fn host_file(&self) -> Option<&HostFile> {
+        match &self.bytes {
+            Bytes::File(file) => Some(file),
+            Bytes::Callbacks(_) => None,
+        }
+    }
+
     async fn length(&self) -> io::Result<u64> {
         match self.bytes()? {
             Bytes::File(file) => file.length().await,

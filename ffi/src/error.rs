@@ -48,7 +48,7 @@ unsafe impl Shared for qcr_error {
 }
 
 /// Why a call fails.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Fault {
     errno: i32,
     offset: Option<u64>,

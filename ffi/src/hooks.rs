@@ -23,7 +23,7 @@ pub unsafe extern "C" fn qcr_test_panic(image: *mut qcr_image, error: *mut qcr_e
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcr_test_panic_in_device(image: *mut qcr_image, error: *mut qcr_error) -> c_int {
     let body = |image: &qcr_image| {
-        ARMED.store(std::ptr::from_ref(image.fuse()).cast_mut(), Ordering::SeqCst);
+        ARMED.store(std::ptr::from_ref::<Fuse>(image.fuse()).cast_mut(), Ordering::SeqCst);
         Ok(())
     };
     // SAFETY: the header's rules for images and errors.

@@ -46,7 +46,7 @@ impl qcr_image {
         &self.disk
     }
 
-    pub(crate) fn fuse(&self) -> &Fuse {
+    pub(crate) fn fuse(&self) -> &Arc<Fuse> {
         &self.fuse
     }
 

@@ -11,6 +11,7 @@ use crate::error::qcr_error;
 use crate::inspect::{qcr_check_report, qcr_info, qcr_stats};
 use crate::offline::qcr_commit_report;
 use crate::options::{qcr_log, qcr_options};
+use crate::queue::{qcr_completion, qcr_queue_info, qcr_queue_options};
 use crate::recycle::{qcr_compact_report, qcr_progress};
 
 fn size_of_member<S, M>(_: impl Fn(&S) -> &M) -> usize {
@@ -52,6 +53,9 @@ fn structs_are_laid_out_as_committed() {
             struct_size flags virtual_size cluster_size refcount_bits version backing_file backing_format
         }
         qcr_extent { struct_size kind length host_offset }
+        qcr_queue_options { struct_size flags depth threads }
+        qcr_queue_info { struct_size flags pending }
+        qcr_completion { user_data result reserved }
         qcr_progress { struct_size reserved done total file_size }
         qcr_compact_report { struct_size reserved file_size_before file_size_after moved cancelled }
         qcr_bitmap { struct_size flags granularity dirty name }

@@ -26,6 +26,7 @@ pub mod image;
 pub mod inspect;
 pub mod offline;
 pub mod options;
+pub mod queue;
 pub mod recycle;
 pub mod version;
 

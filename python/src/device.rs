@@ -23,6 +23,13 @@ impl BlockDevice for Device {
         }
     }
 
+    fn host_file(&self) -> Option<&HostFile> {
+        match self {
+            Device::File(file) => Some(file),
+            Device::Object(_) => None,
+        }
+    }
+
     async fn length(&self) -> io::Result<u64> {
         match self {
             Device::File(file) => file.length().await,

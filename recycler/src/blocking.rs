@@ -184,7 +184,7 @@ impl<D: BlockDevice> Disk<D> {
                 let work = crate::recycler::run(image.clone(), remote.clone());
                 if std::panic::catch_unwind(AssertUnwindSafe(|| handle.block_on(work))).is_err() {
                     // What the recycler was changing is in doubt: nothing more may be written.
-                    image.recycler_panicked();
+                    image.panicked("the recycler");
                 }
                 remote.stop();
             });

@@ -274,6 +274,87 @@ impl<'a> IoBufMut<'a> {
     }
 }
 
+/// Areas that a request keeps by itself; longer lists are allocated.
+const FEW: usize = 4;
+
+enum List {
+    Few([IoVec; FEW], usize),
+    Many(Box<[IoVec]>),
+}
+
+/// The memory of a request that goes on after the call that began it: areas that their owner has promised to keep.
+pub struct Held {
+    list: List,
+    len: usize,
+}
+
+// SAFETY: as for `IoBuf` and `IoBufMut`.
+unsafe impl Send for Held {}
+// SAFETY: as above; a shared `Held` only reads.
+unsafe impl Sync for Held {}
+
+impl std::fmt::Debug for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Held({} bytes)", self.len)
+    }
+}
+
+impl Held {
+    /// Memory that a request may use until it has ended, whatever becomes of the array `areas`.
+    ///
+    /// # Safety
+    /// Until the request that is given this has ended, every area must stay readable; if it is a read, also writable, and
+    /// no Rust reference to it may be used. The lengths must sum up without overflow (see [`iovecs_len`]).
+    #[must_use]
+    pub unsafe fn new(areas: &[IoVec]) -> Self {
+        let len = iovecs_len(areas).unwrap_or(0);
+        let mut few = [IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 }; FEW];
+        let list = match few.get_mut(..areas.len()) {
+            Some(room) => {
+                room.copy_from_slice(areas);
+                List::Few(few, areas.len())
+            }
+            None => List::Many(areas.into()),
+        };
+        Held { list, len }
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The areas. They stay where they are as long as this value does.
+    #[must_use]
+    pub fn areas(&self) -> &[IoVec] {
+        match &self.list {
+            List::Few(few, count) => few.get(..*count).unwrap_or_default(),
+            List::Many(areas) => areas,
+        }
+    }
+
+    /// The bytes, as the source of a write.
+    #[must_use]
+    pub fn source(&self) -> IoBuf<'_> {
+        let raw = Raw { areas: Areas::Many(self.areas()), skip: 0, len: self.len };
+        IoBuf { raw, memory: PhantomData }
+    }
+
+    /// The bytes, as the destination of a read.
+    #[must_use]
+    pub fn destination(&mut self) -> IoBufMut<'_> {
+        let raw = Raw { areas: Areas::Many(self.areas()), skip: 0, len: self.len };
+        IoBufMut { raw, memory: PhantomData }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,6 +12,7 @@ pub mod image;
 mod metadata;
 pub mod mutation;
 pub mod options;
+pub mod queue;
 pub mod recycler;
 pub mod stats;
 pub mod units;

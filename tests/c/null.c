@@ -100,6 +100,22 @@ int main(void)
     REFUSED("image", qcr_resize(NULL, 1024, 0, &error));
     REFUSED("image", qcr_get_extent(NULL, 0, 512, &extent, &error));
 
+    REFUSED("image", qcr_queue_create(NULL, NULL, NULL, &error));
+    REFUSED("queue", qcr_queue_readv(NULL, &iov, 1, 0, 0, &error));
+    REFUSED("queue", qcr_queue_writev(NULL, &iov, 1, 0, 0, &error));
+    REFUSED("queue", qcr_queue_read(NULL, buffer, sizeof(buffer), 0, 0, &error));
+    REFUSED("queue", qcr_queue_write(NULL, buffer, sizeof(buffer), 0, 0, &error));
+    REFUSED("queue", qcr_queue_discard(NULL, 0, 512, 0, &error));
+    REFUSED("queue", qcr_queue_write_zeroes(NULL, 0, 512, 0, 0, &error));
+    REFUSED("queue", qcr_queue_flush(NULL, 0, &error));
+    REFUSED("queue", qcr_queue_kick(NULL, &error));
+    REFUSED("queue", qcr_queue_reap(NULL, NULL, 0, 0, 0, &needed, &error));
+    REFUSED("queue", qcr_queue_failure(NULL, &error));
+    REFUSED("queue", qcr_queue_eventfd(NULL, NULL, &error));
+    REFUSED("queue", qcr_queue_arm(NULL, &needed, &error));
+    REFUSED("queue", qcr_queue_get_info(NULL, NULL, &error));
+    qcr_queue_free(NULL);
+
     REFUSED("image", qcr_start(NULL, &error));
     REFUSED("image", qcr_pause(NULL, &error));
     REFUSED("image", qcr_resume(NULL, &error));

@@ -12,8 +12,20 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// The modules of the interface in the order of the manual.
-const SECTIONS: [&str; 11] =
-    ["version", "error", "options", "callbacks", "create", "image", "data", "recycle", "inspect", "bitmaps", "offline"];
+const SECTIONS: [&str; 12] = [
+    "version",
+    "error",
+    "options",
+    "callbacks",
+    "create",
+    "image",
+    "data",
+    "queue",
+    "recycle",
+    "inspect",
+    "bitmaps",
+    "offline",
+];
 
 const INTRODUCTION: &str = include_str!("introduction.h");
 const CLOSING: &str = "\n#ifdef __cplusplus\n}\n#endif\n\n#endif /* QCOWRECYCLE_H */\n";

@@ -10,10 +10,15 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::stragglers::Stragglers;
+
 const SLOTS: usize = 16;
+/// Stragglers are looked at this often while a grace period is awaited.
+const STRAGGLERS: Duration = Duration::from_micros(500);
 
 /// What one slot counts. Aligned so that two slots never share a cache line (or an adjacent pair of them).
 #[repr(align(128))]
@@ -46,6 +51,8 @@ pub(crate) struct Epochs {
     slots: [Slot; SLOTS],
     /// Whether somebody awaits a grace period; then leaving wakes them up.
     awaited: AtomicBool,
+    /// Requests that leave only when somebody looks at them.
+    pub(crate) stragglers: Stragglers,
     left: Notify,
 }
 
@@ -99,7 +106,6 @@ impl Epochs {
     }
 
     /// The guard of a request that was [detached](InFlight::detach) from these epochs.
-    #[allow(dead_code)] // For requests that are submitted on one stack and completed on another.
     pub(crate) fn attach(&self, detached: Detached) -> InFlight<'_> {
         // Both are what `detach` made of a guard, so the remainder changes nothing.
         InFlight {
@@ -153,7 +159,12 @@ impl Epochs {
                 self.left.notify_waiters();
                 return;
             }
-            left.await;
+            if self.stragglers.poke() {
+                // Transfers, which end soon. This thread is one of the recycler's, or of somebody who closes or resizes.
+                std::thread::sleep(STRAGGLERS);
+            } else {
+                left.await;
+            }
         }
     }
 
@@ -166,7 +177,6 @@ impl Epochs {
 impl InFlight<'_> {
     /// Takes the guard apart without ending the request, for one that is submitted here and completed elsewhere, on any
     /// thread. [`Epochs::attach`] on the same epochs makes the guard again, which must happen.
-    #[allow(dead_code)] // As `attach`.
     pub(crate) fn detach(self) -> Detached {
         let slot = self.epochs.slots.iter().position(|s| std::ptr::eq(s, self.slot)).unwrap_or_default();
         let detached = Detached { slot: slot as u8, side: self.side as u8 };

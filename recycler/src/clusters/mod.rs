@@ -20,6 +20,7 @@ pub(crate) mod moves;
 pub(crate) mod scan;
 pub(crate) mod set;
 pub(crate) mod snapshots;
+pub(crate) mod stragglers;
 
 use std::ops::Range;
 

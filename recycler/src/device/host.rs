@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::lock::{self, LockMode};
 use super::{BlockDevice, Features, positioned};
-use crate::buf::{IoBuf, IoBufMut};
+use crate::buf::{IoBuf, IoBufMut, IoVec};
 use crate::error::{Error, Result};
 
 /// A regular file or a block device. Every call is nothing but its system calls, on the caller's thread.
@@ -95,6 +95,17 @@ impl HostFile {
         Ok(HostFile { file, kind, features })
     }
 
+    /// The descriptor, for transfers by the kernel.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Whether the kernel takes a transfer to or from this memory at this place as it is.
+    pub(crate) fn takes(&self, offset: u64, areas: &[IoVec]) -> bool {
+        let _ = (offset, areas);
+        true
+    }
+
     /// The file itself. Its offset is not used.
     #[must_use]
     pub fn file(&self) -> &File {
@@ -140,6 +151,10 @@ fn unsupported(error: Errno, kind: Kind) -> io::Error {
 impl BlockDevice for HostFile {
     fn features(&self) -> Features {
         self.features
+    }
+
+    fn host_file(&self) -> Option<&HostFile> {
+        Some(self)
     }
 
     async fn length(&self) -> io::Result<u64> {

@@ -1,5 +1,6 @@
 //! Where the bytes of an image live.
 
+mod done;
 pub mod host;
 pub mod lock;
 mod positioned;
@@ -8,7 +9,18 @@ pub(crate) mod volume;
 use std::future::Future;
 use std::io;
 
-use crate::buf::{IoBuf, IoBufMut};
+use crate::buf::{Held, IoBuf, IoBufMut};
+
+pub use done::{Done, Ended};
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the device to memory.
+    Read,
+    /// From memory to the device.
+    Write,
+}
 
 /// What a device can do beyond reading, writing and flushing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,6 +76,25 @@ pub trait BlockDevice: Send + Sync + 'static {
     fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
         let _ = (offset, buf);
         None
+    }
+
+    /// The host's file behind the device, if transfers may be done by whatever means directly on it: a queue then has them
+    /// done by the kernel.
+    fn host_file(&self) -> Option<&host::HostFile> {
+        None
+    }
+
+    /// Whether [`begin`](Self::begin) works.
+    fn begins(&self) -> bool {
+        false
+    }
+
+    /// Begins a transfer and returns; `done` is completed once when it has ended, on any thread, perhaps before this
+    /// returns. The memory and the list of its areas stay valid until then. A queue uses this so that no thread waits for
+    /// the device; the other calls still do.
+    fn begin(&self, direction: Direction, offset: u64, memory: &Held, done: Done) {
+        let _ = (direction, offset, memory);
+        done.complete(Err(io::ErrorKind::Unsupported.into()));
     }
 
     /// Makes everything that completed before this call durable. After an error, nothing is assumed about any of it.

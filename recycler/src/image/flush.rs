@@ -215,14 +215,14 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// The recycler's thread panicked: the image takes no changes from now on.
-    pub(crate) fn recycler_panicked(&self) {
+    /// A thread of the library's own panicked: the image takes no changes from now on.
+    pub(crate) fn panicked(&self, who: &'static str) {
         self.panicked.store(true, Ordering::SeqCst);
-        self.volume.fail(|| "the recycler panicked".to_owned());
-        self.background_error("the recycler", &Error::Failed { reason: "it panicked".to_owned() });
+        self.volume.fail(|| format!("{who} panicked"));
+        self.background_error(who, &Error::Failed { reason: "it panicked".to_owned() });
     }
 
-    /// Whether the recycler's thread panicked.
+    /// Whether a thread of the library's own panicked.
     pub fn has_panicked(&self) -> bool {
         self.panicked.load(Ordering::SeqCst)
     }
