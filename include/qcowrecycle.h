@@ -141,6 +141,12 @@ struct qcr_error {
 /* Option flag: check the library's own invariants while it works. Slow; for tests. */
 #define QCR_RUNTIME_ASSERTS 8
 
+/* Option flag: transfers pass the host's page cache (O_DIRECT), for qcr_open_path(), which fails with -EOPNOTSUPP
+ * where the file system has no such transfers. Memory and requests may have any alignment; what the kernel does not
+ * take as it is costs a copy, so page-aligned memory is best. Ignored on block callbacks.
+ */
+#define QCR_DIRECT 16
+
 /* Backing file: an image that has one is refused with -EPERM. The default. */
 #define QCR_BACKING_REFUSE 0
 
@@ -177,7 +183,7 @@ struct qcr_error {
 struct qcr_options {
     /* sizeof(struct qcr_options), set by the caller. */
     uint32_t struct_size;
-    /* QCR_READ_ONLY, QCR_DISCARD, QCR_CHECK_ON_CONNECT, QCR_RUNTIME_ASSERTS. */
+    /* QCR_READ_ONLY, QCR_DISCARD, QCR_CHECK_ON_CONNECT, QCR_RUNTIME_ASSERTS, QCR_DIRECT. */
     uint32_t flags;
     /* Bytes of zeroed clusters that the recycler keeps ready for new guest writes. */
     uint64_t keep_erased;
@@ -239,7 +245,7 @@ int qcr_options_init(struct qcr_options *options, struct qcr_error *error);
  *
  * | key                    | value |
  * |------------------------|-------|
- * | `discard`, `read_only`, `check_on_connect`, `runtime_asserts` | `true`, `false`, `1` or `0` |
+ * | `direct`, `discard`, `read_only`, `check_on_connect`, `runtime_asserts` | `true`, `false`, `1` or `0` |
  * | `keep_erased`          | in sectors of 512 bytes (not in bytes) |
  * | `compact_after_unmaps` | in sectors of 512 bytes (not in bytes); 0: only when asked |
  * | `settle_ms`, `flush_ms`| milliseconds |

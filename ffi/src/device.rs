@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use qcow_recycler::Options;
 use qcow_recycler::buf::{IoBuf, IoBufMut, IoVec};
 use qcow_recycler::device::host::HostFile;
 use qcow_recycler::device::{BlockDevice, Features};
@@ -26,8 +27,8 @@ enum Bytes {
 
 impl Device {
     /// An existing host file.
-    pub(crate) fn open(path: &Path, read_only: bool) -> Result<Self, Fault> {
-        Ok(Device { fuse: Arc::default(), bytes: Bytes::File(HostFile::open(path, read_only)?) })
+    pub(crate) fn open(path: &Path, options: &Options) -> Result<Self, Fault> {
+        Ok(Device { fuse: Arc::default(), bytes: Bytes::File(HostFile::open_for(path, options)?) })
     }
 
     /// A host file to be written anew, and whether this made it: an existing one is taken only to `replace` it.

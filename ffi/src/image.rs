@@ -12,7 +12,7 @@ use std::ffi::{c_char, c_int};
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow_recycler::Disk;
+use qcow_recycler::{Disk, Options};
 
 use crate::abi;
 use crate::boundary::{Fuse, call, contain, on_image};
@@ -33,11 +33,11 @@ impl qcr_image {
         options: *const qcr_options,
         path: Option<&Path>,
         log: Option<Log>,
-        device: impl FnOnce(bool) -> Result<Device, Fault>,
+        device: impl FnOnce(&Options) -> Result<Device, Fault>,
     ) -> Result<Box<Self>, Fault> {
         // SAFETY: the header's rules for structs and strings, on which every caller relies.
         let options = unsafe { options_for_open(options, path, log)? };
-        let device = device(options.read_only)?;
+        let device = device(&options)?;
         let (fuse, id) = (device.fuse(), options.id.clone());
         Ok(Box::new(qcr_image { disk: Disk::open(device, options)?, fuse, id }))
     }
@@ -79,7 +79,7 @@ pub unsafe extern "C" fn qcr_open_path(
         let out = not_null(image)?;
         // SAFETY: the header's rule for strings.
         let path = path_of(unsafe { abi::string("path", path)? });
-        let opened = qcr_image::open(options, Some(&path), log, |read_only| Device::open(&path, read_only))?;
+        let opened = qcr_image::open(options, Some(&path), log, |options| Device::open(&path, options))?;
         // SAFETY: not NULL, and the caller has room for a pointer there.
         unsafe { out.write(Box::into_raw(opened)) };
         Ok(())
@@ -109,7 +109,7 @@ pub unsafe extern "C" fn qcr_open_callbacks(
     let body = || {
         let (callbacks, log) = (callbacks?, log?);
         let out = not_null(image)?;
-        let opened = qcr_image::open(options, None, log, |read_only| Device::on(callbacks, read_only))?;
+        let opened = qcr_image::open(options, None, log, |options| Device::on(callbacks, options.read_only))?;
         // SAFETY: not NULL, and the caller has room for a pointer there.
         unsafe { out.write(Box::into_raw(opened)) };
         Ok(())

@@ -6,7 +6,7 @@
 use std::ffi::{CString, c_char, c_int, c_void};
 
 use qcow_recycler::blocking::block_on;
-use qcow_recycler::{CheckReport, Repair, Stats};
+use qcow_recycler::{CheckReport, Options, Repair, Stats};
 
 use crate::abi::{self, Out, Shared};
 use crate::boundary::{call, on_image};
@@ -352,7 +352,8 @@ pub unsafe extern "C" fn qcr_check_path(
         // SAFETY: the header's rules for structs and strings.
         let (out, path) = unsafe { (Out::new(report)?, path_of(abi::string("path", path)?)) };
         let repair = repair_of(repair)?;
-        let device = Device::open(&path, repair == Repair::No)?;
+        let options = Options { read_only: repair == Repair::No, ..Options::default() };
+        let device = Device::open(&path, &options)?;
         // SAFETY: the header's rules for callbacks.
         unsafe { report_check(out, finding, user, || offline(&device, repair)) }
     };

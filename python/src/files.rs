@@ -34,7 +34,7 @@ pub(crate) fn open_path(py: Python<'_>, path: PathBuf, options: &Bound<'_, PyDic
     let id = if options.id.is_empty() { display(&path) } else { options.id.clone() };
     let filename = Some(display(&path));
     let opened = py.detach(move || {
-        let file = HostFile::open(&path, options.read_only)?;
+        let file = HostFile::open_for(&path, &options)?;
         Disk::open(Device::File(file), options)
     });
     finish(py, opened, filename, id)

@@ -31,6 +31,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
             // Applied above, so that the other arguments win over it.
             "config" => {}
             "read_only" => options.read_only = item.extract()?,
+            "direct" => options.direct = item.extract()?,
             "discard" => options.discard = item.extract()?,
             "keep_erased" => options.keep_erased = item.extract()?,
             "compact_after_unmaps" => options.compact_after_unmaps = Some(item.extract()?).filter(|&n| n > 0),

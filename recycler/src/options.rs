@@ -89,6 +89,9 @@ impl fmt::Debug for Logger {
 pub struct Options {
     /// Refuse every change; nothing is written to the image, not even to repair it.
     pub read_only: bool,
+    /// Transfers of an image in a host file pass the host's page cache (O_DIRECT). For those who open the file: see
+    /// [`HostFile::into_direct`](crate::device::host::HostFile::into_direct).
+    pub direct: bool,
     /// Accept discards. Without it, [`discard`](crate::Image::discard) fails as unsupported.
     pub discard: bool,
     /// How many bytes of zeroed clusters the recycler keeps ready for new guest writes.
@@ -119,6 +122,7 @@ impl Default for Options {
     fn default() -> Self {
         Options {
             read_only: false,
+            direct: false,
             discard: true,
             keep_erased: 16 << 20,
             compact_after_unmaps: Some(64 << 20),
@@ -143,7 +147,7 @@ impl Options {
     ///
     /// | key | value |
     /// |---|---|
-    /// | `discard`, `read_only`, `runtime_asserts`, `check_on_connect` | `true`, `false`, `1`, `0` |
+    /// | `direct`, `discard`, `read_only`, `runtime_asserts`, `check_on_connect` | `true`, `false`, `1`, `0` |
     /// | `keep_erased` | **sectors of 512 bytes** kept erased |
     /// | `compact_after_unmaps` | **sectors of 512 bytes** that must be free; `0` turns automatic compaction off |
     /// | `id` | a name |
@@ -161,6 +165,7 @@ impl Options {
             let (key, value) = item.split_once('=').ok_or_else(|| bad(item, "has no value"))?;
             let (key, value) = (key.trim(), value.trim());
             match key {
+                "direct" => new.direct = boolean(key, value)?,
                 "discard" => new.discard = boolean(key, value)?,
                 "read_only" => new.read_only = boolean(key, value)?,
                 "runtime_asserts" => new.runtime_asserts = boolean(key, value)?,

@@ -84,6 +84,88 @@ fn reading_past_the_end_is_an_error_even_when_some_bytes_are_there() {
     block_on(file.read(u64::MAX, IoBufMut::new(&mut []))).unwrap();
 }
 
+/// Where files are on a disk. `QCR_DISK` names another place, such as a file system on a device with sectors of 4096 bytes.
+fn on_disk() -> PathBuf {
+    std::env::var_os("QCR_DISK").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()).into()
+}
+
+/// A file on a disk, whose file system has direct transfers as a rule; `None` if this one has not.
+fn direct_file() -> Option<(TempDir, PathBuf, HostFile)> {
+    let dir = tempfile::tempdir_in(on_disk()).unwrap();
+    let path = dir.path().join("disk");
+    match HostFile::create(&path).unwrap().into_direct() {
+        Err(Error::Unsupported { what }) => {
+            println!("not tested: {what}");
+            None
+        }
+        file => Some((dir, path, file.unwrap())),
+    }
+}
+
+#[test]
+fn direct_transfers_of_any_alignment_move_what_they_should() {
+    let Some((_dir, path, file)) = direct_file() else { return };
+    println!("blocks of {} bytes", file.direct_block().unwrap());
+    // Not a whole number of blocks, nor of sectors.
+    let length = (3 << 20) + 700;
+    let mut model = vec![0u8; length];
+    block_on(file.truncate(length as u64)).unwrap();
+    let mut memory = vec![0u8; (2 << 20) + 8192];
+    let page = memory.as_ptr().align_offset(4096);
+    let sizes = [1, 511, 512, 513, 4096, 8192, 65536, (1 << 20) + 512, (1 << 20) + 4096, 2 << 20];
+    for (n, size) in sizes.into_iter().cycle().take(60).enumerate() {
+        let at = [0, 512, 4096, 12_288 + 512, 1000, 1 << 20, length - size][n % 7];
+        let skew = [0, 1, 512][n % 3];
+        let buffer = &mut memory[page + skew..][..size];
+        for (i, byte) in buffer.iter_mut().enumerate() {
+            *byte = (i / 512 * 7 + n + i) as u8;
+        }
+        block_on(file.write(at as u64, IoBuf::new(buffer))).unwrap();
+        model[at..at + size].copy_from_slice(buffer);
+        let at = (at * 3 + 512 * n) % (length - size + 1);
+        block_on(file.read(at as u64, IoBufMut::new(buffer))).unwrap();
+        assert!(buffer == &model[at..at + size], "{size} bytes at {at}, memory off by {skew}");
+    }
+    block_on(file.flush()).unwrap();
+    assert!(fs::read(&path).unwrap() == model, "and nothing was written beyond the end");
+    // Several areas, the whole aligned or not.
+    for cut in [512, 700] {
+        let mut pieces = vec![vec![5u8; cut], vec![6u8; 8192 - cut]];
+        let list = areas(&mut pieces);
+        // SAFETY: `pieces` outlives the buffers and is not touched meanwhile.
+        block_on(file.write(8192, unsafe { IoBuf::from_iovecs(&list) })).unwrap();
+        pieces.iter_mut().for_each(|p| p.fill(0));
+        // SAFETY: as above.
+        block_on(file.read(8192, unsafe { IoBufMut::from_iovecs(&list) })).unwrap();
+        assert!(pieces[0].iter().all(|&b| b == 5) && pieces[1].iter().all(|&b| b == 6));
+    }
+    let e = block_on(file.read(length as u64 - 100, IoBufMut::new(&mut [0; 512]))).unwrap_err();
+    assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof);
+}
+
+/// Threads write neighbouring sectors, which share a block where blocks are larger, in memory of every alignment.
+#[test]
+fn direct_writes_of_neighbours_do_not_undo_one_another() {
+    const SECTORS: usize = 64;
+    let Some((_dir, path, file)) = direct_file() else { return };
+    block_on(file.truncate((SECTORS * 512) as u64)).unwrap();
+    for round in 1..40u8 {
+        std::thread::scope(|scope| {
+            for t in 0..4 {
+                let file = &file;
+                scope.spawn(move || {
+                    let bytes = vec![round; 5000];
+                    for sector in (t..SECTORS).step_by(4) {
+                        let at = (sector * 512) as u64;
+                        block_on(file.write(at, IoBuf::new(&bytes[t..t + 512]))).unwrap();
+                    }
+                });
+            }
+        });
+        assert!(fs::read(&path).unwrap().iter().all(|&b| b == round));
+    }
+}
+
 #[test]
 fn every_call_is_ready_at_its_first_poll() {
     use std::future::Future;

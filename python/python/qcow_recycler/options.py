@@ -17,6 +17,8 @@ class OpenOptions(TypedDict, total=False):
     """Refuse every change; nothing is written to the image, not even to repair it. Default: False."""
     config: str | None
     """``key=value;...`` as mirage/ocaml-qcow takes it (sizes there in 512-byte sectors); the other arguments win."""
+    direct: bool | None
+    """Transfers of an image file pass the host's page cache (O_DIRECT). Default: False."""
     discard: bool | None
     """Accept discards. Default: True."""
     keep_erased: int | None

@@ -2,17 +2,19 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
+use super::direct::Direct;
 use super::lock::{self, LockMode};
-use super::{BlockDevice, Features, positioned};
+use super::{BlockDevice, Direction, Features, positioned};
 use crate::buf::{IoBuf, IoBufMut, IoVec};
 use crate::error::{Error, Result};
+use crate::options::Options;
 
 /// A regular file or a block device. Every call is nothing but its system calls, on the caller's thread.
 ///
@@ -22,6 +24,7 @@ pub struct HostFile {
     file: File,
     kind: Kind,
     features: Features,
+    direct: Option<Direct>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +61,15 @@ impl HostFile {
         Ok(device)
     }
 
+    /// Opens an image file as an image's options say.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`into_direct`](Self::into_direct).
+    pub fn open_for(path: impl AsRef<Path>, options: &Options) -> Result<HostFile> {
+        let file = Self::open(path, options.read_only)?;
+        if options.direct { file.into_direct() } else { Ok(file) }
+    }
+
     /// Makes a new, empty file, which must not exist yet, and takes its locks.
     ///
     /// # Errors
@@ -92,18 +104,66 @@ impl HostFile {
             lock::acquire(&file, read_only)?;
         }
         let features = if read_only { Features::default() } else { features(&file, kind, metadata.len()) };
-        Ok(HostFile { file, kind, features })
+        Ok(HostFile { file, kind, features, direct: None })
     }
 
-    /// The descriptor, for transfers by the kernel.
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// Has transfers pass the host's page cache (O_DIRECT) from now on. Callers need not care for alignment: what the kernel
+    /// does not take as it is costs a copy.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the file system has no such transfers; [`Error::Io`].
+    pub fn into_direct(self) -> Result<HostFile> {
+        let read_only = !rustix::fs::fcntl_getfl(&self.file).map(|f| f.contains(OFlags::RDWR)).unwrap_or_default();
+        let direct = Direct::new(&self.file, read_only).map_err(|e| match e.kind() {
+            io::ErrorKind::Unsupported => Error::unsupported("transfers past the page cache on this file system"),
+            _ => Error::io("opening the image file", 0)(e),
+        })?;
+        // A copy inside the kernel fills the page cache.
+        let features = Features { copy_range: false, ..self.features };
+        Ok(HostFile { direct: Some(direct), features, ..self })
+    }
+
+    /// The block that direct transfers start and end with, if transfers are direct.
+    #[must_use]
+    pub fn direct_block(&self) -> Option<u64> {
+        self.direct.as_ref().map(Direct::block)
+    }
+
+    /// The file again, for transfers by the kernel, which may keep it for a while after it was told to let it go: so not
+    /// the one that has the locks, where another can be had.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub(crate) fn for_kernel(&self) -> io::Result<File> {
+        if let Some(direct) = &self.direct {
+            return direct.file().try_clone();
+        }
+        let write = rustix::fs::fcntl_getfl(&self.file)?.contains(OFlags::RDWR);
+        let again = OpenOptions::new().read(true).write(write).open(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        again.or_else(|_| self.file.try_clone())
     }
 
     /// Whether the kernel takes a transfer to or from this memory at this place as it is.
-    pub(crate) fn takes(&self, offset: u64, areas: &[IoVec]) -> bool {
-        let _ = (offset, areas);
-        true
+    pub(crate) fn takes(&self, direction: Direction, offset: u64, areas: &[IoVec]) -> bool {
+        self.direct.as_ref().is_none_or(|direct| {
+            (direction == Direction::Read || direct.writes_freely()) && direct.takes(offset, areas)
+        })
+    }
+
+    #[inline]
+    fn transfer_in(&self, offset: u64, buf: IoBufMut<'_>) -> io::Result<()> {
+        match &self.direct {
+            None => positioned::read(self.file.as_fd(), offset, buf),
+            Some(direct) => direct.read(offset, buf),
+        }
+    }
+
+    #[inline]
+    fn transfer_out(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+        match &self.direct {
+            None => positioned::write(self.file.as_fd(), offset, buf),
+            Some(direct) => direct.write(&self.file, offset, buf),
+        }
     }
 
     /// The file itself. Its offset is not used.
@@ -166,21 +226,21 @@ impl BlockDevice for HostFile {
     }
 
     async fn read(&self, offset: u64, buf: IoBufMut<'_>) -> io::Result<()> {
-        positioned::read(self.file.as_fd(), offset, buf)
+        self.transfer_in(offset, buf)
     }
 
     #[inline]
     fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
-        Some(positioned::read(self.file.as_fd(), offset, buf))
+        Some(self.transfer_in(offset, buf))
     }
 
     #[inline]
     fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
-        Some(positioned::write(self.file.as_fd(), offset, buf))
+        Some(self.transfer_out(offset, buf))
     }
 
     async fn write(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
-        positioned::write(self.file.as_fd(), offset, buf)
+        self.transfer_out(offset, buf)
     }
 
     async fn flush(&self) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! Where the bytes of an image live.
 
+mod direct;
 mod done;
 pub mod host;
 pub mod lock;

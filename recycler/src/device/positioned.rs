@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use crate::buf::{IoBuf, IoBufMut, IoVec};
 
 /// Areas handed over in one call: at most IOV_MAX (1024), and few enough to live on the stack.
-const AREAS: usize = 128;
+pub(super) const AREAS: usize = 128;
 
 const NO_AREA: IoVec = IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 
@@ -47,14 +47,16 @@ pub(super) fn read(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io
         moved(result)?;
     }
     // What was cut short or interrupted is done again: the bytes are the same.
-    read_pieces(fd, offset, buf)
+    let length = buf.len();
+    read_least(fd, offset, buf, length)
 }
 
+/// As [`read`], but only the first `least` bytes need be there.
 #[cold]
-fn read_pieces(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
+pub(super) fn read_least(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>, least: usize) -> io::Result<()> {
     let (fd, length) = (fd.as_raw_fd(), buf.len());
     let mut done = 0;
-    while done < length {
+    while done < least {
         let at = file_offset(offset, done)?;
         let mut rest = buf.slice(done..length);
         let mut one = [NO_AREA];

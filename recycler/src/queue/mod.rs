@@ -184,7 +184,7 @@ impl<D: BlockDevice> Queue<D> {
             return Err(Error::BadOption { name: "depth".to_owned(), reason });
         }
         let file = image.device().host_file().filter(|_| transfers == Transfers::Auto);
-        let ring = file.and_then(|file| match Ring::new(depth, file.descriptor()) {
+        let ring = file.and_then(|file| match file.for_kernel().and_then(|file| Ring::new(depth, &file)) {
             Ok(ring) => Some(ring),
             Err(e) => {
                 image.logger().log(LogLevel::Info, || format!("transfers on threads, since io_uring is refused: {e}"));
@@ -433,7 +433,7 @@ impl<D: BlockDevice> Shared<D> {
             Ok((request, Planned::Transfer { host, length: all }))
                 if all == length
                     && if by_ring {
-                        file.is_some_and(|file| file.takes(host.0, memory.areas()))
+                        file.is_some_and(|file| file.takes(direction, host.0, memory.areas()))
                     } else {
                         self.image.device().begins()
                     } =>

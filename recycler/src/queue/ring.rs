@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{Ordering, fence};
@@ -38,11 +39,11 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// A ring for `depth` transfers at once to and from `file`.
+    /// A ring for `depth` transfers at once to and from `file`, which the kernel keeps.
     ///
     /// # Errors
     /// The kernel has no io_uring, an old one, or none for this process.
-    pub(super) fn new(depth: u32, file: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(super) fn new(depth: u32, file: &File) -> io::Result<Self> {
         // One more for the bell.
         let entries = (depth + 1).next_power_of_two().min(MAX_ENTRIES);
         let ring = IoUring::builder()
@@ -207,5 +208,12 @@ impl Ring {
     /// Has it not written any more.
     pub(super) fn quieten(&mut self) {
         self.ring.completion().disable_eventfd();
+    }
+}
+
+impl Drop for Ring {
+    /// The kernel takes rings apart in its own time; the file should be gone when the queue is.
+    fn drop(&mut self) {
+        let _ = self.ring.submitter().unregister_files();
     }
 }
