@@ -8,6 +8,7 @@
 #   make wheel             the Python wheel
 #   make bench             how fast, beside the raw file, QEMU and other libraries (see mk/bench.mk)
 #   make soak MINUTES=n    long random runs from a fresh seed, n minutes in all (see mk/soak.mk)
+#   make models            the concurrent parts in thousands of interleavings each (see mk/models.mk)
 #   make fuzz SECONDS=n    coverage-guided fuzzing, n seconds a target (see mk/fuzz.mk)
 #   make clean
 
@@ -28,7 +29,7 @@ include $(filter-out mk/setup.mk,$(sort $(wildcard mk/*.mk)))
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
 
-test: setup rust-format rust-lint header-check rust-test fuzz-slice lib bench-smoke python-dev python-lint pytest
+test: setup rust-format rust-lint header-check rust-test models fuzz-slice lib bench-smoke python-dev python-lint pytest
 
 rust-format: system
 	$(CARGO) fmt --all --check

@@ -10,11 +10,14 @@ pub mod error;
 pub mod format;
 pub mod image;
 mod metadata;
+#[cfg(test)]
+mod models;
 pub mod mutation;
 pub mod options;
 pub mod queue;
 pub mod recycler;
 pub mod stats;
+mod sync;
 pub mod units;
 
 pub use blocking::Disk;

@@ -25,10 +25,16 @@ pub enum Mutation {
     PromoteLateWork,
     /// New references are written without the flush that their data needs.
     SkipBarrier,
+    /// A request does not look whether the epoch advanced while it entered.
+    EnterUnchecked,
+    /// A request leaves its epoch without waking up who waits for that.
+    LeaveUnnoticed,
+    /// Who waits for a turn asks to be woken up only after the turns were looked at.
+    WaitForTurnUnregistered,
 }
 
 impl Mutation {
-    /// All of them.
+    /// Those that power cuts and random histories must find.
     pub const ALL: [Mutation; 10] = [
         Mutation::RewriteBeforeFlush,
         Mutation::ReuseFreedAtOnce,
@@ -41,6 +47,10 @@ impl Mutation {
         Mutation::PromoteLateWork,
         Mutation::SkipBarrier,
     ];
+
+    /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
+    pub const INTERLEAVINGS: [Mutation; 3] =
+        [Mutation::EnterUnchecked, Mutation::LeaveUnnoticed, Mutation::WaitForTurnUnregistered];
 }
 
 #[cfg(feature = "mutations")]

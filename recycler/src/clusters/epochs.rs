@@ -8,15 +8,15 @@
 //! The counters are spread over slots, so that threads do not write one another's cache lines; a request enters and
 //! leaves in one slot. The same slots count the guest's requests for the statistics.
 
-use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
-
 use super::stragglers::Stragglers;
+use crate::mutation::{Mutation, broken};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{Notify, thread_number};
 
-const SLOTS: usize = 16;
+/// One where a model checker looks at each.
+const SLOTS: usize = if cfg!(all(test, feature = "models")) { 1 } else { 16 };
 /// Stragglers are looked at this often while a grace period is awaited.
 const STRAGGLERS: Duration = Duration::from_micros(500);
 
@@ -78,15 +78,7 @@ pub(crate) struct Ticket(u64);
 impl Epochs {
     #[inline]
     fn slot(&self) -> &Slot {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        thread_local!(static MINE: Cell<usize> = const { Cell::new(usize::MAX) });
-        let mine = MINE.with(|mine| {
-            if mine.get() == usize::MAX {
-                mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS);
-            }
-            mine.get()
-        });
-        &self.slots[mine]
+        &self.slots[thread_number(SLOTS)]
     }
 
     /// A request begins.
@@ -98,7 +90,7 @@ impl Epochs {
             let side = (epoch & 1) as usize;
             slot.inside[side].fetch_add(1, Ordering::SeqCst);
             // If the epoch advanced in between, the count may have come too late to be seen: count again, there.
-            if self.epoch.load(Ordering::SeqCst) == epoch {
+            if self.epoch.load(Ordering::SeqCst) == epoch || broken(Mutation::EnterUnchecked) {
                 return InFlight { epochs: self, slot, side };
             }
             self.leave(slot, side);
@@ -118,7 +110,7 @@ impl Epochs {
     #[inline]
     fn leave(&self, slot: &Slot, side: usize) {
         slot.inside[side].fetch_sub(1, Ordering::SeqCst);
-        if self.awaited.load(Ordering::SeqCst) {
+        if self.awaited.load(Ordering::SeqCst) && !broken(Mutation::LeaveUnnoticed) {
             self.left.notify_waiters();
         }
     }

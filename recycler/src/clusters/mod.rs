@@ -24,8 +24,7 @@ pub(crate) mod stragglers;
 
 use std::ops::Range;
 
-use parking_lot::{Mutex, MutexGuard};
-
+use crate::sync::{AsyncMutex, Mutex, MutexGuard};
 use crate::units::HostCluster;
 use epochs::Ticket;
 use set::ClusterSet;
@@ -164,12 +163,12 @@ impl States {
 pub(crate) struct Clusters {
     states: Mutex<States>,
     /// One at a time grows or shortens the file.
-    pub(crate) length_turn: tokio::sync::Mutex<()>,
+    pub(crate) length_turn: AsyncMutex<()>,
 }
 
 impl Clusters {
     pub(crate) fn new(end: u64) -> Self {
-        Clusters { states: Mutex::new(States { end, ..States::default() }), length_turn: tokio::sync::Mutex::default() }
+        Clusters { states: Mutex::new(States { end, ..States::default() }), length_turn: AsyncMutex::default() }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, States> {

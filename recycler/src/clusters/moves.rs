@@ -12,12 +12,11 @@
 //! the L2 slice that it read the reference from, and the rewriting looks for the mark under the same lock.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use parking_lot::Mutex;
 
 use crate::format::l2;
 use crate::metadata::commit::{FlushToken, Stamp};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 
 /// The one place that refers to a cluster.

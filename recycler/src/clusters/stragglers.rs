@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 
 /// Somebody with requests in flight that end when they are looked at.
 pub(crate) trait Straggler: Send + Sync {

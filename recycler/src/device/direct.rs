@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use parking_lot::RwLock;
+use crate::sync::RwLock;
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
 use super::positioned;

@@ -1,12 +1,10 @@
 //! An open device as the engine sees it: its length is known, its errors have a place, a failed flush is remembered.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-use parking_lot::Mutex;
-
 use super::{BlockDevice, Features};
 use crate::buf::{IoBuf, IoBufMut};
 use crate::error::{Error, Result};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Zeroes are written, and clusters copied, in pieces of at most this many bytes.
 pub(crate) const PIECE: usize = 1 << 20;

@@ -1,11 +1,10 @@
 //! Closing: everything durable, no cluster leaked, the file as short as it can be.
 
-use std::sync::atomic::Ordering;
-
 use super::Image;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::header::{self, incompatible};
+use crate::sync::atomic::Ordering;
 
 impl<D: BlockDevice> Image<D> {
     /// Waits for the requests under way, writes everything back and closes the image. Later calls fail with

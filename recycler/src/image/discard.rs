@@ -10,6 +10,7 @@ use crate::device::volume::{PIECE, zeroes};
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Mapping};
 use crate::metadata::slices::Entries as _;
+use crate::sync::AsyncRwLockReadGuard;
 use crate::units::{GuestCluster, GuestOffset};
 
 /// What becomes of whole clusters that are to read as zeroes.
@@ -199,7 +200,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Changes of the mapping wait while somebody has frozen it, except for those of the one who did.
-    pub(super) async fn unfrozen(&self, access: Access) -> Option<tokio::sync::RwLockReadGuard<'_, ()>> {
+    pub(super) async fn unfrozen(&self, access: Access) -> Option<AsyncRwLockReadGuard<'_, ()>> {
         match access {
             Access::Shared => Some(self.structure.read().await),
             Access::Frozen => None,

@@ -1,7 +1,5 @@
 //! Making things durable: the one place where a flush promotes what waited for it.
 
-use std::sync::atomic::Ordering;
-
 use super::Image;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
@@ -9,6 +7,7 @@ use crate::format::header::{self, incompatible};
 use crate::metadata::commit::{CommitTurn, FlushToken, L1Move};
 use crate::mutation::{Mutation, broken};
 use crate::options::LogLevel;
+use crate::sync::atomic::Ordering;
 
 impl<D: BlockDevice> Image<D> {
     /// Makes every write, discard and resize that completed before this call durable.

@@ -1,12 +1,11 @@
 //! What an image is, and what it is doing.
 
-use std::sync::atomic::Ordering::Relaxed;
-
 use super::Image;
 use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::format::header::COMPATIBLE_LAZY_REFCOUNTS;
 use crate::stats::Stats;
+use crate::sync::atomic::Ordering::Relaxed;
 
 /// What an image is. Sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]

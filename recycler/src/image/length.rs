@@ -1,6 +1,5 @@
 //! Making the file shorter.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Image;
@@ -9,6 +8,7 @@ use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::mutation::{Mutation, broken};
+use crate::sync::atomic::Ordering;
 use crate::units::HostCluster;
 
 /// The file is cut in steps that take about a millisecond: guest writes wait while a file is being cut, and one large

@@ -18,11 +18,9 @@ pub(crate) mod relocate;
 mod resize;
 pub(crate) mod shared;
 pub(crate) mod snapshots;
-mod turns;
+pub(crate) mod turns;
 mod upgrade;
 mod write;
-
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub use bitmaps::BitmapInfo;
 pub use commit::{CommitReport, commit};
@@ -41,6 +39,8 @@ use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::metadata::Metadata;
 use crate::options::{Logger, Options};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{AsyncMutex, AsyncMutexGuard, AsyncRwLock, Mutex, Notify};
 use backing::Backing;
 use bitmaps::Bitmaps;
 use turns::Turns;
@@ -63,7 +63,7 @@ pub struct Image<D: BlockDevice> {
     incompatible: u64,
     compression_type: u8,
     /// The internal snapshots.
-    snapshots: parking_lot::Mutex<snapshots::Snapshots>,
+    snapshots: Mutex<snapshots::Snapshots>,
     virtual_size: AtomicU64,
     backing: Backing,
     pub(crate) bitmaps: Bitmaps,
@@ -78,11 +78,11 @@ pub struct Image<D: BlockDevice> {
     /// Shared by requests that change the mapping, exclusive for those that need it to stand still. Never waited for by
     /// somebody whom a grace period waits for *and* whose exclusive holder waits for a grace period: the exclusive holder
     /// never does, but for `close`, after the last request.
-    structure: tokio::sync::RwLock<()>,
+    structure: AsyncRwLock<()>,
     /// One at a time moves or erases clusters, or excludes that.
-    pub(crate) compaction: tokio::sync::Mutex<()>,
+    pub(crate) compaction: AsyncMutex<()>,
     /// Notified when there may be something for the recycler to do.
-    pub(crate) work: tokio::sync::Notify,
+    pub(crate) work: Notify,
 }
 
 /// Counters that are not on a hot path.
@@ -146,7 +146,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Waits for the turn to move, erase or cut off clusters. The image may have been closed meanwhile, which is an error.
-    pub(crate) async fn recycler_turn(&self) -> Result<tokio::sync::MutexGuard<'_, ()>> {
+    pub(crate) async fn recycler_turn(&self) -> Result<AsyncMutexGuard<'_, ()>> {
         let turn = self.compaction.lock().await;
         self.ensure_writable()?;
         Ok(turn)

@@ -1,7 +1,6 @@
 //! Opening an image.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::backing::Backing;
 use super::bitmaps::Bitmaps;
@@ -20,6 +19,8 @@ use crate::format::header::{self, AUTOCLEAR_BITMAPS, Header, incompatible};
 use crate::format::snapshot::{self, Snapshot};
 use crate::metadata::Metadata;
 use crate::options::{LogLevel, Options};
+use crate::sync::atomic::{AtomicBool, AtomicU64};
+use crate::sync::{AsyncMutex, AsyncRwLock, Mutex, Notify};
 
 impl<D: BlockDevice> Image<D> {
     /// Opens the image on `device`: reads the header, the L1 table and the refcount table. An image that was not closed
@@ -70,7 +71,7 @@ impl<D: BlockDevice> Image<D> {
             counters: Counters::default(),
             incompatible: header.incompatible & !incompatible::DIRTY,
             compression_type: header.compression_type,
-            snapshots: parking_lot::Mutex::new(Snapshots::new(snapshots, header.snapshots_offset)),
+            snapshots: Mutex::new(Snapshots::new(snapshots, header.snapshots_offset)),
             virtual_size: AtomicU64::new(header.virtual_size),
             header,
             backing,
@@ -80,9 +81,9 @@ impl<D: BlockDevice> Image<D> {
             prepared: AtomicBool::new(false),
             allocating: Turns::default(),
             table_turns: Turns::default(),
-            structure: tokio::sync::RwLock::default(),
-            compaction: tokio::sync::Mutex::default(),
-            work: tokio::sync::Notify::default(),
+            structure: AsyncRwLock::default(),
+            compaction: AsyncMutex::default(),
+            work: Notify::default(),
             volume,
             options,
         };

@@ -1,13 +1,12 @@
 //! Changing the size of the virtual disk.
 
-use std::sync::atomic::Ordering;
-
 use super::Image;
 use super::discard::{Access, Clear};
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::header;
 use crate::metadata::commit::L1Move;
+use crate::sync::atomic::Ordering;
 
 /// An L1 table may take this many bytes.
 const MAX_L1_BYTES: u64 = 32 << 20;

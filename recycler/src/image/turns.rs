@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use parking_lot::Mutex;
-use tokio::sync::Notify;
+use crate::mutation::{Mutation, broken};
+use crate::sync::{Mutex, Notify};
 
 /// Ranges that somebody is working on.
 #[derive(Default)]
@@ -34,7 +34,11 @@ impl Turns {
                 // Registered under the lock, so that a release after it is not missed.
                 released.as_mut().enable();
             }
-            released.await;
+            if broken(Mutation::WaitForTurnUnregistered) {
+                self.released.notified().await;
+            } else {
+                released.await;
+            }
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 use super::refcounts::RefcountWrites;
 use super::{Metadata, l2, patches};
@@ -12,6 +11,8 @@ use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::header;
 use crate::mutation::{Mutation, broken};
+use crate::sync::AsyncMutexGuard;
+use crate::sync::atomic::Ordering;
 use crate::units::HostOffset;
 
 /// A point in the order of commits.
@@ -111,7 +112,7 @@ impl<D: BlockDevice> Drop for HeaderInDoubt<'_, D> {
 /// The turn to write metadata back.
 pub(crate) struct CommitTurn<'a> {
     metadata: &'a Metadata,
-    unfinished: tokio::sync::MutexGuard<'a, Unfinished>,
+    unfinished: AsyncMutexGuard<'a, Unfinished>,
 }
 
 impl CommitTurn<'_> {

@@ -3,14 +3,13 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use parking_lot::RwLock;
-
 use super::Writes;
 use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::l2;
+use crate::sync::RwLock;
 use crate::units::{Geometry, HostOffset};
 
 /// Where an L2 table is, and whether it is ours alone (its refcount is one).

@@ -6,9 +6,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Mutex, RwLockWriteGuard};
 use zerocopy::IntoBytes;
 
 use super::Writes;
@@ -20,6 +18,8 @@ use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{AsyncMutex, Mutex, RwLockWriteGuard};
 use crate::units::{Geometry, GuestCluster, HostOffset};
 
 pub(crate) use super::slices::Slice;
@@ -42,7 +42,7 @@ pub(crate) struct L2Cache {
     slice_bits: u32,
     slices: Slices,
     /// Who reads a slice from the device has the lock that its key leads to.
-    loading: [tokio::sync::Mutex<()>; LOADING],
+    loading: [AsyncMutex<()>; LOADING],
     /// Buffers for that.
     buffers: Mutex<Vec<Box<[u64]>>>,
     patches: Arc<Patches>,
@@ -70,7 +70,7 @@ impl L2Cache {
             slice_size,
             slice_bits: slice_size.trailing_zeros() - 3,
             slices: Slices::new(capacity, (slice_size / 8) as usize),
-            loading: [const { tokio::sync::Mutex::const_new(()) }; LOADING],
+            loading: [(); LOADING].map(AsyncMutex::new),
             buffers: Mutex::default(),
             patches,
             dirty: Mutex::default(),

@@ -12,9 +12,6 @@ pub(crate) mod refcounts;
 pub(crate) mod slices;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
-
-use parking_lot::Mutex;
 
 use crate::buf::IoBuf;
 use crate::clusters::set::ClusterSet;
@@ -22,6 +19,8 @@ use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, Volume};
 use crate::error::Result;
 use crate::format::header::Header;
+use crate::sync::atomic::{AtomicBool, AtomicU64};
+use crate::sync::{AsyncMutex, Mutex};
 use crate::units::{Geometry, HostOffset};
 use commit::{Stamp, Unfinished};
 use l1::L1Table;
@@ -38,7 +37,7 @@ pub(crate) struct Metadata {
     header: Mutex<[u8; 512]>,
     pub(crate) l1: L1Table,
     pub(crate) l2: L2Cache,
-    pub(crate) refcounts: tokio::sync::Mutex<Refcounts>,
+    pub(crate) refcounts: AsyncMutex<Refcounts>,
     pub(crate) mirrors: Mutex<Mirrors>,
     /// Changed entries of the snapshots' tables.
     pub(crate) patches: Arc<Patches>,
@@ -48,7 +47,7 @@ pub(crate) struct Metadata {
     /// or counted, before it. Set *before* the change is made.
     barrier: AtomicBool,
     /// One at a time writes metadata back.
-    commit_turn: tokio::sync::Mutex<Unfinished>,
+    commit_turn: AsyncMutex<Unfinished>,
     clock: AtomicU64,
     completed: Mutex<Option<Stamp>>,
     /// Bytes read and written, for the statistics.
@@ -74,12 +73,12 @@ impl Metadata {
             header: Mutex::new(sector),
             l1: L1Table::open(volume, geometry, header.l1_offset, header.l1_entries).await?,
             l2: L2Cache::new(geometry, l2_cache_size, patches.clone()),
-            refcounts: tokio::sync::Mutex::new(refcounts),
+            refcounts: AsyncMutex::new(refcounts),
             mirrors: Mutex::default(),
             patches,
             tables,
             barrier: AtomicBool::new(false),
-            commit_turn: tokio::sync::Mutex::default(),
+            commit_turn: AsyncMutex::default(),
             clock: AtomicU64::new(0),
             completed: Mutex::default(),
             written: AtomicU64::new(0),

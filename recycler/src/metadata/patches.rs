@@ -10,14 +10,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use parking_lot::Mutex;
 
 use crate::buf::{IoBuf, IoBufMut};
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::Result;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tables are read, changed and written in pieces of this many bytes, aligned to them.
 const PIECE: u64 = 512;

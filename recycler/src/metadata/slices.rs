@@ -18,10 +18,10 @@
 //! slice has to go into a table on the side until one is free; look-ups without a lock do not find it there.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
+use crate::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 const WAYS: usize = 8;
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 16 TiB at the usual

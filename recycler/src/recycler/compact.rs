@@ -9,8 +9,6 @@
 //!   afterwards; it is durable once a later flush has made the new reference durable too.
 //! - Cut after the second: nothing refers to the sources; until they are uncounted they are leaks.
 
-use std::sync::atomic::Ordering;
-
 use super::pacing::Pacer;
 use super::plan::{floor, plan};
 use crate::clusters::moves::{Batch, Copying, Move, Reference};
@@ -22,6 +20,8 @@ use crate::image::relocate::{Holes, Purpose};
 use crate::metadata::commit::FlushToken;
 use crate::mutation::{Mutation, broken};
 use crate::options::LogLevel;
+use crate::sync::AsyncMutexGuard;
+use crate::sync::atomic::Ordering;
 use crate::units::HostCluster;
 
 /// A batch moves at most this many bytes and clusters, which bounds memory and what a guest flush may have to wait for.
@@ -122,7 +122,7 @@ pub(super) enum Ended {
 
 pub(super) struct Compaction<'a, D: BlockDevice> {
     pub(super) image: &'a Image<D>,
-    turn: Option<tokio::sync::MutexGuard<'a, ()>>,
+    turn: Option<AsyncMutexGuard<'a, ()>>,
     pub(super) pacer: Pacer,
     pub(super) progress: Progress,
     pub(super) scratch: Vec<u8>,

@@ -1,12 +1,11 @@
 //! Erasing: from Junk to the pool.
 
-use std::sync::atomic::Ordering;
-
 use super::pacing::Pacer;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::image::Image;
 use crate::image::relocate::Purpose;
+use crate::sync::atomic::Ordering;
 
 /// Overwrites up to `bytes` of Junk with zeroes: Junk → Roots → Erased. The next flush makes it Available. Returns how many
 /// bytes it were.

@@ -3,8 +3,6 @@
 //! Durable steps, where n counts the references to a cluster: copy it, count the destination n times → **flush** → rewrite
 //! the n references → **flush** → uncount the source n times. What each step leaves is argued in `image/shared.rs`.
 
-use std::sync::atomic::Ordering;
-
 use super::compact::{Compaction, Ended, Progress};
 use super::plan::Plan;
 use crate::clusters::moves::{Move, Place, Reference, SharedSource};
@@ -13,6 +11,7 @@ use crate::error::Result;
 use crate::image::relocate::Purpose;
 use crate::image::shared::{SharedMove, SharedMoves};
 use crate::mutation::{Mutation, broken};
+use crate::sync::atomic::Ordering;
 use crate::units::HostCluster;
 
 impl<D: BlockDevice> Compaction<'_, D> {

@@ -9,9 +9,7 @@ mod slot;
 mod store;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use roaring::RoaringTreemap;
 
 use super::Image;
@@ -20,6 +18,8 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::bitmap::{self, TableEntry};
 use crate::format::extension::MAX_BITMAPS;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::units::{Geometry, HostOffset};
 
 /// What a bitmap is. Sizes are in bytes of the virtual disk.
@@ -338,7 +338,7 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    fn writable_bitmaps(&self) -> Result<parking_lot::MutexGuard<'_, State>> {
+    fn writable_bitmaps(&self) -> Result<MutexGuard<'_, State>> {
         self.ensure_writable()?;
         Ok(self.bitmaps.state.lock())
     }
