@@ -12,6 +12,8 @@ pub mod image;
 mod metadata;
 #[cfg(test)]
 mod models;
+#[cfg(test)]
+extern crate self as qcow_recycler;
 pub mod mutation;
 pub mod options;
 pub mod queue;

@@ -31,6 +31,12 @@ pub enum Mutation {
     LeaveUnnoticed,
     /// Who waits for a turn asks to be woken up only after the turns were looked at.
     WaitForTurnUnregistered,
+    /// A slice's place in memory is filled anew before the look-ups are told that it is another slice's.
+    TagAfterEntries,
+    /// A writer asks what is being moved only after it has looked its cluster up.
+    BoundsAfterEntry,
+    /// A commit takes a slice for clean at some moment after it has copied it.
+    CleanAfterCopy,
 }
 
 impl Mutation {
@@ -49,8 +55,14 @@ impl Mutation {
     ];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
-    pub const INTERLEAVINGS: [Mutation; 3] =
-        [Mutation::EnterUnchecked, Mutation::LeaveUnnoticed, Mutation::WaitForTurnUnregistered];
+    pub const INTERLEAVINGS: [Mutation; 6] = [
+        Mutation::EnterUnchecked,
+        Mutation::LeaveUnnoticed,
+        Mutation::WaitForTurnUnregistered,
+        Mutation::TagAfterEntries,
+        Mutation::BoundsAfterEntry,
+        Mutation::CleanAfterCopy,
+    ];
 }
 
 #[cfg(feature = "mutations")]

@@ -1,5 +1,6 @@
-//! What threads share: locks, atomics, notifications. The engine takes them from here and from nowhere else, so that they can
-//! be exchanged for those of a model checker.
+//! What threads share: locks, atomics, notifications. The engine (everything below `blocking` and `queue`, which hand work to
+//! threads of the system) takes them from here and from nowhere else, so that they can be exchanged for those of a model
+//! checker.
 //!
 //! In every build but one these are the types of `parking_lot`, `std` and `tokio` themselves, by other names. In the crate's
 //! own unit tests with the feature `models` they are those of [shuttle], which runs all threads of a test in one, decides

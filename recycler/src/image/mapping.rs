@@ -8,6 +8,7 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Mapping};
 use crate::metadata::slices::{Entries, Slice};
+use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 
 /// How a run of bytes of the virtual disk is stored.
@@ -91,6 +92,7 @@ impl<D: BlockDevice> Image<D> {
             && let RunKind::Data { host, copied: true } = run.kind
         {
             let (first, count) = self.hosts_of(host, run.length);
+            let moving = if broken(Mutation::BoundsAfterEntry) { self.moves.bounds() } else { moving };
             if moving.touch(first, count) {
                 return self.lookup_locked(at, max);
             }
@@ -116,6 +118,7 @@ impl<D: BlockDevice> Image<D> {
         }
         let (host, copied) = l2::plain_data(view.get(index), cluster_size)?;
         let end = host.0 + within + length;
+        let moving = if broken(Mutation::BoundsAfterEntry) { self.moves.bounds() } else { moving };
         if !view.still() || end > self.volume.length() {
             return None;
         }

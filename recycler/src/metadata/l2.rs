@@ -18,6 +18,7 @@ use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
+use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{AsyncMutex, Mutex, RwLockWriteGuard};
 use crate::units::{Geometry, GuestCluster, HostOffset};
@@ -267,6 +268,10 @@ impl L2Cache {
                 }
                 sectors
             };
+            if broken(Mutation::CleanAfterCopy) {
+                slice.sectors.store(0, Ordering::Relaxed);
+                slice.listed.store(false, Ordering::Release);
+            }
             captured.0.push((slice, sectors));
         }
         match failure {

@@ -20,6 +20,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -223,7 +224,7 @@ fn name(key: u64) -> u64 {
 
 impl Slices {
     /// Room for about `capacity` slices of `len` entries. Memory is taken when it is first used.
-    pub(super) fn new(capacity: usize, len: usize) -> Self {
+    pub(crate) fn new(capacity: usize, len: usize) -> Self {
         let sets = (capacity / WAYS).clamp(1, MAX_SETS);
         Slices {
             sets: std::iter::repeat_with(Set::default).take(sets).collect(),
@@ -248,7 +249,7 @@ impl Slices {
 
     /// A look at a slice without a lock; `None` if it is not found so.
     #[inline]
-    pub(super) fn view(&self, key: u64) -> Option<View<'_>> {
+    pub(crate) fn view(&self, key: u64) -> Option<View<'_>> {
         let set = self.set(key)?;
         let name = name(key);
         for ((tag, slice), used) in set.tags.iter().zip(&set.slices).zip(&set.used) {
@@ -265,7 +266,7 @@ impl Slices {
     }
 
     /// The slice if it is in memory. It keeps its place as long as somebody has it.
-    pub(super) fn get(&self, key: u64) -> Option<Arc<Slice>> {
+    pub(crate) fn get(&self, key: u64) -> Option<Arc<Slice>> {
         let set = self.set(key)?;
         let _hand = set.hand.lock();
         self.get_in(set, key)
@@ -285,7 +286,7 @@ impl Slices {
     }
 
     /// Puts a slice into memory that is not there: one at a time does so for each key.
-    pub(super) fn insert(&self, key: u64, entries: &[u64]) -> Option<Arc<Slice>> {
+    pub(crate) fn insert(&self, key: u64, entries: &[u64]) -> Option<Arc<Slice>> {
         let set = self.set(key)?;
         let mut hand = set.hand.lock();
         let Some(way) = find_way(set, &mut hand, self.len) else {
@@ -301,6 +302,9 @@ impl Slices {
         let (tag, slice) = (set.tags.get(way)?, set.slices.get(way)?.get()?);
         // Only who has the hand changes tags.
         let count = tag.load(Ordering::Relaxed).wrapping_add(1) & 0xffff_ffff;
+        if broken(Mutation::TagAfterEntries) {
+            slice.fill(key, entries);
+        }
         tag.store(count, Ordering::Relaxed);
         fence(Ordering::Release);
         slice.fill(key, entries);

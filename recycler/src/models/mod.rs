@@ -17,9 +17,15 @@
 //! [`Mutation`](crate::mutation::Mutation) that breaks the step it is about, and add the pair to
 //! `every_weakening_is_found`.
 
+mod device;
 mod epochs;
+mod image;
+mod slices;
 mod turns;
 
+#[path = "../../tests/common/memory.rs"]
+#[allow(unreachable_pub, dead_code)]
+mod memory;
 #[path = "../../tests/common/slice.rs"]
 #[allow(unreachable_pub, dead_code)]
 mod slice;
@@ -87,6 +93,7 @@ mod explored {
         config.failure_persistence = FailurePersistence::None;
         config.max_steps = MaxSteps::FailAfter(1_000_000);
         config.silence_warnings = true;
+        config.stack_size = 256 << 10;
         match seed % 3 {
             0 => _ = Runner::new(RandomScheduler::new_from_seed(seed, PER_SEED), config).run(scene),
             1 => _ = Runner::new(PctScheduler::new_from_seed(seed, 2 + seed as usize % 4, PER_SEED), config).run(scene),
@@ -108,13 +115,18 @@ mod explored {
         let _alone = MUTATED.write();
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
-        let weakenings: [(Mutation, fn()); 4] = [
+        let weakenings: [(Mutation, fn()); 9] = [
             (Mutation::EnterUnchecked, super::epochs::reuse),
             (Mutation::ReuseWithoutGrace, super::epochs::reuse),
             (Mutation::LeaveUnnoticed, super::epochs::waiters),
             (Mutation::WaitForTurnUnregistered, super::turns::exclusion),
+            (Mutation::TagAfterEntries, super::slices::looks),
+            (Mutation::BoundsAfterEntry, super::image::moves),
+            (Mutation::CommitCancelledMove, super::image::moves),
+            (Mutation::CopyWithoutGrace, super::image::moves),
+            (Mutation::CleanAfterCopy, super::image::commits),
         ];
-        let found = weakenings.map(|(mutation, scene)| (mutation, found(mutation, 2000, scene)));
+        let found = weakenings.map(|(mutation, scene)| (mutation, found(mutation, 200, scene)));
         std::panic::set_hook(hook);
         for (mutation, seeds) in found {
             println!("weakening {mutation:?}: found within {:?} schedules", seeds.unwrap_or(0) * PER_SEED as u64);
