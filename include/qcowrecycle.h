@@ -281,6 +281,9 @@ int qcr_options_parse(struct qcr_options *options, const char *config, struct qc
 /* The most areas of memory that one callback is given. */
 #define QCR_IOV_MAX 64
 
+/* Something that was submitted to the program. */
+struct qcr_io;
+
 /* How the library reaches the bytes of an image. The library copies the struct. Members marked so may be NULL. */
 struct qcr_block_callbacks {
     /* sizeof(struct qcr_block_callbacks), set by the caller. */
@@ -295,13 +298,15 @@ struct qcr_block_callbacks {
      * a struct_size too small for this member. May be NULL.
      */
     void (*destroy)(void *user);
-    /* Fills `iovcnt` areas (1 to QCR_IOV_MAX), in order, from `offset`. */
+    /* Fills `iovcnt` areas (1 to QCR_IOV_MAX), in order, from `offset`. NULL only beside `submit_preadv`. */
     int (*preadv)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset);
     /* Stores `iovcnt` areas (1 to QCR_IOV_MAX), in order, at `offset`. The guest may change the memory meanwhile.
-     * NULL only for an image opened with QCR_READ_ONLY.
+     * NULL only beside `submit_pwritev`, or for an image opened with QCR_READ_ONLY.
      */
     int (*pwritev)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset);
-    /* Makes everything durable that completed before. NULL only for an image opened with QCR_READ_ONLY. */
+    /* Makes everything durable that completed before. NULL only beside `submit_flush`, or for an image opened with
+     * QCR_READ_ONLY.
+     */
     int (*flush)(void *user);
     /* Stores the device's length in `*length`. */
     int (*length)(void *user, uint64_t *length);
@@ -318,6 +323,16 @@ struct qcr_block_callbacks {
     int (*write_zeroes)(void *user, uint64_t offset, uint64_t length);
     /* Copies `length` bytes inside the device; the ranges do not overlap. May be NULL, and may return -EOPNOTSUPP. */
     int (*copy_range)(void *user, uint64_t from, uint64_t to, uint64_t length);
+    /* Begins what `preadv` does, and returns; qcr_io_complete() tells of the end. This and the next two: see
+     * "Asynchronous block callbacks". May be NULL.
+     */
+    void (*submit_preadv)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset,
+                          struct qcr_io *io);
+    /* Begins what `pwritev` does. May be NULL. */
+    void (*submit_pwritev)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset,
+                           struct qcr_io *io);
+    /* Begins what `flush` does: for what completed before this was called. May be NULL. */
+    void (*submit_flush)(void *user, struct qcr_io *io);
 };
 
 /* ==============================================================================================================
@@ -554,8 +569,8 @@ int qcr_get_extent(struct qcr_image *image, uint64_t offset, uint64_t length, st
  *   the other's completion. A flush covers every request that was completed when it was submitted.
  * - On a host file the kernel carries transfers out (io_uring), and takes them many at a time: when qcr_queue_reap() or
  *   qcr_queue_arm() is called, or qcr_queue_kick(). Where the kernel refuses, and for whatever has to wait for something
- *   else, threads of the library do the work. On block callbacks these threads call them, but for `submit` (see struct
- *   qcr_block_callbacks).
+ *   else, threads of the library do the work. On block callbacks these threads call them, but for transfers that the
+ *   program begins itself: see "Asynchronous block callbacks".
  * - An image may have several queues. A queue is for one thread at a time; others that call it wait. All its calls but
  *   qcr_queue_reap() and qcr_queue_free() return at once.
  * - Nothing waits for a program that does not reap: the image can be compacted, resized and closed by the very thread
@@ -709,6 +724,40 @@ int qcr_queue_get_info(struct qcr_queue *queue, struct qcr_queue_info *info, str
  * NULL is ignored. It must be the last call on the queue, and not from a callback of its image.
  */
 void qcr_queue_free(struct qcr_queue *queue);
+
+/* ==============================================================================================================
+ * Asynchronous block callbacks
+ *
+ * For a program whose own I/O is asynchronous: the library begins what it needs with `submit_preadv`, `submit_pwritev`
+ * and `submit_flush` of struct qcr_block_callbacks, and the program tells of the end when it comes.
+ *
+ *     static void submit_preadv(void *user, const struct iovec *iov, int iovcnt, uint64_t offset, struct qcr_io *io)
+ *     {
+ *         begin_to_read(user, iov, iovcnt, offset, io);     the program's own; `io` for it to know the transfer again
+ *     }
+ *
+ *     static void has_been_read(struct qcr_io *io, int result)
+ *     {
+ *         qcr_io_complete(io, result);
+ *     }
+ *
+ * - Each is completed exactly once, on any thread, in any order, also before the submitting callback returns. Until
+ *   then the array of areas and the memory stay as they are; from then on the program uses neither, nor `io`.
+ * - Failures are told in the same way: a submitting callback returns nothing.
+ * - A queue begins the transfers of its requests so, and needs no thread for them: see "Asynchronous queues". What has to
+ *   wait for something else (a table that is not in memory, a cluster to be allocated, a flush) is done by its threads.
+ * - Everything else that the library reads, writes and flushes is done by `preadv`, `pwritev` and `flush`. Where one of
+ *   these is NULL, the submitting callback of the same name serves instead, and the thread that called the library
+ *   sleeps until the end is told: it must come from another one, or from within the submitting callback.
+ * - The rules for other block callbacks hold. Besides, a queue is held while it submits, so a submitting callback must
+ *   not call functions of the queue, nor wait for a thread that does.
+ * - `destroy` is called after the last end was told, but perhaps before that call of qcr_io_complete() returns.
+ */
+
+/* Tells the library that what was submitted with `io` has ended. `result` is 0 when everything was done, or a negative
+ * errno; any other value counts as -EIO. Any thread; waits for nothing. NULL is ignored.
+ */
+void qcr_io_complete(struct qcr_io *io, int result);
 
 /* ==============================================================================================================
  * The recycler

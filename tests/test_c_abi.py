@@ -153,6 +153,7 @@ PROGRAMS = {
     "reentry": [],
     "stubborn": ["200"],
     "threads": ["3000"],
+    "submit": [],
 }
 
 
@@ -207,11 +208,25 @@ def test_queues_on_callbacks(installed: Installed, language: str, tmp_path: Path
     installed.run(program, "uring", "6000")
 
 
+@pytest.mark.parametrize("callbacks", ["submit", "submit-only"])
+def test_queues_on_asynchronous_callbacks(installed: Installed, language: str, callbacks: str, tmp_path: Path) -> None:
+    program = installed.compile(SOURCES / "queue.c", tmp_path / "queue", language)
+    installed.run(program, callbacks, "6000")
+
+
+def test_asynchronous_callbacks_under_address_sanitizer(installed: Installed, tmp_path: Path) -> None:
+    sanitized = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+    for name, arguments in {"submit": [], "queue": ["submit-only", "2000"]}.items():
+        program = installed.compile(SOURCES / f"{name}.c", tmp_path / name, "c99", *sanitized)
+        installed.run(program, *arguments)
+
+
 def test_queues_under_valgrind(installed: Installed, image_path: Path, tmp_path: Path) -> None:
     program = installed.compile(SOURCES / "queue.c", tmp_path / "queue")
     # What the kernel writes by io_uring is unknown to valgrind, so threads do it here.
     installed.run(*VALGRIND, program, "threads", "300", image_path)
     installed.run(*VALGRIND, program, "uring", "300")
+    installed.run(*VALGRIND, program, "submit-only", "300")
 
 
 def test_a_panic_is_contained(with_hooks: Installed, language: str, tmp_path: Path) -> None:

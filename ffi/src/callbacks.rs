@@ -23,6 +23,11 @@ use crate::error::Fault;
 /// The most areas of memory that one callback is given.
 pub const QCR_IOV_MAX: u32 = 64;
 
+/// Something that was submitted to the program.
+pub struct qcr_io {
+    _opaque: [u8; 0],
+}
+
 /// How the library reaches the bytes of an image. The library copies the struct. Members marked so may be NULL.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -38,14 +43,15 @@ pub struct qcr_block_callbacks {
     /// for whatever reason or makes no image (qcr_create_callbacks(), qcr_check_callbacks()). The one exception is
     /// a struct_size too small for this member. May be NULL.
     pub destroy: Option<unsafe extern "C" fn(user: *mut c_void)>,
-    /// Fills `iovcnt` areas (1 to QCR_IOV_MAX), in order, from `offset`.
+    /// Fills `iovcnt` areas (1 to QCR_IOV_MAX), in order, from `offset`. NULL only beside `submit_preadv`.
     pub preadv:
         Option<unsafe extern "C" fn(user: *mut c_void, iov: *const libc::iovec, iovcnt: c_int, offset: u64) -> c_int>,
     /// Stores `iovcnt` areas (1 to QCR_IOV_MAX), in order, at `offset`. The guest may change the memory meanwhile.
-    /// NULL only for an image opened with QCR_READ_ONLY.
+    /// NULL only beside `submit_pwritev`, or for an image opened with QCR_READ_ONLY.
     pub pwritev:
         Option<unsafe extern "C" fn(user: *mut c_void, iov: *const libc::iovec, iovcnt: c_int, offset: u64) -> c_int>,
-    /// Makes everything durable that completed before. NULL only for an image opened with QCR_READ_ONLY.
+    /// Makes everything durable that completed before. NULL only beside `submit_flush`, or for an image opened with
+    /// QCR_READ_ONLY.
     pub flush: Option<unsafe extern "C" fn(user: *mut c_void) -> c_int>,
     /// Stores the device's length in `*length`.
     pub length: Option<unsafe extern "C" fn(user: *mut c_void, length: *mut u64) -> c_int>,
@@ -60,6 +66,17 @@ pub struct qcr_block_callbacks {
     pub write_zeroes: Option<unsafe extern "C" fn(user: *mut c_void, offset: u64, length: u64) -> c_int>,
     /// Copies `length` bytes inside the device; the ranges do not overlap. May be NULL, and may return -EOPNOTSUPP.
     pub copy_range: Option<unsafe extern "C" fn(user: *mut c_void, from: u64, to: u64, length: u64) -> c_int>,
+    /// Begins what `preadv` does, and returns; qcr_io_complete() tells of the end. This and the next two: see
+    /// "Asynchronous block callbacks". May be NULL.
+    pub submit_preadv: Option<
+        unsafe extern "C" fn(user: *mut c_void, iov: *const libc::iovec, iovcnt: c_int, offset: u64, io: *mut qcr_io),
+    >,
+    /// Begins what `pwritev` does. May be NULL.
+    pub submit_pwritev: Option<
+        unsafe extern "C" fn(user: *mut c_void, iov: *const libc::iovec, iovcnt: c_int, offset: u64, io: *mut qcr_io),
+    >,
+    /// Begins what `flush` does: for what completed before this was called. May be NULL.
+    pub submit_flush: Option<unsafe extern "C" fn(user: *mut c_void, io: *mut qcr_io)>,
 }
 
 // SAFETY: integers, and pointers that may be NULL; no padding.
@@ -146,21 +163,20 @@ impl Callbacks {
         let (owner, verbs) = unsafe { (UserData::adopt(callbacks)?, copy_in(callbacks)) };
         let verbs = verbs?;
         crate::abi::known_flags(verbs.flags, 0)?;
-        for (name, missing) in [("preadv", verbs.preadv.is_none()), ("length", verbs.length.is_none())] {
-            if missing {
-                return Err(Fault::null(name));
-            }
-        }
+        let cannot_read = verbs.preadv.is_none() && verbs.submit_preadv.is_none();
+        needed([("preadv", cannot_read), ("length", verbs.length.is_none())])?;
         Ok(Callbacks { owner, verbs })
     }
 
     /// Refuses callbacks that cannot write.
     pub(crate) fn ensure_writable(&self) -> Result<(), Fault> {
-        for (name, missing) in [("pwritev", self.verbs.pwritev.is_none()), ("flush", self.verbs.flush.is_none())] {
-            if missing {
-                return Err(Fault::null(name));
-            }
-        }
-        Ok(())
+        let verbs = &self.verbs;
+        let cannot_write = verbs.pwritev.is_none() && verbs.submit_pwritev.is_none();
+        needed([("pwritev", cannot_write), ("flush", verbs.flush.is_none() && verbs.submit_flush.is_none())])
     }
+}
+
+/// Names the first that is missing.
+fn needed(members: [(&'static str, bool); 2]) -> Result<(), Fault> {
+    members.iter().find(|(_, missing)| *missing).map_or(Ok(()), |(name, _)| Err(Fault::null(name)))
 }

@@ -48,6 +48,7 @@ fn structs_are_laid_out_as_committed() {
         qcr_log { struct_size level user destroy log }
         qcr_block_callbacks {
             struct_size flags user destroy preadv pwritev flush length truncate punch_hole write_zeroes copy_range
+            submit_preadv submit_pwritev submit_flush
         }
         qcr_create_options {
             struct_size flags virtual_size cluster_size refcount_bits version backing_file backing_format

@@ -16,6 +16,7 @@ compile_error!("panics must unwind: the library promises to contain them");
 mod abi;
 mod boundary;
 mod device;
+mod verbs;
 
 pub mod bitmaps;
 pub mod callbacks;
@@ -28,6 +29,7 @@ pub mod offline;
 pub mod options;
 pub mod queue;
 pub mod recycle;
+pub mod submit;
 pub mod version;
 
 #[cfg(feature = "test-hooks")]

@@ -25,8 +25,8 @@
 //!   the other's completion. A flush covers every request that was completed when it was submitted.
 //! - On a host file the kernel carries transfers out (io_uring), and takes them many at a time: when qcr_queue_reap() or
 //!   qcr_queue_arm() is called, or qcr_queue_kick(). Where the kernel refuses, and for whatever has to wait for something
-//!   else, threads of the library do the work. On block callbacks these threads call them, but for `submit` (see struct
-//!   qcr_block_callbacks).
+//!   else, threads of the library do the work. On block callbacks these threads call them, but for transfers that the
+//!   program begins itself: see "Asynchronous block callbacks".
 //! - An image may have several queues. A queue is for one thread at a time; others that call it wait. All its calls but
 //!   qcr_queue_reap() and qcr_queue_free() return at once.
 //! - Nothing waits for a program that does not reap: the image can be compacted, resized and closed by the very thread

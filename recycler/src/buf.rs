@@ -308,13 +308,14 @@ impl Held {
     #[must_use]
     pub unsafe fn new(areas: &[IoVec]) -> Self {
         let len = iovecs_len(areas).unwrap_or(0);
-        let mut few = [IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 }; FEW];
-        let list = match few.get_mut(..areas.len()) {
-            Some(room) => {
-                room.copy_from_slice(areas);
-                List::Few(few, areas.len())
-            }
-            None => List::Many(areas.into()),
+        let filled = areas.iter().filter(|area| area.iov_len > 0).copied();
+        let count = filled.clone().count();
+        let list = if count <= FEW {
+            let mut few = [IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 }; FEW];
+            few.iter_mut().zip(filled).for_each(|(to, area)| *to = area);
+            List::Few(few, count)
+        } else {
+            List::Many(filled.collect())
         };
         Held { list, len }
     }
@@ -331,7 +332,7 @@ impl Held {
         self.len == 0
     }
 
-    /// The areas. They stay where they are as long as this value does.
+    /// The areas that are not empty. They stay where they are as long as this value does.
     #[must_use]
     pub fn areas(&self) -> &[IoVec] {
         match &self.list {

@@ -115,6 +115,7 @@ int main(void)
     REFUSED("queue", qcr_queue_arm(NULL, &needed, &error));
     REFUSED("queue", qcr_queue_get_info(NULL, NULL, &error));
     qcr_queue_free(NULL);
+    qcr_io_complete(NULL, 0);
 
     REFUSED("image", qcr_start(NULL, &error));
     REFUSED("image", qcr_pause(NULL, &error));

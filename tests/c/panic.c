@@ -3,6 +3,8 @@
  */
 #include "harness.h"
 
+#include "asynchronous.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -36,6 +38,35 @@ static void is_refused(struct qcr_image *image)
     EXPECT(-ENOTRECOVERABLE, qcr_check(image, NULL, NULL, &report, &error));
 }
 
+/* A fault while a queue begins a transfer: the request has failed, and nothing waits for it. */
+static void in_a_queue(void)
+{
+    static struct slow slow;
+    struct qcr_block_callbacks callbacks;
+    struct qcr_queue *queue = NULL;
+    struct qcr_image *image = NULL;
+    struct qcr_completion done;
+    unsigned char data[4096];
+    size_t count = 0;
+    memset(data, 0, sizeof(data));
+    slow_init(&slow, 2);
+    memory_create(&slow.memory, MIB);
+    callbacks = slow_callbacks(&slow, 1);
+    EXPECT(0, qcr_open_callbacks(&callbacks, NULL, NULL, &image, &error));
+    EXPECT(0, qcr_write(image, data, sizeof(data), 0, &error));
+    EXPECT(0, qcr_queue_create(image, NULL, &queue, &error));
+    EXPECT(0, qcr_test_panic_in_device(image, &error));
+    EXPECT(0, qcr_queue_read(queue, data, sizeof(data), 0, 9, &error));
+    EXPECT(-ENOTRECOVERABLE, qcr_queue_read(queue, data, sizeof(data), 0, 10, &error));
+    EXPECT(0, qcr_queue_reap(queue, &done, 1, 1, -1, &count, &error));
+    CHECK(count == 1 && done.user_data == 9 && done.result == -ENOTRECOVERABLE);
+    qcr_queue_free(queue);
+    is_refused(image);
+    qcr_free(image);
+    CHECK(slow.memory.destroyed == 1);
+    slow_free(&slow);
+}
+
 int main(void)
 {
     struct memory memory, other;
@@ -49,6 +80,7 @@ int main(void)
     alarm(120);
     QCR_INIT(error);
     QCR_INIT(report);
+    in_a_queue();
     memory_init(&other);
     memory_create(&other, MIB);
     bystander = memory_open(&other);

@@ -1,12 +1,15 @@
 /* Asynchronous queues: several on one image, a thread each, verified against what was written, the recycler and
  * compactions beside them; sleeping in poll(2); the kernel's io_uring, and its refusal before or after the queue was
  * made. The arguments: how transfers are to be done (uring, threads, refused, late), the rounds of each thread, and the
- * path of a new image; without a path the image is in memory.
+ * path of a new image; without a path the image is in memory, and may have asynchronous callbacks beside the others
+ * (submit) or alone (submit-only).
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #include "harness.h"
+
+#include "asynchronous.h"
 
 #include <linux/audit.h>
 #include <linux/filter.h>
@@ -289,7 +292,8 @@ static void failures(void)
 int main(int argc, char **argv)
 {
     static struct part parts[THREADS];
-    struct memory memory;
+    static struct slow slow;
+    struct memory *memory = &slow.memory;
     struct qcr_block_callbacks callbacks;
     struct qcr_create_options create;
     struct qcr_options options;
@@ -315,13 +319,16 @@ int main(int argc, char **argv)
     EXPECT(0, qcr_options_parse(&options, "keep_erased=512;compact_after_unmaps=256;settle_ms=1;flush_ms=5", &error));
     create.virtual_size = (uint64_t)THREADS * PIECES * PIECE;
     create.cluster_size = 16384;
-    memory_init(&memory);
-    callbacks = memory_callbacks(&memory);
+    slow_init(&slow, 2);
+    callbacks = memory_callbacks(memory);
+    if (strncmp(how, "submit", 6) == 0) {
+        callbacks = slow_callbacks(&slow, how[6] == 0);
+    }
     if (path != NULL) {
         EXPECT(0, qcr_create_path(path, &create, &error));
         EXPECT(0, qcr_open_path(path, &options, NULL, &image, &error));
     } else {
-        memory_create(&memory, create.virtual_size);
+        memory_create(memory, create.virtual_size);
         EXPECT(0, qcr_open_callbacks(&callbacks, &options, NULL, &image, &error));
     }
     EXPECT(0, qcr_start(image, &error));
@@ -342,11 +349,11 @@ int main(int argc, char **argv)
     if (path != NULL) {
         EXPECT(0, qcr_check_path(path, QCR_REPAIR_NONE, NULL, NULL, &report, &error));
     } else {
-        memory.destroyed = 0;
+        memory->destroyed = 0;
         EXPECT(0, qcr_check_callbacks(&callbacks, QCR_REPAIR_NONE, NULL, NULL, &report, &error));
     }
     CHECK(report.corruptions == 0 && report.leaks == 0);
-    memory_free(&memory);
+    slow_free(&slow);
     printf("queues on io_uring: %lu\n", uring);
     return 0;
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// The modules of the interface in the order of the manual.
-const SECTIONS: [&str; 12] = [
+const SECTIONS: [&str; 13] = [
     "version",
     "error",
     "options",
@@ -21,6 +21,7 @@ const SECTIONS: [&str; 12] = [
     "image",
     "data",
     "queue",
+    "submit",
     "recycle",
     "inspect",
     "bitmaps",
@@ -106,7 +107,9 @@ fn tidy(section: &str) -> String {
 /// A declaration, its arguments under one another where they need more than one line.
 fn wrapped(line: &str) -> String {
     const WIDTH: usize = 110;
-    let Some(column) = line.find('(').filter(|_| line.len() > WIDTH) else { return line.to_owned() };
+    // Of a member that is a function, the name is in parentheses, too.
+    let start = if line.starts_with(' ') { line.find(")(").map(|end| end + 1) } else { line.find('(') };
+    let Some(column) = start.filter(|_| line.len() > WIDTH) else { return line.to_owned() };
     let (mut out, mut length) = (String::new(), 0);
     for argument in line.split_inclusive(", ") {
         if length + argument.trim_end().len() > WIDTH {

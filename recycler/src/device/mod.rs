@@ -10,9 +10,10 @@ pub(crate) mod volume;
 use std::future::Future;
 use std::io;
 
-use crate::buf::{Held, IoBuf, IoBufMut};
+use crate::buf::{Held, IoBuf, IoBufMut, IoVec};
 
-pub use done::{Done, Ended};
+pub(crate) use done::Addressee;
+pub use done::{Done, Ended, Ending, ending};
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,14 +86,15 @@ pub trait BlockDevice: Send + Sync + 'static {
         None
     }
 
-    /// Whether [`begin`](Self::begin) works.
-    fn begins(&self) -> bool {
+    /// Whether [`begin`](Self::begin) takes a transfer of these areas, none of which is empty.
+    fn begins(&self, direction: Direction, areas: &[IoVec]) -> bool {
+        let _ = (direction, areas);
         false
     }
 
     /// Begins a transfer and returns; `done` is completed once when it has ended, on any thread, perhaps before this
     /// returns. The memory and the list of its areas stay valid until then. A queue uses this so that no thread waits for
-    /// the device; the other calls still do.
+    /// the device; it holds itself meanwhile, so the device must not call it.
     fn begin(&self, direction: Direction, offset: u64, memory: &Held, done: Done) {
         let _ = (direction, offset, memory);
         done.complete(Err(io::ErrorKind::Unsupported.into()));

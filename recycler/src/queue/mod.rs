@@ -23,7 +23,7 @@ use crate::blocking::block_on;
 use crate::buf::Held;
 use crate::clusters::epochs::Detached;
 use crate::clusters::stragglers::Straggler;
-use crate::device::{BlockDevice, Direction, Done};
+use crate::device::{Addressee, BlockDevice, Direction};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::mapping::Purpose;
@@ -162,7 +162,7 @@ struct Shared<D: BlockDevice> {
     mailbox: Arc<Mailbox>,
     helpers: Helpers<Job>,
     /// What each slot's transfer tells of its end to the mailbox, for devices that begin transfers.
-    ends: Box<[Done]>,
+    ends: Box<[Addressee]>,
 }
 
 /// A queue of requests to an image. One thread at a time uses it: calls from several wait for one another.
@@ -202,7 +202,7 @@ impl<D: BlockDevice> Queue<D> {
             ring,
             armed: false,
         };
-        let ends = (0..depth).map(|number| Done::new(mailbox.clone(), number)).collect();
+        let ends = (0..depth).map(|number| Addressee::new(mailbox.clone(), number)).collect();
         let helpers = Helpers::new(helpers as usize, depth as usize);
         let shared = Arc::new(Shared { image, state: Mutex::new(state), mailbox, helpers, ends });
         let straggler: Arc<dyn Straggler> = shared.clone();
@@ -435,7 +435,7 @@ impl<D: BlockDevice> Shared<D> {
                     && if by_ring {
                         file.is_some_and(|file| file.takes(direction, host.0, memory.areas()))
                     } else {
-                        self.image.device().begins()
+                        self.image.device().begins(direction, memory.areas())
                     } =>
             {
                 if let Some(number) = state.free.pop() {
@@ -464,8 +464,12 @@ impl<D: BlockDevice> Shared<D> {
             if !pushed {
                 self.again(state, number);
             }
-        } else if let Some(done) = self.ends.get(number as usize) {
-            self.image.device().begin(*direction, host.0, memory, done.clone());
+        } else if let Some(end) = self.ends.get(number as usize) {
+            let begin = || self.image.device().begin(*direction, host.0, memory, end.done());
+            // The transfer has failed then, or the device knows of it and tells of its end.
+            if catch_unwind(AssertUnwindSafe(begin)).is_err() {
+                self.image.panicked("the beginning of a transfer");
+            }
         }
     }
 
