@@ -27,7 +27,10 @@ SNAPSHOT = "before"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of image, and who works on it: a C program with so many threads, or a Python program (0)."""
+    """A kind of image, and who works on it: a C program with so many threads, or a Python program (0).
+
+    With a depth, each thread has a queue with so many requests under way.
+    """
 
     name: str
     cluster_size: int = 65536
@@ -36,6 +39,8 @@ class Kind:
     version: int = 3
     snapshot: bool = False
     threads: int = 3
+    depth: int = 0
+    config: str = ""
 
     @property
     def size(self) -> int:
@@ -51,6 +56,8 @@ KINDS = [
     Kind("16k-snapshot", 16384, snapshot=True),
     Kind("4k-version-2-snapshot", 4096, version=2, snapshot=True),
     Kind("2m-64bit", 2 << 20, 64, threads=2),
+    Kind("64k-queues", threads=2, depth=8),
+    Kind("4k-snapshot-queues-direct", 4096, snapshot=True, threads=2, depth=16, config=";direct=1"),
 ]
 
 
@@ -186,7 +193,9 @@ class Child:
         common = [str(image), str(seed), str(victim.sectors.highest)]
         environment = dict(os.environ)
         if victim.kind.threads:
-            command = [str(program), *common, str(victim.kind.threads), CONFIG]
+            command = [str(program), *common, str(victim.kind.threads), CONFIG + victim.kind.config]
+            if victim.kind.depth:
+                command.append(str(victim.kind.depth))
             environment.update(installed.env)
         else:
             command = [sys.executable, str(PYTHON_CHILD), *common, CONFIG]

@@ -1,9 +1,11 @@
 /* A guest that works on an image for ever, from several threads, and tells on standard output what it does:
  *
- *     guest IMAGE SEED FIRST_VERSION THREADS CONFIG
+ *     guest IMAGE SEED FIRST_VERSION THREADS CONFIG [DEPTH]
  *
  * The lines are those of crash_child.py, each told by one write. Every thread has a part of the disk to itself, so that
- * what it tells before it acts is in the order in which it happens. Ends with status 3 when the image fails it.
+ * what it tells before it acts is in the order in which it happens. With a depth, each thread works through a queue, and
+ * as many guests of its own share it: each has a number and a part of the disk as a thread has, and one request under way.
+ * Ends with status 3 when the image fails it.
  */
 #include "harness.h"
 
@@ -16,10 +18,12 @@ static struct qcr_image *image;
 static struct qcr_info info;
 static uint64_t seed;
 static uint64_t version;
-static uint64_t threads;
 
 struct guest {
     uint64_t number;
+    /* NULL: it waits for each of its requests. */
+    struct qcr_queue *queue;
+    int is_flushing;
     uint64_t state;
     /* Its part of the disk, in clusters. */
     uint64_t first, clusters;
@@ -78,7 +82,11 @@ static void store(struct guest *guest, uint64_t offset, uint64_t length)
     iov[0].iov_len = (size_t)cut;
     iov[1].iov_base = guest->data + cut;
     iov[1].iov_len = (size_t)(length - cut);
-    must(qcr_writev(image, iov, 2, offset, &error), "write", &error);
+    if (guest->queue != NULL) {
+        must(qcr_queue_writev(guest->queue, iov, 2, offset, (uint64_t)(uintptr_t)guest, &error), "write", &error);
+    } else {
+        must(qcr_writev(image, iov, 2, offset, &error), "write", &error);
+    }
 }
 
 static void clear(struct guest *guest, uint64_t offset, uint64_t length)
@@ -87,10 +95,15 @@ static void clear(struct guest *guest, uint64_t offset, uint64_t length)
     QCR_INIT(error);
     tell("z %" PRIu64 " %" PRIu64 " %" PRIu64 "\n", offset, length, guest->number, 0);
     if (below(guest, 5) > 0) {
-        must(qcr_discard(image, offset, length, &error), "discard", &error);
+        must(guest->queue != NULL ? qcr_queue_discard(guest->queue, offset, length, (uint64_t)(uintptr_t)guest, &error)
+                                  : qcr_discard(image, offset, length, &error),
+             "discard", &error);
     } else {
         const uint32_t flags = below(guest, 2) > 0 ? QCR_ZERO_MAY_UNMAP : 0;
-        must(qcr_write_zeroes(image, offset, length, flags, &error), "write_zeroes", &error);
+        must(guest->queue != NULL
+                 ? qcr_queue_write_zeroes(guest->queue, offset, length, flags, (uint64_t)(uintptr_t)guest, &error)
+                 : qcr_write_zeroes(image, offset, length, flags, &error),
+             "write_zeroes", &error);
     }
 }
 
@@ -110,36 +123,97 @@ static void flush(struct guest *guest)
     struct qcr_error error;
     QCR_INIT(error);
     tell("f %" PRIu64 "\n", guest->number, 0, 0, 0);
+    if (guest->queue != NULL) {
+        guest->is_flushing = 1;
+        must(qcr_queue_flush(guest->queue, (uint64_t)(uintptr_t)guest, &error), "flush", &error);
+        return;
+    }
     must(qcr_flush(image, &error), "flush", &error);
     tell("F %" PRIu64 "\n", guest->number, 0, 0, 0);
 }
 
+/* One request. */
+static void act(struct guest *guest)
+{
+    const uint64_t start = guest->first * info.cluster_size, size = guest->clusters * info.cluster_size;
+    uint64_t choice;
+    while ((choice = below(guest, 37)) == 36) {
+        compact();
+    }
+    if (choice < 12) {
+        const uint64_t length = (1 + below(guest, 16)) * SECTOR;
+        store(guest, start + below(guest, (size - length) / SECTOR + 1) * SECTOR, length);
+    } else if (choice < 32) {
+        const uint64_t first = below(guest, guest->clusters);
+        const uint64_t most = guest->clusters - first, wanted = 1 + below(guest, 1 + guest->clusters / 4);
+        const uint64_t length = (wanted < most ? wanted : most) * info.cluster_size;
+        const uint64_t offset = start + first * info.cluster_size;
+        if (choice < 20) {
+            store(guest, offset, length < LONGEST ? length : LONGEST);
+        } else {
+            clear(guest, offset, length);
+        }
+    } else {
+        flush(guest);
+    }
+}
+
 static void *work(void *argument)
 {
-    struct guest *guest = (struct guest *)argument;
-    const uint64_t start = guest->first * info.cluster_size, size = guest->clusters * info.cluster_size;
     for (;;) {
-        const uint64_t choice = below(guest, 37);
-        if (choice < 12) {
-            const uint64_t length = (1 + below(guest, 16)) * SECTOR;
-            store(guest, start + below(guest, (size - length) / SECTOR + 1) * SECTOR, length);
-        } else if (choice < 32) {
-            const uint64_t first = below(guest, guest->clusters);
-            const uint64_t most = guest->clusters - first, wanted = 1 + below(guest, 1 + guest->clusters / 4);
-            const uint64_t length = (wanted < most ? wanted : most) * info.cluster_size;
-            const uint64_t offset = start + first * info.cluster_size;
-            if (choice < 20) {
-                store(guest, offset, length < LONGEST ? length : LONGEST);
-            } else {
-                clear(guest, offset, length);
+        act((struct guest *)argument);
+    }
+    return NULL;
+}
+
+/* The guests of one queue. */
+struct table {
+    struct guest **guests;
+    uint32_t depth;
+};
+
+static void *work_through_queue(void *argument)
+{
+    const struct table *table = (const struct table *)argument;
+    struct qcr_completion done[8];
+    struct qcr_queue_options options;
+    struct qcr_queue *queue = NULL;
+    struct qcr_error error;
+    size_t count, i;
+    QCR_INIT(error);
+    QCR_INIT(options);
+    options.depth = table->depth;
+    must(qcr_queue_create(image, &options, &queue, &error), "queue", &error);
+    for (i = 0; i < table->depth; i++) {
+        table->guests[i]->queue = queue;
+        act(table->guests[i]);
+    }
+    for (;;) {
+        must(qcr_queue_reap(queue, done, 8, 1, -1, &count, &error), "reap", &error);
+        for (i = 0; i < count; i++) {
+            struct guest *guest = (struct guest *)(uintptr_t)done[i].user_data;
+            must(done[i].result == 0 ? 0 : qcr_queue_failure(queue, &error), "request", &error);
+            if (guest->is_flushing) {
+                guest->is_flushing = 0;
+                tell("F %" PRIu64 "\n", guest->number, 0, 0, 0);
             }
-        } else if (choice < 36) {
-            flush(guest);
-        } else {
-            compact();
+            act(guest);
         }
     }
     return NULL;
+}
+
+static struct guest *new_guest(uint64_t number, uint64_t guests)
+{
+    struct guest *guest = (struct guest *)calloc(1, sizeof(*guest));
+    CHECK(guest != NULL);
+    guest->number = number;
+    guest->state = seed * 1000 + number;
+    guest->clusters = info.virtual_size / info.cluster_size / guests;
+    guest->first = number * guest->clusters;
+    guest->data = (unsigned char *)malloc(LONGEST);
+    CHECK(guest->data != NULL && guest->clusters * info.cluster_size >= 16 * SECTOR);
+    return guest;
 }
 
 int main(int argc, char **argv)
@@ -147,11 +221,12 @@ int main(int argc, char **argv)
     struct qcr_options options;
     struct qcr_error error;
     pthread_t thread;
-    uint64_t i;
-    CHECK(argc == 6);
+    uint64_t i, k, threads, depth;
+    CHECK(argc == 6 || argc == 7);
     seed = strtoull(argv[2], NULL, 10);
     version = strtoull(argv[3], NULL, 10);
     threads = strtoull(argv[4], NULL, 10);
+    depth = argc == 7 ? strtoull(argv[6], NULL, 10) : 0;
     QCR_INIT(options);
     QCR_INIT(error);
     QCR_INIT(info);
@@ -162,15 +237,20 @@ int main(int argc, char **argv)
     must(qcr_start(image, &error), "start", &error);
     tell("open\n", 0, 0, 0, 0);
     for (i = 0; i < threads; i++) {
-        struct guest *guest = (struct guest *)calloc(1, sizeof(*guest));
-        CHECK(guest != NULL);
-        guest->number = i;
-        guest->state = seed * 1000 + i;
-        guest->clusters = info.virtual_size / info.cluster_size / threads;
-        guest->first = i * guest->clusters;
-        guest->data = (unsigned char *)malloc(LONGEST);
-        CHECK(guest->data != NULL && guest->clusters * info.cluster_size >= 16 * SECTOR);
-        CHECK(pthread_create(&thread, NULL, work, guest) == 0);
+        struct table *table;
+        if (depth == 0) {
+            CHECK(pthread_create(&thread, NULL, work, new_guest(i, threads)) == 0);
+            continue;
+        }
+        table = (struct table *)calloc(1, sizeof(*table));
+        CHECK(table != NULL);
+        table->depth = (uint32_t)depth;
+        table->guests = (struct guest **)calloc((size_t)depth, sizeof(*table->guests));
+        CHECK(table->guests != NULL);
+        for (k = 0; k < depth; k++) {
+            table->guests[k] = new_guest(i * depth + k, threads * depth);
+        }
+        CHECK(pthread_create(&thread, NULL, work_through_queue, table) == 0);
     }
     pause();
     return 0;
