@@ -95,8 +95,9 @@ def test_links_in_the_papers_lead_somewhere() -> None:
 
 
 def readme_code(language: str) -> str:
-    (code,) = re.findall(rf"```{language}\n(.*?)```", text(TOP / "README.md"), re.S)
-    return code
+    code = re.findall(rf"```{language}\n(.*?)```", text(TOP / "README.md"), re.S)
+    assert code
+    return "\n".join(code)
 
 
 @pytest.mark.parametrize("compiler", [["cc", "-std=c99", "-xc"], ["g++", "-std=c++17", "-xc++"]], ids=["c", "c++"])
