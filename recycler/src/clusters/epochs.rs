@@ -160,6 +160,11 @@ impl Epochs {
         }
     }
 
+    /// Requests that guests have made, of whatever kind: only good for being compared.
+    pub(crate) fn requests(&self) -> u64 {
+        [Counter::Reads, Counter::Writes, Counter::Discards].into_iter().map(|c| self.total(c)).sum()
+    }
+
     /// Sum of a counter over all slots.
     pub(crate) fn total(&self, counter: Counter) -> u64 {
         self.slots.iter().map(|s| s.counts[counter as usize].load(Ordering::Relaxed)).sum()

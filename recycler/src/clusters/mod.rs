@@ -119,6 +119,15 @@ impl States {
         end
     }
 
+    /// Where the Junk at the end of the file begins.
+    pub(crate) fn junk_tail(&self) -> u64 {
+        let mut end = self.end;
+        while end > 0 && self.junk.contains(HostCluster(end - 1)) {
+            end -= 1;
+        }
+        end
+    }
+
     /// A cluster lost a reference; `sole` says that it was the only one.
     pub(crate) fn unlink(&mut self, c: HostCluster, sole: bool) {
         if sole {

@@ -121,6 +121,11 @@ pub trait BlockDevice: Send + Sync + 'static {
         std::future::ready(Err(io::ErrorKind::Unsupported.into()))
     }
 
+    /// A hint: the range will be read soon, by `read` or `copy_range`. Must not wait for it to be there.
+    fn will_read(&self, offset: u64, length: u64) {
+        let _ = (offset, length);
+    }
+
     /// Copies `length` bytes inside the device; the ranges do not overlap.
     fn copy_range(&self, from: u64, to: u64, length: u64) -> impl Future<Output = io::Result<()>> + Send {
         let _ = (from, to, length);

@@ -1,5 +1,7 @@
 //! An open device as the engine sees it: its length is known, its errors have a place, a failed flush is remembered.
 
+use std::ops::Range;
+
 use super::{BlockDevice, Features};
 use crate::buf::{IoBuf, IoBufMut};
 use crate::error::{Error, Result};
@@ -187,16 +189,52 @@ impl<D: BlockDevice> Volume<D> {
 
     /// Copies a range of at most [`PIECE`] bytes inside the file; what lies past its end is zero.
     pub(crate) async fn copy(&self, from: u64, to: u64, length: u64, scratch: &mut Vec<u8>) -> Result<()> {
+        self.gather(std::slice::from_ref(&(from..from + length)), to, scratch).await
+    }
+
+    /// Copies ranges of the file, at most [`PIECE`] bytes in all, to one place, where they follow one another; what lies past
+    /// the end of the file is zero. If the device cannot copy, they are written in one piece.
+    pub(crate) async fn gather(&self, sources: &[Range<u64>], to: u64, scratch: &mut Vec<u8>) -> Result<()> {
         self.ensure_sound()?;
-        if self.can_copy.load(Ordering::Relaxed) && from + length <= self.length() && to + length <= self.length() {
-            match self.device.copy_range(from, to, length).await {
-                Err(e) if e.kind() == std::io::ErrorKind::Unsupported => self.can_copy.store(false, Ordering::Relaxed),
-                other => return other.map_err(Error::io("copying a cluster", from)),
-            }
+        let length: u64 = sources.iter().map(|s| s.end - s.start).sum();
+        let inside = sources.iter().all(|s| s.end <= self.length()) && to + length <= self.length();
+        if inside && self.can_copy.load(Ordering::Relaxed) && self.copy_each(sources, to).await? {
+            return Ok(());
         }
         scratch.resize(length as usize, 0);
-        self.read("reading a cluster to move", from, IoBufMut::new(scratch)).await?;
+        let mut rest = IoBufMut::new(scratch);
+        let mut done = 0;
+        for s in sources {
+            let next = done + (s.end - s.start) as usize;
+            self.read("reading a cluster to move", s.start, rest.slice(done..next)).await?;
+            done = next;
+        }
         self.write("writing a moved cluster", to, IoBuf::new(scratch)).await
+    }
+
+    /// Lets the device copy. `false`: it cannot.
+    async fn copy_each(&self, sources: &[Range<u64>], to: u64) -> Result<bool> {
+        let mut at = to;
+        for s in sources {
+            let length = s.end - s.start;
+            match self.device.copy_range(s.start, at, length).await {
+                Err(e) if e.kind() == std::io::ErrorKind::Unsupported => {
+                    self.can_copy.store(false, Ordering::Relaxed);
+                    return Ok(false);
+                }
+                other => other.map_err(Error::io("copying a cluster", s.start))?,
+            }
+            at += length;
+        }
+        Ok(true)
+    }
+
+    /// A hint: this range will be read soon.
+    pub(crate) fn will_read(&self, range: Range<u64>) {
+        let end = range.end.min(self.length());
+        if range.start < end {
+            self.device.will_read(range.start, end - range.start);
+        }
     }
 }
 

@@ -128,13 +128,31 @@ impl<D: BlockDevice> Image<D> {
         found
     }
 
-    /// Copies a run of moves whose sources, and whose destinations, follow one another.
-    pub(crate) async fn copy_run(&self, first: &Move, count: u64, scratch: &mut Vec<u8>) -> Result<()> {
-        self.copy_clusters(first.src, first.dst, count, scratch).await
+    /// Copies moves whose destinations follow one another.
+    pub(crate) async fn copy_moves(&self, moves: &[Move], scratch: &mut Vec<u8>) -> Result<()> {
+        let Some(first) = moves.first() else { return Ok(()) };
+        let bits = self.meta.geometry.cluster_bits;
+        let mut sources: Vec<Range<u64>> = Vec::new();
+        for m in moves {
+            match sources.last_mut() {
+                Some(run) if run.end == m.src.0 << bits => run.end += 1 << bits,
+                _ => sources.push(m.src.0 << bits..(m.src.0 + 1) << bits),
+            }
+        }
+        if (moves.len() as u64) << bits <= PIECE as u64 {
+            return self.volume.gather(&sources, first.dst.0 << bits, scratch).await;
+        }
+        let mut dst = first.dst;
+        for run in sources {
+            let count = (run.end - run.start) >> bits;
+            self.copy_clusters(HostCluster(run.start >> bits), dst, count, scratch).await?;
+            dst.0 += count;
+        }
+        Ok(())
     }
 
     /// Copies clusters that follow one another, at both ends: at most [`PIECE`] bytes at a time.
-    pub(super) async fn copy_clusters(
+    pub(crate) async fn copy_clusters(
         &self,
         src: HostCluster,
         dst: HostCluster,
@@ -162,7 +180,7 @@ impl<D: BlockDevice> Image<D> {
         if !self.is_referenced(m).await? {
             return Ok(false);
         }
-        self.copy_run(m, 1, scratch).await?;
+        self.copy_moves(std::slice::from_ref(m), scratch).await?;
         self.meta.tables.lock().insert(m.dst);
         self.meta.mirrors.lock().begin(geometry.host_offset(m.src), geometry.host_offset(m.dst));
         Ok(true)

@@ -10,9 +10,11 @@
 //! - Cut after the second: nothing refers to the sources; until they are uncounted they are leaks.
 
 use super::pacing::Pacer;
+use super::place::place;
 use super::plan::{floor, plan};
 use crate::clusters::moves::{Batch, Copying, Move, Reference};
 use crate::clusters::scan::scan;
+use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -29,6 +31,8 @@ const BATCH_BYTES: u64 = 64 << 20;
 const BATCH_CLUSTERS: u64 = 16384;
 /// A copy is made of at most this many bytes before guests and the rate limit get a look in.
 pub(super) const COPY_BYTES: u64 = 1 << 20;
+/// The device is told what will be read at least this much in advance.
+const AHEAD_BYTES: u64 = 8 << 20;
 /// A scan remembers at most this many clusters; what does not fit is found by the next one.
 const SCAN_CLUSTERS: usize = 1 << 18;
 
@@ -60,7 +64,7 @@ pub struct CompactReport {
 /// Compacts the image now, while guests go on. `progress` is called at least once for each MiB that is
 /// copied; returning `false` cancels the rest, which leaves a consistent image.
 ///
-/// Waits while the background recycler erases or compacts. Needs tokio's timers if the options have a rate limit.
+/// Waits while the background recycler erases or compacts. Needs tokio's timers.
 ///
 /// # Errors
 /// [`Error::Cancelled`]; [`Error::ReadOnly`]; [`Error::Closed`]; [`Error::Io`] and [`Error::Invalid`] as they come: the
@@ -74,7 +78,7 @@ pub async fn compact<D: BlockDevice>(
     let mut compaction = Compaction {
         image,
         turn: Some(turn),
-        pacer: Pacer::new(image.options.rate_limit),
+        pacer: Pacer::new(image.options.rate_limit, &image.epochs),
         progress: Progress::default(),
         scratch: Vec::new(),
         moved: 0,
@@ -110,6 +114,19 @@ impl<D: BlockDevice> Drop for Active<'_, D> {
     }
 }
 
+/// The length of a batch of about `count` of these sources, which are in descending order: it ends where no run of clusters
+/// that follow one another, for the guest, too, is cut, if there is such a place not long before.
+fn whole_runs(sources: &[(HostCluster, Reference)], count: usize) -> usize {
+    let cut = |at: &usize| match sources.get(at - 1..at + 1) {
+        Some(&[(high, Reference::L2Entry(late)), (low, Reference::L2Entry(early))]) => {
+            low.0 + 1 != high.0 || early.0 + 1 != late.0
+        }
+        _ => true,
+    };
+    let count = count.min(sources.len());
+    (count - count / 4..=count).rev().filter(|&at| at > 0).find(cut).unwrap_or(count)
+}
+
 /// How a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
@@ -123,7 +140,7 @@ pub(super) enum Ended {
 pub(super) struct Compaction<'a, D: BlockDevice> {
     pub(super) image: &'a Image<D>,
     turn: Option<AsyncMutexGuard<'a, ()>>,
-    pub(super) pacer: Pacer,
+    pub(super) pacer: Pacer<'a>,
     pub(super) progress: Progress,
     pub(super) scratch: Vec<u8>,
     /// Clusters moved.
@@ -200,8 +217,10 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let plan = plan(&image.clusters.lock(), &scan, floor, geometry.refcounts_per_block());
         let shared = plan.shared.chunk_by(|a, b| a.cluster == b.cluster).count();
         self.progress.total = self.progress.done + (plan.sources.len() + shared) as u64;
-        let batch = self.batch_size();
-        for sources in plan.sources.chunks(batch) {
+        let mut rest = &plan.sources[..];
+        while !rest.is_empty() {
+            let (sources, others) = rest.split_at(whole_runs(rest, self.batch_size()));
+            rest = others;
             self.progress.file_size = image.file_size();
             if !progress(self.progress) {
                 return Ok(false);
@@ -212,12 +231,17 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 Ended::NoHoles => break,
                 Ended::Cancelled => return Ok(false),
             }
+            // What the batches before left behind needs no more room, so the file never holds more than two of them twice.
+            if !broken(Mutation::TruncateBeforeDurable) {
+                image.cut_junk().await?;
+            }
         }
         self.move_shared(&plan, generation, progress).await
     }
 
     pub(super) fn batch_size(&self) -> usize {
-        (BATCH_BYTES >> self.image.meta.geometry.cluster_bits).clamp(1, BATCH_CLUSTERS) as usize
+        let bytes = self.pacer.portion(BATCH_BYTES);
+        (bytes >> self.image.meta.geometry.cluster_bits).clamp(1, BATCH_CLUSTERS) as usize
     }
 
     /// Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
@@ -249,16 +273,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         if holes.set.is_empty() {
             return Ok(Ended::NoHoles);
         }
-        // In the guest's order into ascending holes: what the guest reads in sequence stays in sequence.
-        let mut sources: Vec<_> = sources.iter().take(holes.set.len() as usize).copied().collect();
-        sources.sort_by_key(|&(_, reference)| reference);
-        let moves: Vec<Move> = holes
-            .set
-            .runs()
-            .flatten()
-            .zip(sources)
-            .map(|(dst, (src, reference))| Move { src, dst: HostCluster(dst), reference })
-            .collect();
+        let sources = sources.iter().take(holes.set.len() as usize).copied().collect();
+        let group = (COPY_BYTES >> image.meta.geometry.cluster_bits).max(1);
+        let moves = place(sources, &holes.set.runs().collect::<Vec<_>>(), group as usize);
         self.carry_out(Batch::new(moves), &mut holes, progress).await
     }
 
@@ -316,10 +333,18 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let image = self.image;
         let cluster_size = image.meta.geometry.cluster_size();
         let mut rest = moves;
+        // The device reads ahead while the copies before are made.
+        let window = (AHEAD_BYTES / cluster_size).max(1) as usize;
+        let mut announced = 0;
         while let Some((first, _)) = rest.split_first() {
             // What is copied so far is seen through to its end.
             if !progress(Progress { done: self.progress.done + (moves.len() - rest.len()) as u64, ..self.progress }) {
                 return Ok(Ended::Cancelled);
+            }
+            if moves.len() - rest.len() + window > announced {
+                let end = (announced + 2 * window).min(moves.len());
+                self.announce(moves.get(announced..end).unwrap_or_default());
+                announced = end;
             }
             if !matches!(first.reference, Reference::L2Entry(_)) {
                 self.pacer.spend(cluster_size).await;
@@ -329,10 +354,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 rest = &rest[1..];
                 continue;
             }
-            // Clusters that follow one another at both ends are one copy.
+            // Clusters that go to one place are one copy.
             let follows = |(n, m): (usize, &Move)| {
                 matches!(m.reference, Reference::L2Entry(_))
-                    && m.src.0 == first.src.0 + n as u64
                     && m.dst.0 == first.dst.0 + n as u64
                     && (n as u64) * cluster_size < COPY_BYTES
             };
@@ -344,9 +368,16 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 continue;
             }
             self.pacer.spend(count as u64 * cluster_size).await;
-            image.copy_run(first, count as u64, &mut self.scratch).await?;
+            image.copy_moves(run, &mut self.scratch).await?;
             standing.extend_from_slice(run);
         }
         Ok(Ended::Whole)
+    }
+
+    /// Tells the device what is going to be read.
+    fn announce(&self, moves: &[Move]) {
+        let bits = self.image.meta.geometry.cluster_bits;
+        let sources: ClusterSet = moves.iter().map(|m| m.src).collect();
+        sources.runs().for_each(|run| self.image.volume.will_read(run.start << bits..run.end << bits));
     }
 }

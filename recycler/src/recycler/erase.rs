@@ -9,7 +9,7 @@ use crate::sync::atomic::Ordering;
 
 /// Overwrites up to `bytes` of Junk with zeroes: Junk → Roots → Erased. The next flush makes it Available. Returns how many
 /// bytes it were.
-pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &mut Pacer) -> Result<u64> {
+pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &mut Pacer<'_>) -> Result<u64> {
     let _turn = image.recycler_turn().await?;
     let bits = image.meta.geometry.cluster_bits;
     let mut holes = image.take_holes(bytes >> bits, u64::MAX, Purpose::Erase).await?;

@@ -3,6 +3,7 @@
 mod compact;
 mod erase;
 mod pacing;
+mod place;
 mod plan;
 mod policy;
 mod shared;

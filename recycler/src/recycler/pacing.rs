@@ -1,26 +1,54 @@
-//! Holding background work to a rate.
+//! Pacing: background work gives way to guests, and is held to a rate.
 
 use tokio::time::{Duration, Instant};
 
-/// Lets so many bytes a second pass.
-pub(crate) struct Pacer {
+use crate::clusters::epochs::Epochs;
+
+/// After so many bytes the pacer looks whether guests are at work.
+const SLICE: u64 = 256 << 10;
+/// While they are, it rests this many times as long as the slice took, within these bounds.
+const REST: u32 = 15;
+const REST_LEAST: Duration = Duration::from_millis(1);
+const REST_MOST: Duration = Duration::from_millis(100);
+
+/// Lets work pass in slices: at full speed while guests do nothing, about a sixteenth of the time while they do (less time
+/// than they take from one another), and never more than so many bytes a second.
+///
+/// It is asked, and sets no timer, only while there is work.
+pub(crate) struct Pacer<'a> {
+    guests: &'a Epochs,
+    /// Requests that guests had made when it last looked.
+    seen: u64,
+    busy: bool,
+    /// Bytes that passed since, and since when.
+    passed: u64,
+    began: Instant,
     limit: Option<u64>,
     next: Instant,
 }
 
-impl Pacer {
+impl<'a> Pacer<'a> {
     /// `limit` in bytes per second; `None`: no limit.
-    pub(crate) fn new(limit: Option<u64>) -> Self {
-        Pacer { limit, next: Instant::now() }
+    pub(crate) fn new(limit: Option<u64>, guests: &'a Epochs) -> Self {
+        let now = Instant::now();
+        let limit = limit.filter(|&l| l > 0);
+        Pacer { guests, seen: guests.requests(), busy: false, passed: 0, began: now, limit, next: now }
+    }
+
+    /// The most work that should be under way at once, of `most` bytes: little while guests are at work, since they may have
+    /// to wait for its flush, and not more than a second's at the limited rate.
+    pub(crate) fn portion(&self, most: u64) -> u64 {
+        let most = if self.busy { most / 8 } else { most };
+        self.limit.map_or(most, |l| most.min(l))
     }
 
     /// Waits until work on `bytes` bytes may begin.
     pub(crate) async fn spend(&mut self, bytes: u64) {
-        let Some(limit) = self.limit.filter(|&l| l > 0) else {
-            // Still a chance for other tasks on this thread.
-            tokio::task::yield_now().await;
-            return;
-        };
+        if self.passed >= SLICE {
+            self.give_way().await;
+        }
+        self.passed += bytes;
+        let Some(limit) = self.limit else { return };
         let now = Instant::now();
         if self.next > now {
             tokio::time::sleep_until(self.next).await;
@@ -28,16 +56,33 @@ impl Pacer {
         // Time not used is not saved up: that would allow a burst.
         self.next = self.next.max(now) + Duration::from_secs_f64(bytes as f64 / limit as f64);
     }
+
+    async fn give_way(&mut self) {
+        // Since the last look, rest included: a guest that waits for its disk makes few requests.
+        let requests = self.guests.requests();
+        self.busy = requests != self.seen;
+        self.seen = requests;
+        if self.busy {
+            tokio::time::sleep((self.began.elapsed() * REST).clamp(REST_LEAST, REST_MOST)).await;
+        } else {
+            // Still a chance for other tasks on this thread.
+            tokio::task::yield_now().await;
+        }
+        self.passed = 0;
+        self.began = Instant::now();
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clusters::epochs::Counter;
 
     #[tokio::test(start_paused = true)]
     async fn the_rate_is_kept_without_bursts() {
+        let epochs = Epochs::default();
         let start = Instant::now();
-        let mut pacer = Pacer::new(Some(1000));
+        let mut pacer = Pacer::new(Some(1000), &epochs);
         for _ in 0..5 {
             pacer.spend(500).await;
         }
@@ -47,5 +92,27 @@ mod tests {
         pacer.spend(500).await;
         pacer.spend(500).await;
         assert_eq!(idle.elapsed().as_millis(), 500);
+        assert_eq!(pacer.portion(64 << 20), 1000);
+    }
+
+    /// What passes 100 slices that take 2 ms each: how long it rests.
+    async fn rest(guests: impl Fn(&Epochs)) -> Duration {
+        let epochs = Epochs::default();
+        let mut pacer = Pacer::new(None, &epochs);
+        let start = Instant::now();
+        for _ in 0..100 {
+            pacer.spend(SLICE).await;
+            guests(&epochs);
+            tokio::time::advance(Duration::from_millis(2)).await;
+        }
+        start.elapsed() - Duration::from_millis(200)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_rests_while_guests_are_at_work_and_only_then() {
+        assert_eq!(rest(|_| ()).await, Duration::ZERO);
+        // (Nothing passed yet before the first slice.)
+        let busy = rest(|epochs| epochs.enter().count(Counter::Writes, 1)).await;
+        assert!((99 * 30..=100 * 32).contains(&(busy.as_millis() as u64)), "{busy:?}");
     }
 }

@@ -5,7 +5,7 @@
 
 use super::compact::{Compaction, Ended, Progress};
 use super::plan::Plan;
-use crate::clusters::moves::{Move, Place, Reference, SharedSource};
+use crate::clusters::moves::{Place, SharedSource};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::image::relocate::Purpose;
@@ -129,8 +129,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             };
             let count = rest.iter().enumerate().take_while(|&x| follows(x)).count().max(1);
             self.pacer.spend(count as u64 * cluster_size).await;
-            let run = Move { src: first.src, dst: first.dst, reference: Reference::L1Entry(0) };
-            image.copy_run(&run, count as u64, &mut self.scratch).await?;
+            image.copy_clusters(first.src, first.dst, count as u64, &mut self.scratch).await?;
             rest = rest.get(count..).unwrap_or_default();
         }
         Ok(true)
