@@ -147,6 +147,11 @@ struct qcr_error {
  */
 #define QCR_DIRECT 16
 
+/* Option flag: give the space of clusters that were freed, and stay in the file, back to the host by punching holes,
+ * where the file or the callbacks can do that. Set by default.
+ */
+#define QCR_PUNCH_JUNK 32
+
 /* Backing file: an image that has one is refused with -EPERM. The default. */
 #define QCR_BACKING_REFUSE 0
 
@@ -183,7 +188,7 @@ struct qcr_error {
 struct qcr_options {
     /* sizeof(struct qcr_options), set by the caller. */
     uint32_t struct_size;
-    /* QCR_READ_ONLY, QCR_DISCARD, QCR_CHECK_ON_CONNECT, QCR_RUNTIME_ASSERTS, QCR_DIRECT. */
+    /* QCR_READ_ONLY, QCR_DISCARD, QCR_CHECK_ON_CONNECT, QCR_RUNTIME_ASSERTS, QCR_DIRECT, QCR_PUNCH_JUNK. */
     uint32_t flags;
     /* Bytes of zeroed clusters that the recycler keeps ready for new guest writes. */
     uint64_t keep_erased;
@@ -245,7 +250,7 @@ int qcr_options_init(struct qcr_options *options, struct qcr_error *error);
  *
  * | key                    | value |
  * |------------------------|-------|
- * | `direct`, `discard`, `read_only`, `check_on_connect`, `runtime_asserts` | `true`, `false`, `1` or `0` |
+ * | `direct`, `discard`, `punch_junk`, `read_only`, `check_on_connect`, `runtime_asserts` | `true`, `false`, `1` or `0` |
  * | `keep_erased`          | in sectors of 512 bytes (not in bytes) |
  * | `compact_after_unmaps` | in sectors of 512 bytes (not in bytes); 0: only when asked |
  * | `settle_ms`, `flush_ms`| milliseconds |

@@ -23,11 +23,13 @@ pub const QCR_DISCARD: u32 = 0x2;
 pub const QCR_CHECK_ON_CONNECT: u32 = 0x4;
 /// Option flag: check the library's own invariants while it works. Slow; for tests.
 pub const QCR_RUNTIME_ASSERTS: u32 = 0x8;
-
 /// Option flag: transfers pass the host's page cache (O_DIRECT), for qcr_open_path(), which fails with -EOPNOTSUPP
 /// where the file system has no such transfers. Memory and requests may have any alignment; what the kernel does not
 /// take as it is costs a copy, so page-aligned memory is best. Ignored on block callbacks.
 pub const QCR_DIRECT: u32 = 0x10;
+/// Option flag: give the space of clusters that were freed, and stay in the file, back to the host by punching holes,
+/// where the file or the callbacks can do that. Set by default.
+pub const QCR_PUNCH_JUNK: u32 = 0x20;
 
 /// Backing file: an image that has one is refused with -EPERM. The default.
 pub const QCR_BACKING_REFUSE: u32 = 0;
@@ -50,7 +52,7 @@ pub const QCR_FORMAT_QCOW2: u32 = 2;
 pub struct qcr_options {
     /// sizeof(struct qcr_options), set by the caller.
     pub struct_size: u32,
-    /// QCR_READ_ONLY, QCR_DISCARD, QCR_CHECK_ON_CONNECT, QCR_RUNTIME_ASSERTS, QCR_DIRECT.
+    /// QCR_READ_ONLY, QCR_DISCARD, QCR_CHECK_ON_CONNECT, QCR_RUNTIME_ASSERTS, QCR_DIRECT, QCR_PUNCH_JUNK.
     pub flags: u32,
     /// Bytes of zeroed clusters that the recycler keeps ready for new guest writes.
     pub keep_erased: u64,
@@ -139,7 +141,7 @@ pub unsafe extern "C" fn qcr_options_init(options: *mut qcr_options, error: *mut
 ///
 /// | key                    | value |
 /// |------------------------|-------|
-/// | `direct`, `discard`, `read_only`, `check_on_connect`, `runtime_asserts` | `true`, `false`, `1` or `0` |
+/// | `direct`, `discard`, `punch_junk`, `read_only`, `check_on_connect`, `runtime_asserts` | `true`, `false`, `1` or `0` |
 /// | `keep_erased`          | in sectors of 512 bytes (not in bytes) |
 /// | `compact_after_unmaps` | in sectors of 512 bytes (not in bytes); 0: only when asked |
 /// | `settle_ms`, `flush_ms`| milliseconds |
@@ -179,6 +181,7 @@ fn to_c(options: &Options, base: qcr_options) -> Result<qcr_options, Fault> {
             (options.check_on_connect, QCR_CHECK_ON_CONNECT),
             (options.runtime_asserts, QCR_RUNTIME_ASSERTS),
             (options.direct, QCR_DIRECT),
+            (options.punch_junk, QCR_PUNCH_JUNK),
         ]
         .into_iter()
         .fold(0, |flags, (set, flag)| if set { flags | flag } else { flags }),
@@ -203,7 +206,7 @@ fn milliseconds(time: Duration) -> u64 {
 
 /// All but the backing policy and the logger.
 fn to_core(c: &qcr_options) -> Result<Options, Fault> {
-    let known = QCR_READ_ONLY | QCR_DISCARD | QCR_CHECK_ON_CONNECT | QCR_RUNTIME_ASSERTS | QCR_DIRECT;
+    let known = QCR_READ_ONLY | QCR_DISCARD | QCR_CHECK_ON_CONNECT | QCR_RUNTIME_ASSERTS | QCR_DIRECT | QCR_PUNCH_JUNK;
     abi::known_flags(c.flags, known)?;
     unrecorded(c.backing_format)?;
     let id = c.id.map(|byte| u8::from_ne_bytes(byte.to_ne_bytes()));
@@ -214,6 +217,7 @@ fn to_core(c: &qcr_options) -> Result<Options, Fault> {
         check_on_connect: c.flags & QCR_CHECK_ON_CONNECT != 0,
         runtime_asserts: c.flags & QCR_RUNTIME_ASSERTS != 0,
         direct: c.flags & QCR_DIRECT != 0,
+        punch_junk: c.flags & QCR_PUNCH_JUNK != 0,
         keep_erased: c.keep_erased,
         compact_after_unmaps: Some(c.compact_after_unmaps).filter(|&n| n > 0),
         settle_time: Duration::from_millis(c.settle_ms),

@@ -38,6 +38,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
             "settle_time" => options.settle_time = seconds(&key, &item)?,
             "flush_after" => options.flush_after = seconds(&key, &item)?,
             "rate_limit" => options.rate_limit = Some(item.extract()?).filter(|&n| n > 0),
+            "punch_junk" => options.punch_junk = item.extract()?,
             "l2_cache_size" => options.l2_cache_size = item.extract()?,
             "check_on_connect" => options.check_on_connect = item.extract()?,
             "runtime_asserts" => options.runtime_asserts = item.extract()?,

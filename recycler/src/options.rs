@@ -104,6 +104,9 @@ pub struct Options {
     pub flush_after: Duration,
     /// The most bytes a second that the recycler copies and erases; `None`: no limit.
     pub rate_limit: Option<u64>,
+    /// The recycler gives the space of clusters that were freed, and stay in the file, back to the host by punching holes,
+    /// where the device can do that.
+    pub punch_junk: bool,
     /// Memory for cached L2 tables, in bytes.
     pub l2_cache_size: u64,
     /// Check the whole image when it is opened and refuse it if it is corrupt.
@@ -129,6 +132,7 @@ impl Default for Options {
             settle_time: Duration::from_secs(5),
             flush_after: Duration::from_secs(5),
             rate_limit: None,
+            punch_junk: true,
             l2_cache_size: 4 << 20,
             check_on_connect: false,
             runtime_asserts: false,
@@ -147,7 +151,7 @@ impl Options {
     ///
     /// | key | value |
     /// |---|---|
-    /// | `direct`, `discard`, `read_only`, `runtime_asserts`, `check_on_connect` | `true`, `false`, `1`, `0` |
+    /// | `direct`, `discard`, `punch_junk`, `read_only`, `runtime_asserts`, `check_on_connect` | `true`, `false`, `1`, `0` |
     /// | `keep_erased` | **sectors of 512 bytes** kept erased |
     /// | `compact_after_unmaps` | **sectors of 512 bytes** that must be free; `0` turns automatic compaction off |
     /// | `id` | a name |
@@ -167,6 +171,7 @@ impl Options {
             match key {
                 "direct" => new.direct = boolean(key, value)?,
                 "discard" => new.discard = boolean(key, value)?,
+                "punch_junk" => new.punch_junk = boolean(key, value)?,
                 "read_only" => new.read_only = boolean(key, value)?,
                 "runtime_asserts" => new.runtime_asserts = boolean(key, value)?,
                 "check_on_connect" => new.check_on_connect = boolean(key, value)?,

@@ -31,6 +31,8 @@ class OpenOptions(TypedDict, total=False):
     """The recycler flushes this long after the first unflushed work. Default: 5 s."""
     rate_limit: int | None
     """The most bytes a second that the recycler copies and erases. Default: 0, no limit."""
+    punch_junk: bool | None
+    """Give the space of clusters that were freed, and stay in the file, back to the host. Default: True."""
     l2_cache_size: int | None
     """Memory for cached L2 tables. Default: 4 MiB."""
     check_on_connect: bool | None

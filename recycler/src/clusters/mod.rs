@@ -72,6 +72,10 @@ pub(crate) struct States {
     pub(crate) committing: FreedBatch,
     /// Freed, the unlinking durable; waiting for older requests to end.
     pub(crate) grace: Vec<(Ticket, FreedBatch)>,
+    /// Clusters that have become Junk since the image was opened and whose space was not given back since, as far as they
+    /// are Junk still. (What was free before is not among them: only its count says so, and on a damaged image that may be
+    /// wrong.)
+    pub(crate) occupied: ClusterSet,
     /// Whether the refcounts were searched for clusters that were free when the image was opened.
     pub(crate) junk_is_complete: bool,
 }
@@ -137,6 +141,38 @@ impl States {
         }
     }
 
+    /// Freed → Junk.
+    pub(crate) fn freed(&mut self, range: Range<u64>) {
+        self.junk.insert_range(range.clone());
+        self.occupied.insert_range(range);
+    }
+
+    /// Takes the lowest Junk whose space can be given back out of Junk, about `max` clusters: it is in Roots until it is put
+    /// back, so that nobody takes it meanwhile. What lies between in Junk goes with it: two holes with a hole between them
+    /// are one.
+    pub(crate) fn take_occupied(&mut self, max: u64) -> ClusterSet {
+        let occupied = self.occupied.intersection(&self.junk);
+        let mut taken = ClusterSet::default();
+        let mut count = 0;
+        for run in occupied.runs() {
+            if count >= max {
+                break;
+            }
+            let run = run.start..run.end.min(run.start + (max - count));
+            count += run.end - run.start;
+            let start = match taken.max() {
+                Some(HostCluster(last)) if self.junk.count_in(last + 1..run.start) == run.start - last - 1 => last + 1,
+                _ => run.start,
+            };
+            taken.insert_range(start..run.end);
+        }
+        self.occupied = occupied;
+        self.occupied.remove_all(&taken);
+        self.junk.remove_all(&taken);
+        self.roots.add_all(&taken);
+        taken
+    }
+
     /// What the mutation `TruncateBeforeDurable` does.
     pub(crate) fn free_unlinked(&mut self) {
         let unlinked = std::mem::take(&mut self.unlinked.clusters);
@@ -182,5 +218,26 @@ impl Clusters {
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, States> {
         self.states.lock()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn space_is_given_back_in_runs_across_what_was_given_back_before() {
+        let mut s = States { end: 100, ..States::default() };
+        s.freed(10..20);
+        assert_eq!(s.take_occupied(6).runs().next(), Some(10..16));
+        s.roots.remove_range(10..16);
+        s.junk.insert_range(10..16);
+        // 16 to 19 are left; 10 and 12 became Junk anew, 14 and 15 are in use again.
+        s.junk.remove_range(14..16);
+        s.freed(10..11);
+        s.freed(12..13);
+        assert_eq!(s.take_occupied(100).runs().collect::<Vec<_>>(), [10..13, 16..20]);
+        assert_eq!((s.roots.len(), s.junk.len(), s.junk.contains(HostCluster(13))), (7, 1, true));
+        assert!(s.take_occupied(100).is_empty());
     }
 }

@@ -158,6 +158,25 @@ impl<D: BlockDevice> Volume<D> {
         Ok(())
     }
 
+    /// Whether space can be given back, as far as is known.
+    pub(crate) fn can_punch(&self) -> bool {
+        self.can_punch.load(Ordering::Relaxed)
+    }
+
+    /// Gives the space of a range of the file back, if the device can do that; what it reads as then is not said.
+    pub(crate) async fn punch(&self, offset: u64, length: u64) -> Result<()> {
+        self.ensure_sound()?;
+        let length = length.min(self.length().saturating_sub(offset));
+        if length == 0 || !self.can_punch() {
+            return Ok(());
+        }
+        match self.device.punch_hole(offset, length).await {
+            Err(e) if e.kind() == std::io::ErrorKind::Unsupported => self.can_punch.store(false, Ordering::Relaxed),
+            other => other.map_err(Error::io("punching a hole", offset))?,
+        }
+        Ok(())
+    }
+
     /// Makes a range of the file read as zeroes, by the cheapest means that the device has.
     pub(crate) async fn erase(&self, offset: u64, length: u64) -> Result<()> {
         self.ensure_sound()?;

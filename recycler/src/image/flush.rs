@@ -153,9 +153,7 @@ impl<D: BlockDevice> Image<D> {
                 }
             }
             states.grace.retain(|(_, batch)| !batch.is_empty());
-            for run in free {
-                states.junk.insert_range(run);
-            }
+            free.into_iter().for_each(|run| states.freed(run));
         }
     }
 

@@ -6,6 +6,7 @@ mod pacing;
 mod place;
 mod plan;
 mod policy;
+mod punch;
 mod shared;
 mod worker;
 

@@ -9,6 +9,8 @@ pub(crate) struct View {
     pub(crate) junk: u64,
     pub(crate) erased: u64,
     pub(crate) available: u64,
+    /// How much Junk may still take space of the host that could be given back.
+    pub(crate) occupied: u64,
     /// Whether clusters are free at the end of the file, pool included.
     pub(crate) free_tail: u64,
     /// Since when something waits for a flush: unlinked clusters to become Junk, erased ones to become Available.
@@ -48,6 +50,8 @@ pub(crate) enum Work {
     Compact,
     /// Cut off what is free at the end.
     Shorten,
+    /// Give the space of about so many bytes of Junk back to the host.
+    Punch(u64),
     /// Nothing before this time, unless something changes.
     WaitUntil(Duration),
     /// Nothing until something changes.
@@ -56,6 +60,11 @@ pub(crate) enum Work {
 
 /// The most that is erased in one piece of work.
 pub(crate) const ERASE_STEP: u64 = 8 << 20;
+
+/// The least that is given back, in clusters: many small holes cost more than their space.
+const PUNCH_LEAST: u64 = 16;
+/// So much is given back even while discards go on. It is also the most in one piece of work.
+const PUNCH_MUCH: u64 = 64 << 20;
 
 /// Chooses the next piece of work.
 pub(crate) fn next(view: &View, rules: &Rules) -> Work {
@@ -94,6 +103,13 @@ pub(crate) fn next(view: &View, rules: &Rules) -> Work {
         && due(view.junk_stands_since + rules.settle_time)
     {
         return Work::Shorten;
+    }
+    // What stays in the file for now need not take space. (Compaction would move clusters there, or cut it off.)
+    if !wanted
+        && view.occupied >= PUNCH_LEAST * rules.cluster_size
+        && (view.occupied >= PUNCH_MUCH || due(view.junk_stands_since + rules.settle_time))
+    {
+        return Work::Punch(view.occupied.min(PUNCH_MUCH));
     }
     wait.map_or(Work::Wait, Work::WaitUntil)
 }
@@ -179,6 +195,20 @@ mod tests {
         let view = View { now: S(10), available: 1 << 20, free_tail: 2 << 20, ..searched() };
         assert_eq!(next(&view, &rules()), Work::Shorten);
         assert_eq!(next(&View { free_tail: 1 << 20, ..view }, &rules()), Work::Wait);
+    }
+
+    #[test]
+    fn the_space_of_what_no_compaction_will_use_is_given_back() {
+        let view = View { now: S(10), junk: 2 << 20, occupied: 2 << 20, available: 1 << 20, ..searched() };
+        assert_eq!(next(&view, &rules()), Work::Punch(2 << 20));
+        assert_eq!(next(&View { junk_stands_since: S(8), ..view }, &rules()), Work::WaitUntil(S(13)));
+        assert_eq!(next(&View { occupied: 1 << 19, ..view }, &rules()), Work::Wait);
+        // A compaction comes first.
+        let more = View { junk: 80 << 20, occupied: 80 << 20, ..view };
+        assert_eq!(next(&more, &rules()), Work::Compact);
+        // Where there is none, it need not wait for the end of the discards, and comes in steps.
+        let never = Rules { compact_after_unmaps: None, ..rules() };
+        assert_eq!(next(&View { junk_stands_since: S(10), ..more }, &never), Work::Punch(64 << 20));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::compact::compact;
 use super::erase::erase;
 use super::pacing::Pacer;
 use super::policy::{self, Rules, View, Work};
+use super::punch::punch;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -199,6 +200,8 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         view.junk = junk;
         view.erased = states.erased.len() << bits;
         view.available = states.available.len() << bits;
+        let punch = image.options.punch_junk && image.volume.can_punch();
+        view.occupied = if punch { states.occupied.intersection(&states.junk).len() << bits } else { 0 };
         view.free_tail = (states.end - states.last_needed()) << bits;
         let waiting =
             dirty || !states.erased.is_empty() || states.freed_len() > 0 || !states.unlinked.shared.is_empty();
@@ -240,6 +243,7 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
                 let _turn = image.recycler_turn().await?;
                 image.shorten().await
             }
+            Work::Punch(bytes) => punch(image, bytes, &mut self.pacer).await,
             Work::Wait | Work::WaitUntil(_) => Ok(()),
         }
     }

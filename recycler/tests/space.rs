@@ -1,0 +1,162 @@
+//! What a compaction and the recycler do to a real file: how much space it takes, and what is next to what.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use qcow_recycler::buf::{IoBuf, IoBufMut};
+use qcow_recycler::device::host::HostFile;
+use qcow_recycler::image::create;
+use qcow_recycler::recycler::{Control, compact, run};
+use qcow_recycler::{BlockDevice, CreateOptions, ExtentKind, Image, Options};
+use tempfile::TempDir;
+
+const CLUSTER: u64 = 64 << 10;
+
+struct Made {
+    dir: TempDir,
+    image: Arc<Image<HostFile>>,
+    clusters: u64,
+}
+
+fn contents(cluster: u64) -> Vec<u8> {
+    (0..CLUSTER).map(|i| (cluster * 7 + i / 512 + 1) as u8 | 1).collect()
+}
+
+/// An image whose clusters are all written, in order.
+async fn full(clusters: u64, options: Options) -> Made {
+    let dir = tempfile::tempdir().unwrap();
+    let device = HostFile::create(dir.path().join("disk")).unwrap();
+    create(&device, &CreateOptions::new(clusters * CLUSTER)).await.unwrap();
+    let image = Arc::new(Image::open(device, options).await.unwrap());
+    for c in 0..clusters {
+        image.write(c * CLUSTER, IoBuf::new(&contents(c))).await.unwrap();
+    }
+    image.flush().await.unwrap();
+    Made { dir, image, clusters }
+}
+
+impl Made {
+    /// Bytes of the host's space.
+    fn space(&self) -> u64 {
+        // A file system may account for it late.
+        fs::File::open(self.dir.path().join("disk")).unwrap().sync_all().unwrap();
+        fs::metadata(self.dir.path().join("disk")).unwrap().blocks() * 512
+    }
+
+    async fn host(&self, cluster: u64) -> Option<u64> {
+        match self.image.extent(cluster * CLUSTER, CLUSTER).await.unwrap().kind {
+            ExtentKind::Data { host_offset } => Some(host_offset / CLUSTER),
+            _ => None,
+        }
+    }
+
+    /// How often a guest cluster does not follow the one before it, where both are in the file.
+    async fn breaks(&self) -> usize {
+        let mut breaks = 0;
+        let mut before = None;
+        for c in 0..self.clusters {
+            let here = self.host(c).await;
+            breaks += usize::from(matches!((before, here), (Some(a), Some(b)) if a + 1 != b));
+            before = here;
+        }
+        breaks
+    }
+
+    async fn verify(&self, kept: impl Fn(u64) -> bool) {
+        let mut buf = vec![0; CLUSTER as usize];
+        for c in 0..self.clusters {
+            self.image.read(c * CLUSTER, IoBufMut::new(&mut buf)).await.unwrap();
+            let expected = if kept(c) { contents(c) } else { vec![0; CLUSTER as usize] };
+            assert!(buf == expected, "guest cluster {c}");
+        }
+    }
+}
+
+/// Whether a cluster is kept: runs of one to four, with gaps of one to four between them.
+fn in_runs(cluster: u64) -> bool {
+    let mut at = 0;
+    for n in 0u64.. {
+        let (length, gap) = (1 + (n * n * 31 + n * 7) / 3 % 4, 1 + (n * n * 17 + n * 5) / 2 % 4);
+        if cluster < at + length {
+            return true;
+        }
+        at += length + gap;
+        if cluster < at {
+            return false;
+        }
+    }
+    unreachable!()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_compaction_gives_space_back_as_it_goes_and_cuts_no_run() {
+    // A second's work is a batch.
+    let made = full(512, Options { rate_limit: Some(16 * CLUSTER), ..Options::default() }).await;
+    for c in (0..512).filter(|&c| !in_runs(c)) {
+        made.image.discard(c * CLUSTER, CLUSTER).await.unwrap();
+    }
+    made.image.flush().await.unwrap();
+    let before = made.breaks().await;
+    let mut seen = Vec::new();
+    let report = compact(&made.image, &mut |p| {
+        seen.push((p.done, p.total, p.file_size));
+        true
+    })
+    .await
+    .unwrap();
+    assert!(report.moved > 64 * CLUSTER, "{report:?}");
+    // Half-way, most of what was moved has been cut off with the holes among it.
+    let half = seen.iter().find(|(done, total, _)| done * 2 >= *total).unwrap();
+    let to_go = report.file_size_before - report.file_size_after;
+    assert!(half.2 + to_go / 4 < report.file_size_before, "{half:?} of {report:?}");
+    // Between the clusters that moved and those that did not there is one seam, and there are a few between batches.
+    let after = made.breaks().await;
+    assert!(after <= before + 2 + 16, "{before} runs were cut before, {after} are now");
+    made.verify(in_runs).await;
+    made.image.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction() {
+    let quick = Duration::from_millis(20);
+    let options = Options {
+        compact_after_unmaps: None,
+        keep_erased: 0,
+        settle_time: quick,
+        flush_after: quick,
+        ..Options::default()
+    };
+    for punch_junk in [true, false] {
+        let made = full(256, Options { punch_junk, ..options.clone() }).await;
+        if !made.image.device().features().punch_hole {
+            return;
+        }
+        let control = Control::new();
+        let recycler = tokio::spawn(run(made.image.clone(), control.clone()));
+        let kept = |c: u64| !(64..192).contains(&c);
+        made.image.discard(64 * CLUSTER, 128 * CLUSTER).await.unwrap();
+        let (space, length) = (made.space(), made.image.stats().file_size);
+        let mut now = space;
+        for _ in 0..if punch_junk { 500 } else { 25 } {
+            tokio::time::sleep(quick).await;
+            now = made.space();
+            if now + 120 * CLUSTER <= space {
+                break;
+            }
+        }
+        assert_eq!(now + 120 * CLUSTER <= space, punch_junk, "{space} bytes before, {now} now");
+        assert_eq!(made.image.stats().file_size, length);
+        made.verify(kept).await;
+        // The clusters are as good as any.
+        for c in 64..192 {
+            made.image.write(c * CLUSTER, IoBuf::new(&contents(c))).await.unwrap();
+        }
+        made.verify(|_| true).await;
+        control.stop();
+        recycler.await.unwrap();
+        made.image.close().await.unwrap();
+    }
+}
