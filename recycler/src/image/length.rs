@@ -70,11 +70,13 @@ impl<D: BlockDevice> Image<D> {
         self.truncate_to(end).await
     }
 
-    /// Cuts off the Junk at the end of the file, and nothing else. The caller has the compaction's turn.
+    /// Cuts off the Junk at the end of the file, and the pool with it; the rest of [`shorten`](Self::shorten) is for the end
+    /// of a compaction. The caller has the compaction's turn.
     ///
     /// Order: nothing refers to Junk, durably. Cut before or after the truncation is durable, with or without the counts,
     /// which may say that the clusters are in use until the next commit: what is counted past the end is a leak.
     pub(crate) async fn cut_junk(&self) -> Result<()> {
+        self.return_tail().await?;
         let end = self.clusters.lock().junk_tail();
         self.truncate_to(end).await
     }
