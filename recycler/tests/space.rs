@@ -18,24 +18,26 @@ const CLUSTER: u64 = 64 << 10;
 struct Made {
     dir: TempDir,
     image: Arc<Image<HostFile>>,
+    cluster_size: u64,
     clusters: u64,
 }
 
-fn contents(cluster: u64) -> Vec<u8> {
-    (0..CLUSTER).map(|i| (cluster * 7 + i / 512 + 1) as u8 | 1).collect()
+fn contents(cluster: u64, cluster_size: u64) -> Vec<u8> {
+    (0..cluster_size).map(|i| (cluster * 7 + i / 512 + 1) as u8 | 1).collect()
 }
 
 /// An image whose clusters are all written, in order.
-async fn full(clusters: u64, options: Options) -> Made {
+async fn full(clusters: u64, cluster_size: u64, options: Options) -> Made {
     let dir = tempfile::tempdir().unwrap();
     let device = HostFile::create(dir.path().join("disk")).unwrap();
-    create(&device, &CreateOptions::new(clusters * CLUSTER)).await.unwrap();
+    let shape = CreateOptions { cluster_size, ..CreateOptions::new(clusters * cluster_size) };
+    create(&device, &shape).await.unwrap();
     let image = Arc::new(Image::open(device, options).await.unwrap());
     for c in 0..clusters {
-        image.write(c * CLUSTER, IoBuf::new(&contents(c))).await.unwrap();
+        image.write(c * cluster_size, IoBuf::new(&contents(c, cluster_size))).await.unwrap();
     }
     image.flush().await.unwrap();
-    Made { dir, image, clusters }
+    Made { dir, image, cluster_size, clusters }
 }
 
 impl Made {
@@ -47,8 +49,9 @@ impl Made {
     }
 
     async fn host(&self, cluster: u64) -> Option<u64> {
-        match self.image.extent(cluster * CLUSTER, CLUSTER).await.unwrap().kind {
-            ExtentKind::Data { host_offset } => Some(host_offset / CLUSTER),
+        let size = self.cluster_size;
+        match self.image.extent(cluster * size, size).await.unwrap().kind {
+            ExtentKind::Data { host_offset } => Some(host_offset / size),
             _ => None,
         }
     }
@@ -66,10 +69,11 @@ impl Made {
     }
 
     async fn verify(&self, kept: impl Fn(u64) -> bool) {
-        let mut buf = vec![0; CLUSTER as usize];
+        let size = self.cluster_size;
+        let mut buf = vec![0; size as usize];
         for c in 0..self.clusters {
-            self.image.read(c * CLUSTER, IoBufMut::new(&mut buf)).await.unwrap();
-            let expected = if kept(c) { contents(c) } else { vec![0; CLUSTER as usize] };
+            self.image.read(c * size, IoBufMut::new(&mut buf)).await.unwrap();
+            let expected = if kept(c) { contents(c, size) } else { vec![0; size as usize] };
             assert!(buf == expected, "guest cluster {c}");
         }
     }
@@ -94,7 +98,7 @@ fn in_runs(cluster: u64) -> bool {
 #[tokio::test(start_paused = true)]
 async fn a_compaction_gives_space_back_as_it_goes_and_cuts_no_run() {
     // A second's work is a batch.
-    let made = full(512, Options { rate_limit: Some(16 * CLUSTER), ..Options::default() }).await;
+    let made = full(512, CLUSTER, Options { rate_limit: Some(16 * CLUSTER), ..Options::default() }).await;
     for c in (0..512).filter(|&c| !in_runs(c)) {
         made.image.discard(c * CLUSTER, CLUSTER).await.unwrap();
     }
@@ -119,6 +123,36 @@ async fn a_compaction_gives_space_back_as_it_goes_and_cuts_no_run() {
     made.image.close().await.unwrap();
 }
 
+/// With clusters this small, a refcount block counts 2048 of them, and the file has several: each lies in the midst of what it
+/// counts.
+#[tokio::test(start_paused = true)]
+async fn refcount_blocks_do_not_keep_the_file_long_until_the_end() {
+    const SMALL: u64 = 4 << 10;
+    let (clusters, batch) = (10_000, 256 * SMALL);
+    let made = full(clusters, SMALL, Options { rate_limit: Some(batch), ..Options::default() }).await;
+    for c in (0..clusters).filter(|&c| !in_runs(c)) {
+        made.image.discard(c * SMALL, SMALL).await.unwrap();
+    }
+    made.image.flush().await.unwrap();
+    let mut seen = Vec::new();
+    let report = compact(&made.image, &mut |p| {
+        seen.push(p);
+        true
+    })
+    .await
+    .unwrap();
+    assert!(report.moved > 2048 * SMALL, "{report:?}");
+    // About every other cluster is free, so what a batch moves makes the file shorter by twice as much, two or three batches
+    // later.
+    let to_go = report.file_size_before - report.file_size_after;
+    for p in seen {
+        let gone = (to_go * p.done / p.total).saturating_sub(3 * 2 * batch);
+        assert!(p.file_size <= report.file_size_before - gone, "{p:?} of {report:?}");
+    }
+    made.verify(in_runs).await;
+    made.image.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction() {
     let quick = Duration::from_millis(20);
@@ -130,7 +164,7 @@ async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction
         ..Options::default()
     };
     for punch_junk in [true, false] {
-        let made = full(256, Options { punch_junk, ..options.clone() }).await;
+        let made = full(256, CLUSTER, Options { punch_junk, ..options.clone() }).await;
         if !made.image.device().features().punch_hole {
             return;
         }
@@ -152,7 +186,7 @@ async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction
         made.verify(kept).await;
         // The clusters are as good as any.
         for c in 64..192 {
-            made.image.write(c * CLUSTER, IoBuf::new(&contents(c))).await.unwrap();
+            made.image.write(c * CLUSTER, IoBuf::new(&contents(c, CLUSTER))).await.unwrap();
         }
         made.verify(|_| true).await;
         control.stop();

@@ -61,9 +61,10 @@ impl<D: BlockDevice> Image<D> {
         self.settle_once().await?;
         loop {
             self.return_tail().await?;
-            if !self.drop_empty_blocks().await? {
+            if !self.drop_empty_blocks(0).await? {
                 break;
             }
+            self.settle_once().await?;
         }
         self.commit().await?;
         let end = self.clusters.lock().last_needed();
@@ -71,12 +72,15 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Cuts off the Junk at the end of the file, and the pool with it; the rest of [`shorten`](Self::shorten) is for the end
-    /// of a compaction. The caller has the compaction's turn.
+    /// of a compaction, after which the file will end near cluster `limit`. The caller has the compaction's turn.
     ///
     /// Order: nothing refers to Junk, durably. Cut before or after the truncation is durable, with or without the counts,
     /// which may say that the clusters are in use until the next commit: what is counted past the end is a leak.
-    pub(crate) async fn cut_junk(&self) -> Result<()> {
+    pub(crate) async fn cut_junk(&self, limit: u64) -> Result<()> {
         self.return_tail().await?;
+        // A refcount block often lies among what it counts, and would hold the end of the file there. No flush is made for
+        // this: the next commit makes Junk of the blocks. (Those that count clusters below the limit will be needed.)
+        self.drop_empty_blocks(limit).await?;
         let end = self.clusters.lock().junk_tail();
         self.truncate_to(end).await
     }
@@ -109,41 +113,40 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// Drops refcount blocks at the end of the table that count nothing but blocks that are dropped. Whether there were any.
-    async fn drop_empty_blocks(&self) -> Result<bool> {
+    /// Drops refcount blocks at the end of the table that count nothing but blocks that are dropped, and nothing below cluster
+    /// `from`. Whether there were any.
+    async fn drop_empty_blocks(&self, from: u64) -> Result<bool> {
         let geometry = self.meta.geometry;
-        {
-            // No file growth meanwhile: it would count clusters in a block that is about to go.
-            let _length = self.clusters.length_turn.lock().await;
-            let mut refcounts = self.meta.refcounts.lock().await;
-            let mut blocks: Vec<_> = refcounts.blocks().collect();
-            let mut dropped: Vec<(u64, HostCluster)> = Vec::new();
-            let mut hosts = ClusterSet::default();
-            while let Some((index, block)) = blocks.pop() {
-                let host = geometry.host_cluster(block);
-                hosts.insert(host);
-                if !refcounts.counts_only(&self.volume, index, &hosts).await? {
-                    break;
-                }
-                dropped.push((index, host));
+        // No file growth meanwhile: it would count clusters in a block that is about to go.
+        let _length = self.clusters.length_turn.lock().await;
+        let mut refcounts = self.meta.refcounts.lock().await;
+        let per_block = geometry.refcounts_per_block();
+        let mut blocks: Vec<_> = refcounts.blocks().filter(|(index, _)| index * per_block >= from).collect();
+        let mut dropped: Vec<(u64, HostCluster)> = Vec::new();
+        let mut hosts = ClusterSet::default();
+        while let Some((index, block)) = blocks.pop() {
+            let host = geometry.host_cluster(block);
+            hosts.insert(host);
+            if !refcounts.counts_only(&self.volume, index, &hosts).await? {
+                break;
             }
-            let Some(&(lowest, _)) = dropped.last() else { return Ok(false) };
-            // Cut before the next commit: the table names the blocks, which are counted, and the file still has them. After
-            // it: they are not referred to. Those that were counted in one of them are not counted any more either, so
-            // they are Junk then; the others take the way of all freed clusters.
-            let mut states = self.clusters.lock();
-            let mut tables = self.meta.tables.lock();
-            for (index, host) in dropped {
-                refcounts.set_block(index, None);
-                tables.remove(host);
-                if host.0 >= lowest * geometry.refcounts_per_block() {
-                    states.unlinked.uncounted.insert(host);
-                } else {
-                    states.unlink(host, true);
-                }
+            dropped.push((index, host));
+        }
+        let Some(&(lowest, _)) = dropped.last() else { return Ok(false) };
+        // Cut before the next commit: the table names the blocks, which are counted, and the file still has them. After
+        // it: they are not referred to. Those that were counted in one of them are not counted any more either, so
+        // they are Junk then; the others take the way of all freed clusters.
+        let mut states = self.clusters.lock();
+        let mut tables = self.meta.tables.lock();
+        for (index, host) in dropped {
+            refcounts.set_block(index, None);
+            tables.remove(host);
+            if host.0 >= lowest * per_block {
+                states.unlinked.uncounted.insert(host);
+            } else {
+                states.unlink(host, true);
             }
         }
-        self.settle_once().await?;
         Ok(true)
     }
 

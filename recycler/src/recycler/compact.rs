@@ -26,8 +26,9 @@ use crate::sync::AsyncMutexGuard;
 use crate::sync::atomic::Ordering;
 use crate::units::HostCluster;
 
-/// A batch moves at most this many bytes and clusters, which bounds memory and what a guest flush may have to wait for.
-const BATCH_BYTES: u64 = 64 << 20;
+/// A batch moves at most this many bytes and clusters, which bounds memory, what a guest flush may have to wait for, and the
+/// room that a compaction needs: it takes one flush, and what it moved is in the file twice until the next one has ended.
+const BATCH_BYTES: u64 = 32 << 20;
 const BATCH_CLUSTERS: u64 = 16384;
 /// A copy is made of at most this many bytes before guests and the rate limit get a look in.
 pub(super) const COPY_BYTES: u64 = 1 << 20;
@@ -231,9 +232,10 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 Ended::NoHoles => break,
                 Ended::Cancelled => return Ok(false),
             }
-            // What the batches before left behind needs no more room, so the file never holds more than two of them twice.
+            // What the batch before left behind needs no more room, so the file never holds more than two of them twice (three
+            // while a refcount block among them goes).
             if !broken(Mutation::TruncateBeforeDurable) {
-                image.cut_junk().await?;
+                image.cut_junk(plan.limit).await?;
             }
         }
         self.move_shared(&plan, generation, progress).await
