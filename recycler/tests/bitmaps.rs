@@ -177,7 +177,7 @@ fn every_failed_call_leaves_bitmaps_that_are_right_or_not_believed() {
     let mut failed = 0;
     for after in 0.. {
         let device = SimDevice::new(old.clone(), Settings::new(after));
-        device.arm(Fault { after, errno: libc::EIO, lasting: false });
+        device.arm(Fault { after, errno: libc::EIO, lasting: false, only: None });
         let outcome = in_paused_time(async {
             let image = Image::open(device.clone(), options()).await?;
             let worked = work(&image, &mut SmallRng::seed_from_u64(seed), 6).await;

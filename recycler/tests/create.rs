@@ -318,7 +318,7 @@ fn every_failed_call_is_reported_and_the_next_attempt_makes_an_image() {
     let settings = Settings::new(7);
     for after in 0.. {
         let device = SimDevice::new(Vec::new(), settings);
-        device.arm(Fault { after, errno: libc::EIO, lasting: false });
+        device.arm(Fault { after, errno: libc::EIO, lasting: false, only: None });
         let result = block_on(create(&device, &options));
         if device.disarm().is_empty() {
             assert!(after > 5 && result.is_ok());

@@ -93,7 +93,7 @@ fn every_operation(name: &str, config: Config) {
         // A history may grow longer by a fault; of lasting ones a share shows what there is to see.
         let step = if lasting || errno == libc::EAGAIN { 3 } else { 1 };
         for after in (0..operations).step_by(step) {
-            let fault = Fault { after, errno, lasting };
+            let fault = Fault { after, errno, lasting, only: None };
             let result = std::panic::catch_unwind(|| play(Some(fault)));
             match result {
                 Ok(Ok((outcome, _))) => {
@@ -155,7 +155,7 @@ fn every_operation_fails_with_larger_clusters() {
 fn random_histories_with_faults() {
     let (mut histories, mut faults, mut crash_images) = (0, 0, 0);
     for seed in slice::Slice::new(15, 10, 0.5) {
-        match random_fault(seed) {
+        match random_fault(seed, None) {
             Ok(Some(outcome)) => {
                 histories += 2;
                 faults += u64::from(outcome.fired);
@@ -198,7 +198,7 @@ fn recovery_with_faults(seed: u64) -> Result<(u64, u64), Failure> {
         for after in 0..untouched.operations() {
             let errno = if after % 2 == 0 { libc::EIO } else { libc::ENOSPC };
             let device = SimDevice::new(image.clone(), settings);
-            device.arm(Fault { after, errno, lasting: rng.random_bool(0.3) });
+            device.arm(Fault { after, errno, lasting: rng.random_bool(0.3), only: None });
             let recovered = verify::in_paused_time(recover(&config, &device));
             let fired = device.disarm();
             faults += u64::from(!fired.is_empty());

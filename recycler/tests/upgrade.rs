@@ -93,7 +93,7 @@ fn every_failed_call_is_reported_and_the_next_attempt_succeeds() {
         let old = image(cluster_size, name);
         for after in 0.. {
             let device = SimDevice::new(old.clone(), Settings::new(after));
-            device.arm(Fault { after, errno: libc::EIO, lasting: false });
+            device.arm(Fault { after, errno: libc::EIO, lasting: false, only: None });
             let result = block_on(upgrade(device.clone(), &options()));
             if device.disarm().is_empty() {
                 assert!(after > 5 && result.is_ok());

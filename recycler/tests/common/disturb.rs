@@ -1,9 +1,9 @@
 //! Histories in which the device fails.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use qcow_recycler::buf::IoBuf;
-use qcow_recycler::recycler::{Control, run};
 use qcow_recycler::{Error, Image};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -45,22 +45,7 @@ async fn live(
             return if expected { Ok(false) } else { Err(shared.failure(format!("opening: {e}"))) };
         }
     };
-    let control = Control::new();
-    let worker = tokio::spawn(run(image.clone(), control.clone()));
-    let working: Vec<_> = guests
-        .iter()
-        .cloned()
-        .enumerate()
-        .map(|(g, ops)| {
-            let (shared, image) = (shared.clone(), image.clone());
-            tokio::spawn(async move { shared.guest(&format!("guest {g}"), &image, &ops).await })
-        })
-        .collect();
-    for guest in working {
-        guest.await.map_err(|e| shared.failure(format!("a guest panicked: {e}")))??;
-    }
-    control.stop();
-    worker.await.map_err(|e| shared.failure(format!("the recycler panicked: {e}")))?;
+    play::work(&image, shared, guests, Some(Duration::ZERO)).await?;
     let size = shared.model.lock().size();
     shared.resize(&image, size - size.min(4) + 1).await?;
 
@@ -191,11 +176,12 @@ pub fn with_fault(
     Ok((outcome, operations))
 }
 
-/// A random history in which something fails at a random moment; `None` if that would show nothing.
+/// A random history in which something fails at a random moment, if asked for an operation of one kind; `None` if that would
+/// show nothing.
 ///
 /// # Errors
 /// What is wrong.
-pub fn random_fault(seed: u64) -> Result<Option<Outcome>, Failure> {
+pub fn random_fault(seed: u64, only: Option<Kind>) -> Result<Option<Outcome>, Failure> {
     let (history, start) = if seed.is_multiple_of(3) { cuts::racing_history(seed) } else { cuts::random_history(seed) };
     let config = history.config;
     // A device that cannot grow runs full when what was freed cannot be reused any more. Snapshots are QEMU's to judge, which
@@ -209,6 +195,6 @@ pub fn random_fault(seed: u64) -> Result<Option<Outcome>, Failure> {
     let mut rng = SmallRng::seed_from_u64(seed ^ 0x6661_756c);
     let errno = [libc::EIO, libc::EIO, libc::ENOSPC, libc::EAGAIN][rng.random_range(0..4)];
     let (_, operations) = with_fault(config, &start, &guests, None)?;
-    let fault = Fault { after: rng.random_range(0..operations), errno, lasting: rng.random_bool(0.3) };
+    let fault = Fault { after: rng.random_range(0..operations), errno, lasting: rng.random_bool(0.3), only };
     with_fault(config, &start, &guests, Some(fault)).map(|(outcome, _)| Some(outcome))
 }

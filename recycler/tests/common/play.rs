@@ -11,7 +11,7 @@ use rand::rngs::SmallRng;
 
 use super::config::{Config, Scale};
 use super::guests::{Clock, Errors, Failure, Shared, Work};
-use super::history::{After, History, Length};
+use super::history::{After, History, Length, Op};
 use super::sim::SimDevice;
 use super::verify::{self, Tolerance};
 
@@ -50,33 +50,9 @@ pub async fn play<D: BlockDevice + Clone>(
     let mut image = open().await?;
     for (number, round) in history.rounds.iter().enumerate() {
         shared.note(format!("round {number}{}", if round.recycler { " with the recycler" } else { "" }));
-        let control = Control::new();
-        let worker = round.recycler.then(|| tokio::spawn(run(image.clone(), control.clone())));
-        let watchdog = Watchdog::new(control.clone(), shared.clone());
-        let guests: Vec<_> = round
-            .guests
-            .iter()
-            .cloned()
-            .enumerate()
-            .map(|(g, ops)| {
-                let (shared, image) = (shared.clone(), image.clone());
-                tokio::spawn(async move { shared.guest(&format!("guest {g}"), &image, &ops).await })
-            })
-            .collect();
-        for guest in guests {
-            guest.await.map_err(|e| shared.failure(format!("a guest panicked: {e}")))??;
-        }
-        if round.recycler && number % 2 == 0 {
-            // Time for the recycler to settle and compact what the guests left.
-            tokio::time::sleep(Duration::from_millis(300)).await;
-        }
-        control.stop();
-        if let Some(worker) = worker {
-            worker.await.map_err(|e| shared.failure(format!("the recycler panicked: {e}")))?;
-        }
-        if watchdog.barked() {
-            return Err(shared.failure("the recycler never comes to rest"));
-        }
+        // Every other time the recycler may settle and compact what the guests left.
+        let rest = Duration::from_millis(if number % 2 == 0 { 300 } else { 0 });
+        work(&image, shared, &round.guests, round.recycler.then_some(rest)).await?;
         let errors = image.stats().background_errors;
         if errors > 0 && shared.policy == Errors::None {
             return Err(shared.failure(format!("{errors} background errors")));
@@ -98,6 +74,44 @@ pub async fn play<D: BlockDevice + Clone>(
     }
     shared.compare(&image).await?;
     close(image).await
+}
+
+/// Guests at work, each in a task; alongside the recycler, if it gets some rest afterwards.
+///
+/// # Errors
+/// What a guest finds, a panic, or a recycler that never comes to rest.
+pub async fn work<D: BlockDevice>(
+    image: &Arc<Image<D>>,
+    shared: &Arc<Shared>,
+    guests: &[Vec<Op>],
+    recycler: Option<Duration>,
+) -> Result<(), Failure> {
+    let control = Control::new();
+    let worker = recycler.map(|_| tokio::spawn(run(image.clone(), control.clone())));
+    let watchdog = Watchdog::new(control.clone(), shared.clone());
+    let guests: Vec<_> = guests
+        .iter()
+        .cloned()
+        .enumerate()
+        .map(|(g, ops)| {
+            let (shared, image) = (shared.clone(), image.clone());
+            tokio::spawn(async move { shared.guest(&format!("guest {g}"), &image, &ops).await })
+        })
+        .collect();
+    for guest in guests {
+        guest.await.map_err(|e| shared.failure(format!("a guest panicked: {e}")))??;
+    }
+    if let Some(rest) = recycler.filter(|rest| !rest.is_zero()) {
+        tokio::time::sleep(rest).await;
+    }
+    control.stop();
+    if let Some(worker) = worker {
+        worker.await.map_err(|e| shared.failure(format!("the recycler panicked: {e}")))?;
+    }
+    if watchdog.barked() {
+        return Err(shared.failure("the recycler never comes to rest"));
+    }
+    Ok(())
 }
 
 /// Stops a recycler that keeps its thread busy for so long that something must be wrong (paused time does not help there:

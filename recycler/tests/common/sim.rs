@@ -96,12 +96,15 @@ pub struct Fault {
     pub errno: i32,
     /// Whether all later operations that this error can befall fail as well.
     pub lasting: bool,
+    /// The kind of operation that it befalls; all kinds if none is named.
+    pub only: Option<Kind>,
 }
 
 impl Fault {
     /// A full disk fails neither reads nor flushes nor punched holes.
     fn befalls(&self, kind: Kind) -> bool {
-        self.errno != libc::ENOSPC || matches!(kind, Kind::Write | Kind::Truncate | Kind::WriteZeroes | Kind::CopyRange)
+        let takes_room = matches!(kind, Kind::Write | Kind::Truncate | Kind::WriteZeroes | Kind::CopyRange);
+        self.only.is_none_or(|only| kind == only) && (self.errno != libc::ENOSPC || takes_room)
     }
 }
 

@@ -110,7 +110,7 @@ fn a_flush_covers_only_what_ended_before_it_began() {
 fn a_failed_flush_promises_nothing_ever_after() {
     let d = device(2);
     put(&d, 0, 1, 1);
-    d.arm(Fault { after: 0, errno: libc::EIO, lasting: false });
+    d.arm(Fault { after: 0, errno: libc::EIO, lasting: false, only: None });
     assert_eq!(block_on(d.flush()).unwrap_err().raw_os_error(), Some(libc::EIO));
     assert_eq!(d.disarm().len(), 1);
     block_on(d.flush()).unwrap();
@@ -123,7 +123,7 @@ fn a_failed_flush_promises_nothing_ever_after() {
 #[test]
 fn a_full_disk_fails_writes_only_and_a_passing_fault_passes() {
     let d = device(1);
-    d.arm(Fault { after: 0, errno: libc::ENOSPC, lasting: false });
+    d.arm(Fault { after: 0, errno: libc::ENOSPC, lasting: false, only: None });
     block_on(d.flush()).unwrap();
     block_on(d.read(0, IoBufMut::new(&mut [0; SECTOR]))).unwrap();
     assert_eq!(block_on(d.write(0, IoBuf::new(&[1; SECTOR]))).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
