@@ -5,6 +5,7 @@ pub mod config;
 pub mod content;
 pub mod crash;
 pub mod cuts;
+pub mod directed;
 pub mod disturb;
 pub mod guests;
 pub mod history;

@@ -1,0 +1,129 @@
+//! Histories for mistakes that random ones seldom meet: few clusters, all of them in use at once, on a device that holds
+//! back just what others must not overtake.
+
+use std::time::Duration;
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::config::Config;
+use super::cuts::{Start, full_of_holes};
+use super::history::{After, History, Op, Round};
+use super::sequences::{PLAIN, Variant};
+use super::sim::Delay;
+
+/// Writes in place are held by the device while their clusters are discarded, and the discards flushed; the recycler wants
+/// every cluster that is free for its pool, and other guests write to what it hands out. What reuses a cluster before the
+/// writes that were there first have ended, gets their data.
+pub fn held_writes(seed: u64) -> (History, Start) {
+    let (mut config, mut rng) = set_up(seed ^ 0x0068_656c_6400, 24);
+    config.delay = Delay::SlowGuests { millis: 60 };
+    let start = full(config);
+    let mut guests = vec![Vec::new(); 5];
+    for _ in 0..15 {
+        for writer in &mut guests[0..3] {
+            writer.push(Op::Write { first: rng.random_range(0..config.image.sectors), count: 1 });
+        }
+        guests[3].extend([discard(&config, 3, &mut rng), Op::Flush, Op::Sleep(rng.random_range(12..30))]);
+        guests[4].push(Op::Write { first: rng.random_range(0..config.image.sectors), count: 3 });
+    }
+    (concurrently(config, guests, After::Nothing), start)
+}
+
+/// Writes in place are held by the device while a compaction moves their clusters.
+pub fn held_writes_under_moves(seed: u64) -> (History, Start) {
+    under_moves(seed ^ 0x006d_6f76_6531, Delay::SlowGuests { millis: 60 })
+}
+
+/// Guests write to what is being moved while the copies are being flushed, which takes long.
+pub fn writes_under_slow_moves(seed: u64) -> (History, Start) {
+    under_moves(seed ^ 0x006d_6f76_6532, Delay::SlowFlushes { millis: 60 })
+}
+
+fn under_moves(seed: u64, delay: Delay) -> (History, Start) {
+    let (mut config, mut rng) = set_up(seed, 32);
+    config.keep_erased = 0;
+    let start = full_of_holes(config, &mut rng);
+    config.delay = delay;
+    let mut guests = vec![Vec::new(); 4];
+    for _ in 0..6 {
+        for writer in &mut guests[0..3] {
+            for _ in 0..3 {
+                let first = rng.random_range(0..config.image.sectors);
+                writer.extend([Op::Write { first, count: 1 }, Op::Sleep(rng.random_range(1..20))]);
+            }
+        }
+        guests[3].extend([Op::Sleep(rng.random_range(10..40)), discard(&config, 3, &mut rng), Op::Flush, Op::Compact]);
+    }
+    (concurrently(config, guests, After::Nothing), start)
+}
+
+/// Guests flush a slow device, often one while the other does, and others discard and write all the time: what happens
+/// while one flush is under way is durable with the next one only.
+pub fn late_work(seed: u64) -> (History, Start) {
+    let (mut config, mut rng) = set_up(seed ^ 0x6c61_7465, 24);
+    config.delay = Delay::SlowFlushes { millis: 40 };
+    let start = full(config);
+    let mut guests = vec![Vec::new(); 4];
+    for _ in 0..8 {
+        for flusher in &mut guests[0..2] {
+            flusher.extend([Op::Flush, Op::Sleep(rng.random_range(1..60))]);
+        }
+        guests[2].extend([discard(&config, 2, &mut rng), Op::Sleep(rng.random_range(10..50))]);
+        let first = rng.random_range(0..config.image.sectors);
+        guests[3].extend([Op::Write { first, count: 3 }, Op::Sleep(rng.random_range(10..50))]);
+    }
+    (concurrently(config, guests, After::Nothing), start)
+}
+
+/// Guests change what L2 tables and refcount blocks say while a compaction moves these: the tables stand at the end of a file
+/// full of holes, more of them than the cache holds. Afterwards the image is opened anew, and so the tables are read.
+pub fn moving_tables(seed: u64) -> (History, Start) {
+    let (mut config, mut rng) = set_up(seed ^ 0x7461_626c, 700);
+    config.l2_cache_size = 0;
+    config.keep_erased = 0;
+    let start = full_of_holes(config, &mut rng);
+    config.delay = Delay::Sleeps { yields: 2, millis: 4 };
+    let mut guests = vec![vec![Op::Compact]; 1];
+    for _ in 0..3 {
+        let mut ops = Vec::new();
+        for _ in 0..20 {
+            let change = match rng.random_range(0..3) {
+                0 => Op::Write { first: rng.random_range(0..config.image.sectors), count: 2 },
+                _ => discard(&config, 2, &mut rng),
+            };
+            ops.extend([change, Op::Sleep(rng.random_range(1..30))]);
+        }
+        guests.push(ops);
+    }
+    (History { compare: true, ..concurrently(config, guests, After::Reopen) }, start)
+}
+
+/// A recycler that erases whatever is free, and does nothing else of its own accord.
+fn set_up(seed: u64, sectors: u64) -> (Config, SmallRng) {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let cluster_bits = if sectors < 100 { rng.random_range(9..=10) } else { 9 };
+    let config = Variant { cluster_bits, sectors, ..PLAIN }.config(seed);
+    let flush_after = Duration::from_secs(10);
+    let keep_erased = 1024 << cluster_bits;
+    (Config { overlap: true, keep_erased, compact_after_unmaps: None, flush_after, ..config }, rng)
+}
+
+/// A disk that was written whole.
+fn full(config: Config) -> Start {
+    let ops = [Op::Write { first: 0, count: config.image.sectors }];
+    let history =
+        History { config: Config { delay: Delay::None, ..config }, compare: false, rounds: vec![Round::of(&ops)] };
+    Start::after(&history, false).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
+}
+
+/// Discards up to so many whole clusters.
+fn discard(config: &Config, clusters: u64, rng: &mut SmallRng) -> Op {
+    let (cluster, sectors) = (config.image.cluster_sectors(), config.image.sectors);
+    let first = rng.random_range(0..sectors) / cluster * cluster;
+    Op::Discard { first, count: (clusters * cluster).min(sectors - first) }
+}
+
+fn concurrently(config: Config, guests: Vec<Vec<Op>>, after: After) -> History {
+    History { config, compare: false, rounds: vec![Round { recycler: true, guests, after }] }
+}
