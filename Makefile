@@ -48,6 +48,8 @@ rust-test: $(VENV_READY)
 	else \
 		$(CARGO) test --workspace --locked -q; \
 	fi
+	# Deliberate mistakes, which only a library that is built for it can make.
+	$(CARGO) test -p qcow-recycler --locked -q --features mutations --test mutations -- --nocapture
 
 # PYTEST= takes further arguments, such as PYTEST='-k crash -x'.
 pytest: setup lib python-dev

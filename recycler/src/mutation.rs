@@ -25,6 +25,38 @@ pub enum Mutation {
     PromoteLateWork,
     /// New references are written without the flush that their data needs.
     SkipBarrier,
+    /// References to what snapshots use are rewritten without a flush after the copy.
+    RewriteSharedBeforeFlush,
+    /// Tables are changed before the mark that says so is durable.
+    ChangeBeforeMark,
+    /// The mark is taken back before the image is closed.
+    UnmarkEarly,
+    /// The refcount table names a new block that is not durable.
+    EntryBeforeBlock,
+    /// References are written whose counts are in a block that the table does not durably name.
+    ReferenceBeforeEntry,
+    /// The header names a new refcount table that is not durable.
+    HeaderBeforeTable,
+    /// The header names a new L1 table that is not durable.
+    HeaderBeforeL1,
+    /// A copied L2 table is linked before it is durable.
+    LinkTableCopyEarly,
+    /// Clusters that replace others are linked before their data is durable.
+    LinkBeforeData,
+    /// A zeroed cluster that kept its host cluster is shown before what it holds is durable.
+    ShowBeforeZeroes,
+    /// Erased clusters are handed out as if zeroes and counts were durable.
+    ErasedAsAvailable,
+    /// A table that moves is written at one of its two places.
+    WriteOnePlace,
+    /// A larger disk shows before what is new on it has been cleared.
+    GrowBeforeClearing,
+    /// What a smaller disk loses is unmapped before its size is durable.
+    ForgetBeforeSize,
+    /// A failed flush of the device has no consequences.
+    ForgiveFailedFlush,
+    /// What a failed commit did not write counts as written.
+    ForgetFailedCommit,
     /// A request does not look whether the epoch advanced while it entered.
     EnterUnchecked,
     /// A request leaves its epoch without waking up who waits for that.
@@ -41,7 +73,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// Those that power cuts and random histories must find.
-    pub const ALL: [Mutation; 10] = [
+    pub const ALL: [Mutation; 26] = [
         Mutation::RewriteBeforeFlush,
         Mutation::ReuseFreedAtOnce,
         Mutation::UncountSourceEarly,
@@ -52,6 +84,22 @@ impl Mutation {
         Mutation::TablesBeforeCounts,
         Mutation::PromoteLateWork,
         Mutation::SkipBarrier,
+        Mutation::RewriteSharedBeforeFlush,
+        Mutation::ChangeBeforeMark,
+        Mutation::UnmarkEarly,
+        Mutation::EntryBeforeBlock,
+        Mutation::ReferenceBeforeEntry,
+        Mutation::HeaderBeforeTable,
+        Mutation::HeaderBeforeL1,
+        Mutation::LinkTableCopyEarly,
+        Mutation::LinkBeforeData,
+        Mutation::ShowBeforeZeroes,
+        Mutation::ErasedAsAvailable,
+        Mutation::WriteOnePlace,
+        Mutation::GrowBeforeClearing,
+        Mutation::ForgetBeforeSize,
+        Mutation::ForgiveFailedFlush,
+        Mutation::ForgetFailedCommit,
     ];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.

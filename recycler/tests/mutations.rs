@@ -1,65 +1,169 @@
 //! Can the simulation see? With the feature `mutations` the library can be told to break one step of its own crash or
-//! concurrency argument; each such mistake must be found by the same histories that find nothing without it.
+//! concurrency argument; each such mistake must be found by histories that find nothing without it.
 //!
-//! `cargo test --features mutations --test mutations -- --nocapture` prints after how many runs.
+//! `cargo test -p qcow-recycler --features mutations --test mutations -- --nocapture` prints by what, and after how many
+//! runs; `QCR_MUTATION=name` tries one only, `QCR_SEED=n` begins with another seed.
 #![cfg(feature = "mutations")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::fmt;
+use std::time::Instant;
 
 use common::crash::Effort;
-use common::cuts::{self, Budget, Counts};
+use common::cuts::{self, Budget, Counts, Start};
+use common::directed;
+use common::disturb;
 use common::guests::Failure;
-use common::play;
+use common::history::History;
+use common::sequences::{PLAIN, Variant, steps};
+use common::sim::Kind;
+use common::slice;
 use qcow_recycler::mutation::{Mutation, activate};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
-/// Within so many histories of each sort every mistake must be found.
-const HISTORIES: u64 = 400;
-/// And within so much time.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Within so many runs every mistake must be found. Most are in one to ten; the rest is margin, and what a run costs that
+/// has stopped seeing.
+const RUNS: u64 = 200;
 
-const BUDGET: Budget =
-    Budget { moments: 24, effort: Effort { exhaustive: 6, random: 24, singles: 8 }, qemu: 0, twice: 0 };
+/// Where a mistake is looked for.
+#[derive(Clone, Copy)]
+enum Sort {
+    /// Four random steps, on one kind of image, with power cuts at every moment.
+    Steps(Variant),
+    /// These steps.
+    Named(Variant, &'static [&'static str]),
+    /// Histories with power cuts at many moments.
+    Cut(&'static str, fn(u64) -> (History, Start)),
+    /// Histories without: what other guests see is the harm.
+    Race(&'static str, fn(u64) -> (History, Start)),
+    /// A random history in which the device fails, if asked for in an operation of one kind.
+    Faults(Option<Kind>),
+}
 
-/// One history of each sort, with or without a mistake: the first failure.
-fn run(seed: u64, mutation: Option<Mutation>, without_recycler: bool, counts: &mut Counts) -> Option<Failure> {
-    // The disks are filled by the library as it should be.
-    let mut disks = [cuts::random_history(seed), cuts::racing_history(seed), cuts::reusing_history(seed)];
-    let mut calm = play::random_history(seed);
-    if without_recycler {
-        let rounds = disks.iter_mut().flat_map(|(history, _)| &mut history.rounds).chain(&mut calm.rounds);
-        rounds.for_each(|round| round.recycler = false);
+impl fmt::Display for Sort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Sort::Steps(variant) => write!(f, "random steps on {}", variant.name),
+            Sort::Named(variant, steps) => write!(f, "the steps \"{}\" on {}", steps.join(", "), variant.name),
+            Sort::Cut(name, _) => write!(f, "{name}, with power cuts"),
+            Sort::Race(name, _) => f.write_str(name),
+            Sort::Faults(None) => f.write_str("random faults"),
+            Sort::Faults(Some(kind)) => write!(f, "random faults of {kind:?}"),
+        }
     }
+}
+
+const SNAPSHOT: Variant = Variant { name: "snapshot", snapshot: true, ..PLAIN };
+const PARTIAL: Variant = Variant { name: "partial clusters", cluster_bits: 10, ..PLAIN };
+const MANY_BLOCKS: Variant = Variant { name: "many refcount blocks", refcount_bits: 64, ..PLAIN };
+
+/// The histories that show a mistake, by what it breaks.
+fn sort(mutation: Mutation) -> Sort {
+    use Mutation as M;
+    match mutation {
+        M::CommitCancelledMove => Sort::Race("writes under slow moves", directed::writes_under_slow_moves),
+        M::CopyWithoutGrace => Sort::Race("held writes under moves", directed::held_writes_under_moves),
+        M::ReuseWithoutGrace => Sort::Race("held writes", directed::held_writes),
+        M::WriteOnePlace => Sort::Race("moving tables", directed::moving_tables),
+        M::PromoteLateWork => Sort::Cut("late work", directed::late_work),
+        M::HeaderBeforeTable => Sort::Cut("outgrowing", cuts::outgrowing_history),
+        M::RewriteSharedBeforeFlush | M::SkipBarrier | M::LinkTableCopyEarly | M::LinkBeforeData => {
+            Sort::Steps(SNAPSHOT)
+        }
+        M::EntryBeforeBlock | M::ReferenceBeforeEntry | M::TablesBeforeCounts => Sort::Steps(MANY_BLOCKS),
+        M::GrowBeforeClearing => Sort::Named(PARTIAL, &["shrink", "grow"]),
+        M::ShowBeforeZeroes => Sort::Named(PARTIAL, &["zeroes", "flush", "overwrite", "flush"]),
+        M::HeaderBeforeL1 => Sort::Named(PLAIN, &["grow"]),
+        M::ForgiveFailedFlush => Sort::Faults(Some(Kind::Flush)),
+        M::ForgetFailedCommit => Sort::Faults(None),
+        M::RewriteBeforeFlush
+        | M::ReuseFreedAtOnce
+        | M::UncountSourceEarly
+        | M::TruncateBeforeDurable
+        | M::ChangeBeforeMark
+        | M::UnmarkEarly
+        | M::ErasedAsAvailable
+        | M::ForgetBeforeSize => Sort::Steps(PLAIN),
+        other => panic!("{other:?} is not for histories: the models look for it"),
+    }
+}
+
+/// What a seed makes of steps.
+fn history_of_steps(variant: Variant, names: Option<&[&str]>, seed: u64) -> (History, Start) {
+    let (config, mut rng) = (variant.config(seed), SmallRng::seed_from_u64(seed));
+    let all = steps(&variant);
+    let chosen: Vec<_> = match names {
+        Some(names) => names.iter().map(|name| all.iter().find(|s| s.0 == *name).expect("a step's name")).collect(),
+        None => (0..4).map(|_| &all[rng.random_range(0..all.len())]).collect(),
+    };
+    let rounds = chosen.into_iter().map(|(_, round)| round.clone()).collect();
+    (History { config, compare: true, rounds }, variant.start(config))
+}
+
+/// One run of a sort, from its seed, with or without a mistake. The library makes none while the disk is filled, nor while it
+/// recovers what a power cut has left.
+fn run(sort: Sort, seed: u64, mutation: Option<Mutation>, counts: &mut Counts) -> Result<(), Failure> {
+    let effort = Effort { exhaustive: 7, random: 24, singles: 8 };
+    let ((history, start), moments) = match sort {
+        Sort::Steps(variant) => (history_of_steps(variant, None, seed), 1000),
+        Sort::Named(variant, names) => (history_of_steps(variant, Some(names), seed), 1000),
+        Sort::Cut(_, history) => (history(seed), 40),
+        Sort::Race(_, history) => (history(seed), 0),
+        Sort::Faults(only) => {
+            // These two do nothing unless the device fails.
+            activate(mutation);
+            let done = disturb::random_fault(seed, only);
+            activate(None);
+            counts.images += done?.map_or(0, |o| o.crash_images);
+            return Ok(());
+        }
+    };
     activate(mutation);
-    let mut found = disks.iter().find_map(|(history, from)| cuts::play(history, from, BUDGET, counts).err());
-    if found.is_none() {
-        found = play::against_model(&calm, false).err();
-    }
+    let result =
+        cuts::play_then(&history, &start, Budget { moments, effort, qemu: 0, twice: 0 }, counts, || activate(None));
     activate(None);
-    found
+    result
 }
 
 /// Runs histories until one fails: how many were run, how many crash images were looked at, and what was found.
-fn hunt(mutation: Mutation) -> (u64, u64, Option<String>) {
-    // This one makes the background recycler spin, and to notice that is not to see what it does to an image: only
-    // compactions that guests ask for are played.
-    let spins = mutation == Mutation::TruncateBeforeDurable;
-    let (start, mut counts) = (Instant::now(), Counts::default());
-    for seed in 1..=HISTORIES {
-        if start.elapsed() > PATIENCE {
-            return (seed, counts.images, None);
-        }
-        if let Some(failure) = run(seed, Some(mutation), spins, &mut counts) {
+fn hunt(mutation: Mutation, first: u64) -> (u64, u64, Option<String>) {
+    let mut counts = Counts::default();
+    for number in 1..=RUNS {
+        let seed = first + number - 1;
+        if let Err(failure) = run(sort(mutation), seed, Some(mutation), &mut counts) {
             // It must be the mutation that was found.
-            if let Some(real) = run(seed, None, spins, &mut Counts::default()) {
+            if let Err(real) = run(sort(mutation), seed, None, &mut Counts::default()) {
                 panic!("seed {seed} fails without a mutation: {real}");
             }
-            return (seed, counts.images, Some(failure.message));
+            return (number, counts.images, Some(failure.message));
         }
     }
-    (HISTORIES, counts.images, None)
+    (RUNS, counts.images, None)
+}
+
+/// Hunts for each mutation with the seeds from `first` on; how many were found, and which were not.
+fn hunt_all(first: u64) -> (u64, Vec<Mutation>) {
+    let wanted = std::env::var("QCR_MUTATION").unwrap_or_default();
+    let (mut found_in_all, mut missed) = (0, Vec::new());
+    println!("from seed {first}:");
+    for mutation in Mutation::ALL {
+        if !format!("{mutation:?}").contains(&wanted) {
+            continue;
+        }
+        let began = Instant::now();
+        let (runs, images, found) = hunt(mutation, first);
+        let how = found.as_deref().map_or("NOT FOUND", |m| m.lines().nth(1).unwrap_or(m));
+        let took = began.elapsed();
+        println!("{mutation:?}: {}: {runs} runs, {images} crash images, {took:.1?}: {how:.160}", sort(mutation));
+        found_in_all += u64::from(found.is_some());
+        if found.is_none() {
+            missed.push(mutation);
+        }
+    }
+    (found_in_all, missed)
 }
 
 #[test]
@@ -70,15 +174,18 @@ fn every_mutation_is_found() {
             eprintln!("{info}");
         }
     }));
-    let mut missed = Vec::new();
-    for mutation in Mutation::ALL {
-        let (histories, images, found) = hunt(mutation);
-        let how = found.as_deref().map_or("NOT FOUND", |m| m.lines().nth(1).unwrap_or(m));
-        println!("{mutation:?}: {histories} histories of each sort, {images} crash images: {how:.160}");
-        if found.is_none() {
-            missed.push(mutation);
+    let soak = || slice::soak_minutes().map(|_| slice::soak_seed());
+    let mut first = slice::replay_seed().or_else(soak).unwrap_or(1);
+    let end = slice::soak_deadline(0.9);
+    let missed = loop {
+        let (found, missed) = hunt_all(first);
+        slice::tell(&[("mutations_found", found)]);
+        // A soak goes on with other seeds for as long as it may.
+        if !missed.is_empty() || end.is_none_or(|end| Instant::now() > end) {
+            break missed;
         }
-    }
+        first += RUNS;
+    };
     let _ = std::panic::take_hook();
-    assert!(missed.is_empty(), "not found: {missed:?}");
+    assert!(missed.is_empty(), "not found from seed {first} on: {missed:?}");
 }

@@ -7,6 +7,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::metadata::Metadata;
+use crate::mutation::{Mutation, broken};
 use crate::units::HostCluster;
 
 /// The file grows by about an eighth, within these bounds in bytes.
@@ -152,7 +153,7 @@ impl Clusters {
         let mut states = self.lock();
         let (range, durable) = match states.available.take_run(wanted) {
             Some(range) => (range, true),
-            None => (states.erased.take_run(wanted)?, false),
+            None => (states.erased.take_run(wanted)?, broken(Mutation::ErasedAsAvailable)),
         };
         states.roots.insert_range(range.clone());
         states.taken = true;

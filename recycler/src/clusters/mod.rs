@@ -173,12 +173,6 @@ impl States {
         taken
     }
 
-    /// What the mutation `TruncateBeforeDurable` does.
-    pub(crate) fn free_unlinked(&mut self) {
-        let unlinked = std::mem::take(&mut self.unlinked.clusters);
-        self.junk.add_all(&unlinked);
-    }
-
     /// That the sets are disjoint and end where the file does. The first violation, in words.
     pub(crate) fn violation(&self) -> Option<String> {
         let mut sets: Vec<(&str, &ClusterSet)> = vec![

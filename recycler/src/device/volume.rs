@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::{BlockDevice, Features};
 use crate::buf::{IoBuf, IoBufMut};
 use crate::error::{Error, Result};
+use crate::mutation::{Mutation, broken};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -138,7 +139,9 @@ impl<D: BlockDevice> Volume<D> {
         self.ensure_sound()?;
         self.flushes.fetch_add(1, Ordering::Relaxed);
         self.device.flush().await.map_err(|source| {
-            self.fail(|| format!("a flush of the device failed: {source}"));
+            if !broken(Mutation::ForgiveFailedFlush) {
+                self.fail(|| format!("a flush of the device failed: {source}"));
+            }
             Error::Io { action: "a flush", offset: 0, source }
         })
     }

@@ -4,6 +4,7 @@ use super::Image;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::header::{self, incompatible};
+use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::Ordering;
 
 impl<D: BlockDevice> Image<D> {
@@ -33,6 +34,11 @@ impl<D: BlockDevice> Image<D> {
             // No table was changed; data may have been overwritten in place.
             return self.volume.flush().await.and(bitmaps);
         }
+        let features = self.incompatible & !incompatible::DIRTY;
+        let unmark = |sector: &mut [u8; 512]| header::patch_incompatible(sector, features);
+        if broken(Mutation::UnmarkEarly) {
+            self.meta.write_header(&self.volume, unmark).await?;
+        }
         self.settle().await?;
         self.return_pool().await?;
         // The counts, and then the length: cut in between, the file is longer than it need be, which is no error.
@@ -41,8 +47,7 @@ impl<D: BlockDevice> Image<D> {
         bitmaps?;
         // Everything is durable and counted right: whoever opens the image next need not look for leaks.
         let turn = self.meta.exclusive_turn().await;
-        let features = self.incompatible & !incompatible::DIRTY;
-        turn.rewrite_header(&self.volume, |sector| header::patch_incompatible(sector, features)).await
+        turn.rewrite_header(&self.volume, unmark).await
     }
 
     /// Commits until nothing is Freed any more. Nobody else is at work.

@@ -10,6 +10,7 @@ use crate::device::volume::{PIECE, zeroes};
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Mapping};
 use crate::metadata::slices::Entries as _;
+use crate::mutation::{Mutation, broken};
 use crate::sync::AsyncRwLockReadGuard;
 use crate::units::{GuestCluster, GuestOffset};
 
@@ -72,6 +73,9 @@ impl<D: BlockDevice> Image<D> {
         request.count(Counter::Discards, 1);
         request.count(Counter::DiscardBytes, length);
         drop(request);
+        if broken(Mutation::ReuseFreedAtOnce) {
+            self.reap().await;
+        }
         self.work.notify_one();
         self.commit_if_due().await
     }

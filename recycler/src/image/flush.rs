@@ -1,6 +1,7 @@
 //! Making things durable: the one place where a flush promotes what waited for it.
 
 use super::Image;
+use crate::clusters::{FreedBatch, States};
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::header::{self, incompatible};
@@ -69,7 +70,7 @@ impl<D: BlockDevice> Image<D> {
             states.erased.clone()
         };
         if broken(Mutation::UncountSourceEarly) {
-            self.uncount_early().await?;
+            self.uncount(|states| &mut states.committing).await?;
         }
         let committed = turn.write_back(&self.volume, l1_move).await?;
         // Referenced → done: the new references are durable.
@@ -172,15 +173,15 @@ impl<D: BlockDevice> Image<D> {
         None
     }
 
-    /// What the mutation does: the counts are lowered in the commit that only makes the unlinking durable.
-    async fn uncount_early(&self) -> Result<()> {
-        let freed = self.clusters.lock().committing.clusters.clone();
+    /// What mutations do: counts are lowered that other references than those in memory still need.
+    pub(super) async fn uncount(&self, freed: fn(&mut States) -> &mut FreedBatch) -> Result<()> {
+        let clusters = freed(&mut self.clusters.lock()).clusters.clone();
         let mut refcounts = self.meta.refcounts.lock().await;
-        for run in freed.runs() {
+        for run in clusters.runs() {
             let free = refcounts.release(&self.volume, run.clone()).await?;
             let mut states = self.clusters.lock();
-            states.committing.clusters.remove_range(run);
-            free.into_iter().for_each(|r| states.junk.insert_range(r));
+            freed(&mut states).clusters.remove_range(run);
+            free.into_iter().for_each(|r| states.freed(r));
         }
         Ok(())
     }
@@ -206,7 +207,12 @@ impl<D: BlockDevice> Image<D> {
         let turn = self.meta.exclusive_turn().await;
         if !self.prepared.load(Ordering::Acquire) {
             let features = self.incompatible | incompatible::DIRTY;
-            turn.rewrite_header(&self.volume, |sector| header::patch_incompatible(sector, features)).await?;
+            let mark = |sector: &mut [u8; 512]| header::patch_incompatible(sector, features);
+            if broken(Mutation::ChangeBeforeMark) {
+                self.meta.write_header(&self.volume, mark).await?;
+            } else {
+                turn.rewrite_header(&self.volume, mark).await?;
+            }
             self.prepared.store(true, Ordering::Release);
         }
         Ok(())

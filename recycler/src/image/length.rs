@@ -53,11 +53,11 @@ impl<D: BlockDevice> Image<D> {
     /// or after the truncation is durable, nothing refers to what was past the new end.
     pub(crate) async fn shorten(&self) -> Result<()> {
         self.prepare_changes().await?;
-        // The counts of what is Junk, before the clusters vanish.
         if broken(Mutation::TruncateBeforeDurable) {
-            self.clusters.lock().free_unlinked();
-            return self.truncate_to(0).await;
+            self.uncount(|states| &mut states.unlinked).await?;
+            self.truncate_to(0).await?;
         }
+        // The counts of what is Junk, before the clusters vanish.
         self.settle_once().await?;
         loop {
             self.return_tail().await?;

@@ -6,6 +6,7 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::header;
 use crate::metadata::commit::L1Move;
+use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::Ordering;
 
 /// An L1 table may take this many bytes.
@@ -59,6 +60,9 @@ impl<D: BlockDevice> Image<D> {
         self.virtual_size.store(size, Ordering::SeqCst);
         self.epochs.grace().await;
         let _frozen = self.structure.write().await;
+        if broken(Mutation::ForgetBeforeSize) {
+            self.forget_past(size).await?;
+        }
         if let Err(e) = self.publish_size(size).await {
             self.virtual_size.store(old, Ordering::SeqCst);
             return Err(e);
@@ -123,6 +127,10 @@ impl<D: BlockDevice> Image<D> {
         // What becomes part of the disk must read as zeroes before it does: the rest of the last cluster, clusters left by
         // an interrupted shrink, and a backing file that is longer than the disk was.
         let end = size.next_multiple_of(geometry.cluster_size());
+        if broken(Mutation::GrowBeforeClearing) {
+            let turn = self.meta.exclusive_turn().await;
+            turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await?;
+        }
         self.clear_new(old, end).await?;
         let mut turn = self.meta.exclusive_turn().await;
         self.commit_in_turn(&mut turn, None).await?;

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::format::l2::{self, Mapping};
 use crate::metadata::patches::lay_over;
 use crate::metadata::slices::{Entries as _, Slice};
+use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostOffset};
 use std::sync::Arc;
 
@@ -159,7 +160,7 @@ impl<D: BlockDevice> Image<D> {
         // durable yet must become so first, lest what the cluster once held shows.
         let zeroes_before =
             old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(Some(o.1), g << geometry.cluster_bits));
-        if !allocation.durable || !zeroes_before {
+        if !allocation.durable || !zeroes_before && !broken(Mutation::LinkBeforeData) {
             self.meta.require_barrier();
         }
         let mut entries = self.meta.l2.modify(slice);
@@ -200,7 +201,9 @@ impl<D: BlockDevice> Image<D> {
         }
         self.volume.write("writing guest data", host.0 + within, buf.slice(0..length)).await?;
         // Without its data, the cluster would show what it held before it was zeroed.
-        self.meta.require_barrier();
+        if !broken(Mutation::ShowBeforeZeroes) {
+            self.meta.require_barrier();
+        }
         let mut entries = self.meta.l2.modify(slice);
         if entries.get(index) != old {
             return Ok(0);
@@ -287,7 +290,7 @@ impl<D: BlockDevice> Image<D> {
                 self.copy_shared_table(old.host, host).await?;
             }
             // An empty table may be linked before it is durable, since it reads as zeroes; a copy may not.
-            if old.is_some() || !allocation.durable {
+            if old.is_some() && !broken(Mutation::LinkTableCopyEarly) || !allocation.durable {
                 self.meta.require_barrier();
             }
             self.meta.tables.lock().insert(allocation.first());

@@ -171,17 +171,23 @@ impl CommitTurn<'_> {
             if !counts.table.is_empty() {
                 // A block must be durable before the table names it. Cut before: the table names the old block or none,
                 // and what only the new one counts is not referred to. Cut after: the block is there.
-                volume.flush().await?;
+                if !broken(Mutation::EntryBeforeBlock) {
+                    volume.flush().await?;
+                }
                 bytes += counts.table.submit(volume, "writing the refcount table").await?;
             }
             if let Some((offset, clusters, _)) = &counts.moved {
                 // The same one level up: the whole new table is durable before the header's one sector names it.
-                volume.flush().await?;
+                if !broken(Mutation::HeaderBeforeTable) {
+                    volume.flush().await?;
+                }
                 meta.write_header(volume, |sector| header::patch_refcount_table(sector, *offset, *clusters)).await?;
             }
             let tables = !l2_writes.is_empty() || !l1_writes.is_empty();
             let barrier = barrier && !broken(Mutation::SkipBarrier);
-            if tables && (barrier || l1_move.is_some() || !counts.table.is_empty() || counts.moved.is_some()) {
+            let names_blocks = !counts.table.is_empty() || counts.moved.is_some();
+            let skip = names_blocks && broken(Mutation::ReferenceBeforeEntry);
+            if tables && !skip && (barrier || l1_move.is_some() || names_blocks) {
                 // Cut before this flush: no reference was written, so new clusters are leaks, and the guest sees old data.
                 // Cut after it: the clusters are counted and hold what they must hold, so any subset of the references
                 // may become durable.
@@ -195,7 +201,9 @@ impl CommitTurn<'_> {
             // An entry of a snapshot's table names the old place or the new one of what moved. Both hold the same, and both
             // are counted for as many references as could name them: see `image/shared.rs`.
             bytes += patches::write(volume, &changed).await?;
-            volume.flush().await?;
+            if l1_move.is_none() || !broken(Mutation::HeaderBeforeL1) {
+                volume.flush().await?;
+            }
             if let Some(m) = &l1_move {
                 header_in_doubt.settled = false;
                 // Cut before the header's sector is written: the old L1 table stands, as it was at the last commit. After
@@ -241,6 +249,10 @@ impl CommitTurn<'_> {
         if self.unfinished.l2.is_none() && self.unfinished.counts.is_none() {
             return;
         }
+        if broken(Mutation::ForgetFailedCommit) {
+            *self.unfinished = Unfinished::default();
+            return;
+        }
         meta.require_barrier();
         let mut refcounts = meta.refcounts.lock().await;
         if let Some(captured) = self.unfinished.l2.take() {
@@ -277,7 +289,12 @@ impl CommitTurn<'_> {
 }
 
 impl Metadata {
-    async fn write_header<D: BlockDevice>(&self, volume: &Volume<D>, patch: impl FnOnce(&mut [u8; 512])) -> Result<()> {
+    /// Replaces fields of the header, in one sector. Whoever needs that durable flushes.
+    pub(crate) async fn write_header<D: BlockDevice>(
+        &self,
+        volume: &Volume<D>,
+        patch: impl FnOnce(&mut [u8; 512]),
+    ) -> Result<()> {
         let mut sector = *self.header.lock();
         patch(&mut sector);
         if let Err(e) = volume.write("writing the header", 0, IoBuf::new(&sector)).await {

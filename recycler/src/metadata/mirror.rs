@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use crate::mutation::{Mutation, broken};
 use crate::units::HostOffset;
 
 /// For each place of a moving table, the other place.
@@ -26,6 +27,7 @@ impl Mirrors {
 
     /// Where a table is to be written: its place, and the other if it stands twice.
     pub(crate) fn places(&self, table: HostOffset) -> impl Iterator<Item = HostOffset> + use<> {
-        std::iter::once(table).chain(self.0.get(&table).copied())
+        let other = self.0.get(&table).copied().filter(|_| !broken(Mutation::WriteOnePlace));
+        std::iter::once(table).chain(other)
     }
 }

@@ -82,7 +82,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             return Ok(Ended::Cancelled);
         }
         // The copies and their counts are durable after this.
-        if !broken(Mutation::RewriteBeforeFlush) {
+        if !broken(Mutation::RewriteSharedBeforeFlush) {
             image.commit().await?;
         }
         let mut error = None;

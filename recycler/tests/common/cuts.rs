@@ -258,11 +258,26 @@ impl Reservoir {
 /// # Errors
 /// What is wrong with the history itself or with the first bad crash image.
 pub fn play(history: &History, start: &Start, budget: Budget, counts: &mut Counts) -> Result<(), Failure> {
+    play_then(history, start, budget, counts, || {})
+}
+
+/// The same; `played` is called in between.
+///
+/// # Errors
+/// As there.
+pub fn play_then(
+    history: &History,
+    start: &Start,
+    budget: Budget,
+    counts: &mut Counts,
+    played: impl FnOnce(),
+) -> Result<(), Failure> {
     counts.histories += 1;
     let config = history.config;
     let shared = Shared::new(config, Clock::Tokio, Errors::None);
     *shared.model.lock() = start.model.clone();
     let moments = moments(history, start, budget, &shared)?;
+    played();
     counts.work += *shared.work.lock();
     // What led to the moment is told by the trace up to it, not by what came later.
     cut(&config, start.snapshot.as_deref(), &moments, budget, counts).map_err(|(order, message)| {
