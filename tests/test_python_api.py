@@ -532,6 +532,106 @@ def test_asyncio(tmp_path: Path) -> None:
     asyncio.run(work())
 
 
+def test_asyncio_has_many_requests_under_way(path: Path) -> None:
+    """More than the queue holds at once, and without a thread for each."""
+
+    async def work() -> None:
+        async with await aio.open(path) as image:
+            pieces = [os.urandom(4096) for _ in range(600)]
+            places = [n * 8192 for n in range(600)]
+            assert await asyncio.gather(*map(image.write, places, pieces)) == [4096] * 600
+            threads = len(os.listdir("/proc/self/task"))
+            assert await asyncio.gather(*(image.read(at, 4096) for at in places)) == pieces
+            into = [bytearray(4096) for _ in places]
+            await asyncio.gather(image.flush(), *map(image.readinto, places, into))
+            assert into == pieces
+            assert len(os.listdir("/proc/self/task")) <= threads + 1
+            await asyncio.gather(*(image.discard(at, 4096) for at in places), image.read(0, 0))
+
+    asyncio.run(work())
+    qemu.assert_clean(path)
+
+
+def test_asyncio_tells_of_failures(path: Path) -> None:
+    async def work() -> None:
+        image = await aio.open(path)
+        size = image.info.virtual_size
+        with pytest.raises(qcow_recycler.OutOfRange) as raised:
+            await image.read(size, 512)
+        assert raised.value.filename == str(path) and raised.value.offset == size
+        with pytest.raises(qcow_recycler.OutOfRange):
+            await image.read(0, 1 << 40)
+        with pytest.raises(qcow_recycler.Misaligned):
+            await image.write(1, bytes(512))
+        with pytest.raises(BufferError):
+            await image.readinto(0, bytes(512))
+        with pytest.raises(TypeError):
+            await image.write(0, "text")  # type: ignore[arg-type]
+        await image.close()
+        await image.close()
+        with pytest.raises(qcow_recycler.Closed):
+            await image.read(0, 512)
+
+    asyncio.run(work())
+
+
+def test_a_cancelled_task_leaves_its_buffer_in_use_and_the_image_usable(path: Path) -> None:
+    async def work() -> None:
+        async with await aio.open(path) as image:
+            await image.write(0, bytes([9]) * MIB)
+            for _ in range(20):
+                tasks = [asyncio.create_task(image.readinto(n * CLUSTER, bytearray(CLUSTER))) for n in range(16)]
+                await asyncio.sleep(0)
+                for task in tasks[::2]:
+                    task.cancel()
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+                assert ended[1::2] == [CLUSTER] * 8
+            assert await image.read(0, MIB) == bytes([9]) * MIB
+
+    asyncio.run(work())
+
+
+def test_closing_ends_requests_and_lets_the_file_go(path: Path) -> None:
+    async def work() -> None:
+        image = await aio.open(path)
+        tasks = [asyncio.create_task(image.write(n * CLUSTER, bytes([n]) * CLUSTER)) for n in range(64)]
+        await asyncio.sleep(0)
+        await image.close()
+        for end in await asyncio.gather(*tasks, return_exceptions=True):
+            assert end == CLUSTER or isinstance(end, qcow_recycler.Closed)
+        # In use still, it would be locked.
+        async with await aio.open(path) as again:
+            for n, task in enumerate(tasks):
+                if task.exception() is None:
+                    assert await again.read(n * CLUSTER, CLUSTER) == bytes([n]) * CLUSTER
+
+    asyncio.run(work())
+    qemu.assert_clean(path)
+
+
+def test_an_asynchronous_image_outlives_an_event_loop(path: Path) -> None:
+    image = asyncio.run(aio.open(path))
+    assert asyncio.run(image.write(0, bytes([3]) * 512)) == 512
+    assert asyncio.run(image.read(0, 512)) == bytes([3]) * 512
+
+    asyncio.run(image.close())
+
+
+def test_an_asynchronous_image_that_is_forgotten_lets_the_file_go(path: Path) -> None:
+    async def work() -> None:
+        image = await aio.open(path)
+        await image.read(0, 512)
+        with pytest.warns(ResourceWarning):
+            del image
+            for _ in range(3):
+                await asyncio.sleep(0)
+                gc.collect()
+        async with await aio.open(path) as again:
+            assert await again.read(0, 512) == bytes(512)
+
+    asyncio.run(work())
+
+
 def test_a_cancelled_task_cancels_the_compaction(path: Path) -> None:
     async def work() -> None:
         async with await aio.open(path, keep_erased=0) as image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 
 import qcow_recycler
 import qemu
+from qcow_recycler import aio
 
 MIB = 1 << 20
 CLUSTER = 64 << 10
@@ -250,3 +252,29 @@ def test_messages_reach_the_log_function() -> None:
         device.fail.clear()
     assert {level for level, _ in messages} & {"error", "warning"}
     assert {level for level, _ in messages} <= {"error", "warning", "info", "debug"}
+
+
+def test_asyncio_on_a_python_block_device() -> None:
+    device = OptionalDevice()
+    qcow_recycler.create_device(device, 16 * MIB)
+
+    async def work() -> None:
+        async with await aio.open_device(device) as image:
+            pieces = [bytes([1 + n % 255]) * 4096 for n in range(300)]
+            places = [n * 8192 for n in range(300)]
+            await asyncio.gather(*map(image.write, places, pieces))
+            await image.flush()
+            assert await asyncio.gather(*(image.read(at, 4096) for at in places)) == pieces
+            device.fail["pread"] = cause = OSError(errno.ENXIO, "gone")
+            ended = await asyncio.gather(*(image.read(at, 4096) for at in places), return_exceptions=True)
+            for error in ended:
+                assert isinstance(error, qcow_recycler.DeviceError) and error.errno == errno.ENXIO
+                assert error.__cause__ is cause
+            device.fail.clear()
+            # Requests that nobody waits for any more, when the loop ends.
+            left = [asyncio.ensure_future(image.read(at, 4096)) for at in places]
+            await asyncio.sleep(0)
+            assert not any(task.done() for task in left)
+
+    asyncio.run(work())
+    assert qcow_recycler.check_device(device).is_clean

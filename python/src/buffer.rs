@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use qcow_recycler::buf::{IoBuf, IoBufMut, IoVec};
 
 /// The memory of a Python object, held by the buffer protocol: it can neither move nor go away before this is dropped.
@@ -41,6 +42,16 @@ impl Memory {
         self.area.iov_len
     }
 
+    /// Where the bytes are.
+    pub(crate) fn area(&self) -> IoVec {
+        self.area
+    }
+
+    /// What keeps the bytes where they are.
+    pub(crate) fn into_held(self) -> PyUntypedBuffer {
+        self.held
+    }
+
     /// The bytes, as the source of a write.
     pub(crate) fn source(&self) -> IoBuf<'_> {
         // SAFETY: `held` keeps the one area readable for as long as `self` is borrowed.
@@ -54,4 +65,12 @@ impl Memory {
         // reference to it.
         unsafe { IoBufMut::from_iovecs(std::slice::from_ref(&self.area)) }
     }
+}
+
+/// A bytes object that nobody else has yet, and where its bytes are. They may be written as long as that is so.
+pub(crate) fn new_bytes(py: Python<'_>, length: usize) -> PyResult<(Py<PyBytes>, IoVec)> {
+    let bytes = PyBytes::new_with(py, length, |_| Ok(()))?;
+    // SAFETY: it is a bytes object.
+    let start = unsafe { pyo3::ffi::PyBytes_AsString(bytes.as_ptr()) };
+    Ok((bytes.unbind(), IoVec { iov_base: start.cast(), iov_len: length }))
 }

@@ -41,8 +41,22 @@ impl Image {
         disk.ok_or_else(|| self.raise(py, Error::Closed))
     }
 
-    fn raise(&self, py: Python<'_>, error: Error) -> PyErr {
+    pub(crate) fn raise(&self, py: Python<'_>, error: Error) -> PyErr {
         errors::to_python(py, error, self.filename.as_deref())
+    }
+
+    /// Before memory is taken for a read: whether the disk has so much there.
+    pub(crate) fn check_length(&self, py: Python<'_>, offset: u64, length: usize) -> PyResult<()> {
+        if length > UNCHECKED_READ {
+            let size = self.disk(py)?.info().virtual_size;
+            if (length as u64).checked_add(offset).is_none_or(|end| end > size) {
+                return Err(self.raise(py, Error::OutOfRange { offset, length: length as u64, size }));
+            }
+        }
+        if isize::try_from(length).is_err() {
+            return Err(PyMemoryError::new_err(()));
+        }
+        Ok(())
     }
 
     /// Runs `work` with the interpreter's lock released.
@@ -66,15 +80,7 @@ impl Image {
 impl Image {
     /// Returns `length` bytes from `offset`.
     fn read<'py>(&self, py: Python<'py>, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
-        if length > UNCHECKED_READ {
-            let size = self.disk(py)?.info().virtual_size;
-            if (length as u64).checked_add(offset).is_none_or(|end| end > size) {
-                return Err(self.raise(py, Error::OutOfRange { offset, length: length as u64, size }));
-            }
-        }
-        if isize::try_from(length).is_err() {
-            return Err(PyMemoryError::new_err(()));
-        }
+        self.check_length(py, offset, length)?;
         PyBytes::new_with(py, length, |bytes| self.call(py, |disk| disk.read(offset, IoBufMut::new(bytes))))
     }
 

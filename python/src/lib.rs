@@ -13,6 +13,7 @@ mod image;
 mod object;
 mod options;
 mod progress;
+mod queue;
 mod records;
 
 use pyo3::prelude::*;
@@ -22,6 +23,7 @@ fn _ext(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<image::Image>()?;
     module.add_class::<extents::Extents>()?;
+    module.add_class::<queue::Queue>()?;
     module.add_function(wrap_pyfunction!(files::open_path, module)?)?;
     module.add_function(wrap_pyfunction!(files::open_device, module)?)?;
     module.add_function(wrap_pyfunction!(files::create_path, module)?)?;

@@ -1,4 +1,8 @@
-"""The calls that wait, for asyncio: each runs on a thread of the event loop's default pool.
+"""The calls that wait, for asyncio.
+
+Requests go through a queue, many at a time, and the event loop is told when they have ended; other calls run on
+threads of its default pool. Requests that are under way together are carried out in any order; one that must see
+another is made when the other has ended.
 
 A cancelled task does not stop a request that is under way, it only stops waiting for it; so a buffer stays in use until
 then. A cancelled :meth:`AsyncImage.compact` cancels the compaction, and waits until the image is at rest.
@@ -7,15 +11,18 @@ then. A cancelled :meth:`AsyncImage.compact` cancels the compaction, and waits u
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+import weakref
+from asyncio import AbstractEventLoop, Future
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from itertools import islice
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, Unpack, final
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, final
 
 from . import _api
-from ._ext import Image
+from ._ext import Image, Queue
 from .options import CreateOptions, OpenOptions
 from .protocol import FixedBlockDevice
 from .records import CheckReport, CompactReport, Extent, Info, Progress, Stats
@@ -26,38 +33,70 @@ if TYPE_CHECKING:
 _EXTENTS_AT_ONCE = 256
 
 
+def _let_go(queues: MutableMapping[AbstractEventLoop, Queue]) -> None:
+    """Nobody has the image any more: what its event loops have of it goes, too."""
+    for loop, queue in queues.items():
+        # It may be closed already, or just now by its own thread.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(loop.remove_reader, queue.fileno())
+
+
 @final
 class AsyncImage:
     """An open image: the asynchronous twin of :class:`qcow_recycler.Image`."""
 
-    __slots__ = ("image",)
+    __slots__ = ("__weakref__", "_queues", "image")
 
     def __init__(self, image: Image) -> None:
         self.image = image
+        self._queues: MutableMapping[AbstractEventLoop, Queue] = weakref.WeakKeyDictionary()
+        weakref.finalize(self, _let_go, self._queues)
+
+    def _ask(self) -> tuple[Queue, Future[Any]]:
+        """The running loop's queue, and a future for its next request."""
+        loop = asyncio.get_running_loop()
+        queue = self._queues.get(loop)
+        if queue is None:
+            queue = Queue(self.image)
+            loop.add_reader(queue.fileno(), queue.reap)
+            self._queues[loop] = queue
+        return queue, loop.create_future()
 
     async def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
-        return await asyncio.to_thread(self.image.read, offset, length)
+        queue, future = self._ask()
+        queue.read(future, offset, length)
+        return await future  # type: ignore[no-any-return]
 
     async def readinto(self, offset: int, buffer: WriteableBuffer) -> int:
         """Fill a writable buffer from `offset`; return its length."""
-        return await asyncio.to_thread(self.image.readinto, offset, buffer)
+        queue, future = self._ask()
+        queue.readinto(future, offset, buffer)
+        return await future  # type: ignore[no-any-return]
 
     async def write(self, offset: int, buffer: ReadableBuffer) -> int:
         """Store a buffer at `offset`; return its length."""
-        return await asyncio.to_thread(self.image.write, offset, buffer)
+        queue, future = self._ask()
+        queue.write(future, offset, buffer)
+        return await future  # type: ignore[no-any-return]
 
     async def discard(self, offset: int, length: int) -> None:
         """Free a range."""
-        await asyncio.to_thread(self.image.discard, offset, length)
+        queue, future = self._ask()
+        queue.discard(future, offset, length)
+        await future
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
         """Make a range read as zeroes."""
-        await asyncio.to_thread(self.image.write_zeroes, offset, length, may_unmap)
+        queue, future = self._ask()
+        queue.write_zeroes(future, offset, length, may_unmap)
+        await future
 
     async def flush(self) -> None:
         """Make every completed write durable."""
-        await asyncio.to_thread(self.image.flush)
+        queue, future = self._ask()
+        queue.flush(future)
+        await future
 
     async def resize(self, size: int, shrink: bool = False) -> None:
         """Change the size of the virtual disk."""
@@ -111,7 +150,15 @@ class AsyncImage:
 
     async def close(self) -> None:
         """Close the image."""
-        await asyncio.to_thread(self.image.close)
+        try:
+            await asyncio.to_thread(self.image.close)
+        finally:
+            loop = asyncio.get_running_loop()
+            queue = self._queues.pop(loop, None)
+            if queue is not None:
+                loop.remove_reader(queue.fileno())
+                await asyncio.to_thread(queue.finish)
+                queue.reap()
 
     @property
     def closed(self) -> bool:
