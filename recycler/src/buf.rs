@@ -278,6 +278,7 @@ impl<'a> IoBufMut<'a> {
 const FEW: usize = 4;
 
 enum List {
+    One(IoVec),
     Few([IoVec; FEW], usize),
     Many(Box<[IoVec]>),
 }
@@ -305,8 +306,14 @@ impl Held {
     /// # Safety
     /// Until the request that is given this has ended, every area must stay readable; if it is a read, also writable, and
     /// no Rust reference to it may be used. The lengths must sum up without overflow (see [`iovecs_len`]).
+    #[inline]
     #[must_use]
     pub unsafe fn new(areas: &[IoVec]) -> Self {
+        if let [one] = areas
+            && one.iov_len > 0
+        {
+            return Held { list: List::One(*one), len: one.iov_len };
+        }
         let len = iovecs_len(areas).unwrap_or(0);
         let filled = areas.iter().filter(|area| area.iov_len > 0).copied();
         let count = filled.clone().count();
@@ -336,6 +343,7 @@ impl Held {
     #[must_use]
     pub fn areas(&self) -> &[IoVec] {
         match &self.list {
+            List::One(area) => std::slice::from_ref(area),
             List::Few(few, count) => few.get(..*count).unwrap_or_default(),
             List::Many(areas) => areas,
         }

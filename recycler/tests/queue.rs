@@ -173,6 +173,39 @@ fn nobody_waits_for_a_program_that_does_not_reap() {
     }
 }
 
+/// Some of the kernel's completions are seen only by who asks it.
+#[test]
+fn a_program_that_never_sleeps_in_the_queue_gets_everything() {
+    for (way, direct) in WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+        let dir = tempfile::tempdir_in(on_disk()).unwrap();
+        let path = dir.path().join("disk.qcow2");
+        block_on(qcow_recycler::image::create(&HostFile::create(&path).unwrap(), &CreateOptions::new(8 << 20)))
+            .unwrap();
+        let options = Options { direct, ..Options::default() };
+        let disk = Disk::open(HostFile::open_for(&path, &options).unwrap(), options).unwrap();
+        disk.write(0, IoBuf::new(&[1; 4 << 20])).unwrap();
+        let queue = queue(&disk, 32, way);
+        let mut memory: Vec<_> = (0..32).map(|_| [vec![5u8; 8192]]).collect();
+        for min in [0, 1, 32] {
+            for (n, memory) in memory.iter_mut().enumerate() {
+                let request = (n as u64 * 65536, held(memory));
+                let request = match n % 2 {
+                    0 => Request::Write { offset: request.0, memory: request.1 },
+                    _ => Request::Read { offset: request.0, memory: request.1 },
+                };
+                queue.submit(request, 0).unwrap();
+            }
+            let (mut got, deadline) = (0, Instant::now() + Duration::from_secs(60));
+            while got < 32 {
+                assert!(Instant::now() < deadline, "{got} of 32 by {way:?}, direct: {direct}, at least {min} wanted");
+                got += queue.reap(min, usize::MAX, Some(Duration::ZERO), |c| c.result.unwrap());
+            }
+        }
+        drop(queue);
+        disk.close().unwrap();
+    }
+}
+
 #[test]
 fn a_queue_that_is_dropped_waits_for_what_was_submitted() {
     for way in WAYS {

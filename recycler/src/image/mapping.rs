@@ -104,7 +104,7 @@ impl<D: BlockDevice> Image<D> {
     /// answer is not that simple, for whatever reason: then ask [`lookup_cached`](Self::lookup_cached), which is longer and
     /// says the same.
     #[inline(always)]
-    pub(super) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<HostOffset> {
+    pub(crate) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<HostOffset> {
         // Before the entry is looked at.
         let moving = self.moves.bounds();
         let cluster_size = self.meta.geometry.cluster_size();

@@ -29,7 +29,7 @@ use crate::image::Image;
 use crate::image::mapping::Purpose;
 use crate::image::plan::Planned;
 use crate::options::LogLevel;
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 use helpers::{Helpers, Work};
 use mailbox::{Mailbox, News};
 use ring::Ring;
@@ -251,7 +251,7 @@ impl<D: BlockDevice> Queue<D> {
         let mut state = self.shared.state.lock();
         self.shared.disarm(&mut state);
         self.shared.collect(&mut state);
-        let (mut given, mut until) = (0, None);
+        let (mut given, mut until, mut slept) = (0, None, false);
         loop {
             while given < max
                 && let Some(completion) = state.ready.pop_front()
@@ -275,10 +275,13 @@ impl<D: BlockDevice> Queue<D> {
                 }
             };
             self.shared.sleep(&mut state, missing, left);
+            slept = true;
             self.shared.collect(&mut state);
         }
-        // What was not handed over for a sleep is now; some of it may have ended in the same call.
-        if self.shared.look(&mut state) {
+        // What was not handed over for a sleep is now; some of it may have ended in the same call. A program that gets nothing
+        // without sleeping has the kernel asked, so that looking again and again comes to an end.
+        let asked = slept || given > 0;
+        if (!asked || state.ring.as_ref().is_some_and(Ring::has_waiting)) && self.shared.look(&mut state) {
             while given < max
                 && let Some(completion) = state.ready.pop_front()
             {
@@ -341,18 +344,18 @@ impl State {
         self.slots.len() - self.free.len()
     }
 
-    /// Frees a slot whose request has ended; returns what was in it.
+    /// Empties a slot whose request has ended, and gives what was in it and the request's user data.
+    #[inline(always)]
     fn end(&mut self, number: u32) -> Option<(Slot, u64)> {
-        let slot = self.slots.get_mut(number as usize)?;
-        let was = std::mem::replace(slot, Slot::Free);
-        match was {
+        let (slot, user_data) = (self.slots.get_mut(number as usize)?, self.user_data.get(number as usize)?);
+        if matches!(slot, Slot::Free) {
             // Nobody ends a request twice.
-            Slot::Free => return None,
-            Slot::Helped => {}
-            Slot::Transfer(_) => self.transfers -= 1,
+            return None;
         }
+        let was = std::mem::replace(slot, Slot::Free);
+        self.transfers -= usize::from(matches!(was, Slot::Transfer(_)));
         self.free.push(number);
-        Some((was, self.user_data.get(number as usize).copied().unwrap_or_default()))
+        Some((was, *user_data))
     }
 }
 
@@ -412,6 +415,8 @@ impl<D: BlockDevice> Shared<D> {
         let planned = self.image.begin(offset, length, purpose).and_then(|request| {
             let planned = if length == 0 {
                 Planned::Zeroes { length: 0 }
+            } else if let Some(host) = self.image.place_of(GuestOffset(offset), length, purpose) {
+                Planned::Transfer { host, length }
             } else {
                 self.image.plan(&request, offset, length, purpose)?
             };
