@@ -9,6 +9,8 @@
 #   make bench             how fast, beside the raw file, QEMU and other libraries (see mk/bench.mk)
 #   make soak MINUTES=n    long random runs from a fresh seed, n minutes in all (see mk/soak.mk)
 #   make models            the concurrent parts in thousands of interleavings each (see mk/models.mk)
+#   make miri              undefined behaviour and data races in the core's unit tests (see mk/miri.mk)
+#   make sanitize          the C programs and the library under AddressSanitizer and ThreadSanitizer (see mk/sanitize.mk)
 #   make fuzz SECONDS=n    coverage-guided fuzzing, n seconds a target (see mk/fuzz.mk)
 #   make clean
 

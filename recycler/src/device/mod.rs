@@ -41,7 +41,8 @@ pub struct Features {
 /// The bytes of an image file: a host file, a logical volume, a network store, memory.
 ///
 /// All offsets and lengths are in bytes. Calls may come from several threads at once and overlap in time; the library
-/// never lets two calls whose ranges overlap run at once if one of them writes, unless the guest itself does so.
+/// never lets two calls whose ranges overlap run at once if one of them writes, unless the guest itself does so; a guest's
+/// write may also come while the same range is copied elsewhere, and the copy is not used then.
 /// Transfers are whole: a call that moved fewer bytes than asked is an error. The library never reads or writes past
 /// the length it knows (that of [`length`](Self::length) at the start, and what it truncated to since).
 ///

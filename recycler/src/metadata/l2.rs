@@ -31,6 +31,9 @@ const SLICE: u64 = 4096;
 const MIN_SLICES: usize = 8;
 /// So many slices can be read from the device at once.
 const LOADING: usize = 64;
+/// A survey reads at most so many slices in one piece: fewer than can be [loaded](LOADING) at once, since each has a lock of
+/// its own then.
+const SURVEYED: usize = 16;
 const SECTOR: usize = 512;
 /// Changed sectors that are no farther apart are written in one piece.
 const GAP: usize = 2;
@@ -306,21 +309,49 @@ impl L2Cache {
     ) -> Result<()> {
         let per_table = self.geometry.entries_per_cluster();
         entries.resize(per_table as usize, 0);
-        volume.read("reading an L2 table", table.0, IoBufMut::new(entries.as_mut_bytes())).await?;
-        self.read_bytes.fetch_add(self.geometry.cluster_size(), Ordering::Relaxed);
-        for e in entries.iter_mut() {
-            *e = u64::from_be(*e);
-        }
-        let first = l1_index * per_table / self.per_slice();
-        for (n, part) in entries.chunks_mut(self.per_slice() as usize).enumerate() {
-            if let Some(slice) = self.peek(first + n as u64) {
-                let cached = slice.read();
-                for (i, e) in part.iter_mut().enumerate() {
-                    *e = cached.get(i);
-                }
-            }
+        let (mut key, mut at) = (l1_index * per_table / self.per_slice(), table.0);
+        for part in entries.chunks_mut(self.per_slice() as usize * SURVEYED) {
+            let keys = key..key + (part.len() as u64).div_ceil(self.per_slice());
+            (key, at) = (keys.end, self.survey_some(volume, keys, at, part).await?);
         }
         Ok(())
+    }
+
+    /// The entries of at most [`SURVEYED`] slices, the first of which is on disk at `at`. Returns where the next one is.
+    async fn survey_some<D: BlockDevice>(
+        &self,
+        volume: &Volume<D>,
+        keys: Range<u64>,
+        mut at: u64,
+        entries: &mut [u64],
+    ) -> Result<u64> {
+        // Nobody reads these slices into memory meanwhile. So one that is not there stays clean, and no commit writes what is
+        // read here. Whoever else takes one of these locks takes no second one.
+        let mut locks: Vec<_> = keys.clone().map(|key| key as usize % LOADING).collect();
+        locks.sort_unstable();
+        let mut held = Vec::with_capacity(locks.len());
+        for lock in locks {
+            held.push(self.loading[lock].lock().await);
+        }
+        let slices: Vec<_> = keys.map(|key| self.peek(key)).collect();
+        let mut entries = entries;
+        for run in slices.chunk_by(|a, b| a.is_none() && b.is_none()) {
+            let len = (run.len() * self.per_slice() as usize).min(entries.len());
+            let (part, rest) = std::mem::take(&mut entries).split_at_mut(len);
+            match run {
+                [Some(slice)] => {
+                    let cached = slice.read();
+                    part.iter_mut().enumerate().for_each(|(i, e)| *e = cached.get(i));
+                }
+                _ => {
+                    volume.read("reading an L2 table", at, IoBufMut::new(part.as_mut_bytes())).await?;
+                    self.read_bytes.fetch_add(size_of_val(part) as u64, Ordering::Relaxed);
+                    part.iter_mut().for_each(|e| *e = u64::from_be(*e));
+                }
+            }
+            (entries, at) = (rest, at + size_of_val(part) as u64);
+        }
+        Ok(at)
     }
 
     /// An error about the entry of a guest cluster, placed in the file.

@@ -121,7 +121,7 @@ mod explored {
             (Mutation::LeaveUnnoticed, super::epochs::waiters),
             (Mutation::WaitForTurnUnregistered, super::turns::exclusion),
             (Mutation::TagAfterEntries, super::slices::looks),
-            (Mutation::BoundsAfterEntry, super::image::moves),
+            (Mutation::BoundsAfterEntry, super::image::one_move),
             (Mutation::CommitCancelledMove, super::image::moves),
             (Mutation::CopyWithoutGrace, super::image::moves),
             (Mutation::CleanAfterCopy, super::image::commits),
