@@ -10,6 +10,7 @@ use super::source::{Source, entries, set_entry};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{COPIED, OFFSET};
+use crate::units::Geometry;
 
 /// Which flags may be changed, and what they must say.
 pub(super) struct Flags<'a> {
@@ -69,14 +70,7 @@ impl Flags<'_> {
             old.resize(RUN.min(end - at) as usize, 0);
             source.read("reading the L1 table", at, &mut old).await?;
             let mut new = old.clone();
-            for (index, entry) in entries(&old).enumerate() {
-                let offset = entry & OFFSET;
-                if offset == 0 || offset & (source.geometry.cluster_size() - 1) != 0 {
-                    continue;
-                }
-                let (wanted, allowed) = self.wanted(offset >> bits, true);
-                left += u64::from(!change(&mut new, index, entry, wanted, allowed && !shared));
-            }
+            left += self.l1_entries(source.geometry, &old, &mut new, !shared);
             source.write_changes("writing COPIED flags of the L1 table", at, &old, &new).await?;
             at += old.len() as u64;
         }
@@ -84,7 +78,21 @@ impl Flags<'_> {
     }
 
     /// Returns how many flags stay wrong.
-    fn l2_table(&self, old: &[u8], new: &mut [u8], writable: bool) -> u64 {
+    pub(super) fn l1_entries(&self, geometry: Geometry, old: &[u8], new: &mut [u8], writable: bool) -> u64 {
+        let mut left = 0;
+        for (index, entry) in entries(old).enumerate() {
+            let offset = entry & OFFSET;
+            if offset == 0 || offset & (geometry.cluster_size() - 1) != 0 {
+                continue;
+            }
+            let (wanted, allowed) = self.wanted(offset >> geometry.cluster_bits, true);
+            left += u64::from(!change(new, index, entry, wanted, allowed && writable));
+        }
+        left
+    }
+
+    /// The same for an L2 table.
+    pub(super) fn l2_table(&self, old: &[u8], new: &mut [u8], writable: bool) -> u64 {
         let step = self.layout.entry_size() / 8;
         let mut left = 0;
         for (index, entry) in entries(old).enumerate().step_by(step) {

@@ -10,6 +10,7 @@
 mod bitmaps;
 mod blocks;
 mod counts;
+mod exchange;
 mod findings;
 mod flags;
 mod mapping;

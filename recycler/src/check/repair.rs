@@ -8,7 +8,9 @@
 //!    nothing before it is hooked in, and is complete on disk when it is.
 //! 2. *COPIED flags*; flush. A flag is set only where a single reference was found, and its cluster's refcount is one or
 //!    is about to be lowered to it: a write in place meets no other owner, before and after. A flag is cleared because
-//!    the refcount, durable since step 1, allows more owners: clearing it never loses data.
+//!    the refcount, durable since step 1, allows more owners: clearing it never loses data. Where nothing but leaks was
+//!    found, flags and the refcounts that they depend on change at once (`exchange`), so that leaks are all there is
+//!    at any moment; in place only if there is no room for that.
 //! 3. *Lower* refcounts that are too high; flush. This is the only step that frees anything. It comes when everything
 //!    that protects other clusters is durable, and any subset of it leaves leaks at worst.
 //! 4. *The dirty and corrupt bits* are cleared; flush. They vouch for all of the above, so they go last.
@@ -75,6 +77,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         let mut lowered = if sure { self.differences.high.clone() } else { RoaringTreemap::new() };
         lowered |= &released;
         self.drop_unwritable(&mut lowered);
+        let spare = &lowered & &self.refcounts.ones;
         for cluster in &lowered {
             let one = self.counts.get(cluster) == 1;
             if one {
@@ -84,7 +87,9 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
             };
         }
         changed |= &lowered;
-        self.flags(&changed, &lowered).await?;
+        if !self.exchange(&mut lowered, &spare).await? {
+            self.flags(&changed, &lowered).await?;
+        }
         self.lower(&lowered).await?;
         self.findings.report.leaks_fixed = lowered.intersection_len(&(&self.differences.high - &released));
         self.differences.high -= &lowered;
@@ -103,7 +108,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
 
     /// Before the first write: whoever changes an image clears the autoclear bits that it does not know, and a last
     /// cluster that is there in part is completed, so that whole clusters can be written.
-    async fn begin(&mut self) -> Result<()> {
+    pub(super) async fn begin(&mut self) -> Result<()> {
         if std::mem::replace(&mut self.begun, true) {
             return Ok(());
         }
@@ -116,7 +121,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         Ok(())
     }
 
-    async fn patch_header(&self, patch: impl FnOnce(&mut [u8; 512])) -> Result<()> {
+    pub(super) async fn patch_header(&self, patch: impl FnOnce(&mut [u8; 512])) -> Result<()> {
         let mut sector = [0; 512];
         self.source.read("reading the header", 0, &mut sector).await?;
         let old = sector;
@@ -177,7 +182,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         Ok(plan)
     }
 
-    fn refcount_table_clusters(&self) -> std::ops::Range<u64> {
+    pub(super) fn refcount_table_clusters(&self) -> std::ops::Range<u64> {
         let first = self.header.refcount_table_offset.0 >> self.source.geometry.cluster_bits;
         first..first + u64::from(self.header.refcount_table_clusters)
     }
@@ -239,15 +244,27 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
 
     /// Writes the block's refcounts of those of its clusters that are in `clusters`, each made of the old refcount and
     /// of the references found by `choose`.
-    async fn write_block(
+    pub(super) async fn write_block(
         &self,
         index: u64,
         clusters: &RoaringTreemap,
         action: &'static str,
         choose: fn(u64, u64) -> u64,
     ) -> Result<()> {
-        let geometry = self.source.geometry;
         let Some(offset) = self.writable_block(index) else { return Ok(()) };
+        let (old, new) = self.changed_block(index, offset, clusters, choose).await?;
+        self.source.write_changes(action, offset, &old, &new).await
+    }
+
+    /// The block as it is, and with those refcounts.
+    pub(super) async fn changed_block(
+        &self,
+        index: u64,
+        offset: u64,
+        clusters: &RoaringTreemap,
+        choose: fn(u64, u64) -> u64,
+    ) -> Result<(Vec<u8>, Vec<u8>)> {
+        let geometry = self.source.geometry;
         let mut old = vec![0; geometry.cluster_size() as usize];
         self.source.read("reading a refcount block", offset, &mut old).await?;
         let mut new = old.clone();
@@ -259,7 +276,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
             let count = choose(refcount::get(&old, geometry.refcount_order, at), self.counts.get(cluster));
             refcount::set(&mut new, geometry.refcount_order, at, count);
         }
-        self.source.write_changes(action, offset, &old, &new).await
+        Ok((old, new))
     }
 
     /// The bytes of the refcount table as the plan wants it.
