@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use common::crash::Effort;
 use common::cuts::{self, Budget, Counts};
+use common::directed;
 use common::guests::Failure;
 use common::history::{self, History};
 use common::slice::{self, Slice};
@@ -44,6 +45,7 @@ fn random_histories() {
             // A large disk, so seldom.
             12 => cuts::outgrowing_history(seed),
             3 | 7 | 11 | 15 => cuts::racing_history(seed),
+            2 | 10 => directed::any(seed),
             5 | 13 => cuts::reusing_history(seed),
             6 | 14 => cuts::overtaken_history(seed),
             _ => cuts::random_history(seed),

@@ -385,7 +385,7 @@ pub fn cut(
             let twice = one_in(budget.twice, counts.images);
             let look = || {
                 verify::crash_image(&image, &moment.model, snapshot, config, depth)?;
-                if twice { cut_again(&image, &moment.model, config) } else { Ok(0) }
+                if twice { cut_again(&image, &moment.model, snapshot, config) } else { Ok(0) }
             };
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(look));
             match result.unwrap_or_else(|_| Err("panicked (see above)".into())) {
@@ -404,7 +404,7 @@ pub fn cut(
 
 /// Opens what a power cut left, compacts and closes it, and cuts the power meanwhile. Returns how many images were looked
 /// at.
-fn cut_again(image: &[u8], model: &Model, config: &Config) -> Result<u64, String> {
+fn cut_again(image: &[u8], model: &Model, snapshot: Option<&[u8]>, config: &Config) -> Result<u64, String> {
     let device = SimDevice::new(image.to_vec(), Settings { features: config.features, ..Settings::new(config.seed) });
     let epochs = Arc::new(Mutex::new(Vec::new()));
     let kept = epochs.clone();
@@ -419,6 +419,9 @@ fn cut_again(image: &[u8], model: &Model, config: &Config) -> Result<u64, String
         disk.close().await.map_err(|e| format!("closing after recovery: {e}"))
     })??;
     device.ignore();
+    if let Some(broken) = device.violations().first() {
+        return Err(format!("recovering, a rule of the device trait was broken: {broken}"));
+    }
     let epochs = std::mem::take(&mut *epochs.lock());
     let mut rng = SmallRng::seed_from_u64(config.seed ^ epochs.len() as u64);
     let mut seen = HashSet::new();
@@ -427,7 +430,7 @@ fn cut_again(image: &[u8], model: &Model, config: &Config) -> Result<u64, String
         for selection in selections {
             let twice = epoch.image(&selection);
             if seen.insert(twice.clone()) {
-                verify::crash_image(&twice, model, None, config, Depth { qemu: false, compact: false })
+                verify::crash_image(&twice, model, snapshot, config, Depth { qemu: false, compact: false })
                     .map_err(|e| format!("after a second power cut at {:?}, during recovery: {e}", epoch.event))?;
             }
         }

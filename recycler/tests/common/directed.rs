@@ -12,6 +12,17 @@ use super::history::{After, History, Op, Round};
 use super::sequences::{PLAIN, Variant};
 use super::sim::Delay;
 
+/// Any of these.
+pub fn any(seed: u64) -> (History, Start) {
+    match seed / 8 % 5 {
+        0 => held_writes(seed),
+        1 => held_writes_under_moves(seed),
+        2 => writes_under_slow_moves(seed),
+        3 => late_work(seed),
+        _ => moving_tables(seed),
+    }
+}
+
 /// Writes in place are held by the device while their clusters are discarded, and the discards flushed; the recycler wants
 /// every cluster that is free for its pool, and other guests write to what it hands out. What reuses a cluster before the
 /// writes that were there first have ended, gets their data.
