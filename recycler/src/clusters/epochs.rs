@@ -98,6 +98,7 @@ impl Epochs {
     }
 
     /// The guard of a request that was [detached](InFlight::detach) from these epochs.
+    #[cfg_attr(feature = "models", allow(clippy::modulo_one, reason = "one slot is enough there"))]
     pub(crate) fn attach(&self, detached: Detached) -> InFlight<'_> {
         // Both are what `detach` made of a guard, so the remainder changes nothing.
         InFlight {

@@ -16,6 +16,7 @@ use crate::options::{BackingFormat, BackingPolicy, Options};
 const MAX_DEPTH: usize = 64;
 
 /// What is behind an image.
+#[cfg_attr(feature = "models", allow(clippy::large_enum_variant, reason = "the model checker's locks are large"))]
 pub(crate) enum Backing {
     /// Nothing: unallocated clusters read as zeroes.
     None,
