@@ -107,6 +107,13 @@ class Qcow2:
         at = table + index % self.entries * 8
         return at, self.table(at, 1)[0]
 
+    def compressed_extent(self, entry: int) -> tuple[int, int]:
+        """Where a compressed cluster's data is: its offset, and the length up to the end of its last sector."""
+        bits = 62 - (self.get("cluster_bits") - 8)
+        offset = entry & ((1 << bits) - 1)
+        sectors = ((entry & (COMPRESSED - 1)) >> bits) + 1
+        return offset, sectors * 512 - offset % 512
+
     def snapshots(self) -> list[Snapshot]:
         at, found = self.get("snapshots_offset"), []
         for _ in range(self.get("nb_snapshots")):
@@ -150,7 +157,9 @@ class Qcow2:
                 seen.add(l2_offset)
                 run(l2_offset, self.cluster_size)
                 for entry in self.l2(l1_entry):
-                    assert not entry & COMPRESSED, "compressed clusters are not counted here"
+                    if entry & COMPRESSED:
+                        run(*self.compressed_extent(entry), usage.data)
+                        continue
                     if entry & OFFSET_MASK:
                         usage.data.add((entry & OFFSET_MASK) // self.cluster_size)
         return usage

@@ -27,6 +27,8 @@ pub enum Mutation {
     SkipBarrier,
     /// References to what snapshots use are rewritten without a flush after the copy.
     RewriteSharedBeforeFlush,
+    /// The same for compressed data.
+    RewritePackedBeforeFlush,
     /// Tables are changed before the mark that says so is durable.
     ChangeBeforeMark,
     /// The mark is taken back before the image is closed.
@@ -73,7 +75,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// Those that power cuts and random histories must find.
-    pub const ALL: [Mutation; 26] = [
+    pub const ALL: [Mutation; 27] = [
         Mutation::RewriteBeforeFlush,
         Mutation::ReuseFreedAtOnce,
         Mutation::UncountSourceEarly,
@@ -85,6 +87,7 @@ impl Mutation {
         Mutation::PromoteLateWork,
         Mutation::SkipBarrier,
         Mutation::RewriteSharedBeforeFlush,
+        Mutation::RewritePackedBeforeFlush,
         Mutation::ChangeBeforeMark,
         Mutation::UnmarkEarly,
         Mutation::EntryBeforeBlock,

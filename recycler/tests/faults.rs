@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::config::{Config, ImageKind};
 use common::content::SECTOR;
 use common::crash::Effort;
-use common::cuts::{self, Budget, Counts, Start, Watch};
+use common::cuts::{self, Budget, Counts, Made, Start, Watch};
 use common::disturb::{random_fault, with_fault};
 use common::guests::{Clock, Errors, Failure, Shared};
 use common::history::{After, History, Op, Round};
@@ -250,7 +250,7 @@ fn requests_are_dropped_at_every_await() {
         let config = Config { image, overlap: true, keep_erased: 8 << cluster_bits, delay: Delay::Yields(2), ..config };
         let filling = [Op::Write { first: 0, count: 30 * c }, Op::Discard { first: 4 * c, count: 6 * c }];
         let filling = History { config, compare: false, rounds: vec![Round::of(&filling)] };
-        let start = Start::after(&filling, false).unwrap_or_else(|f| panic!("filling the disk: {f}"));
+        let start = Start::after(&filling, Made::Plain).unwrap_or_else(|f| panic!("filling the disk: {f}"));
         let dropped = [
             ("overwrite", Op::Write { first: 20 * c, count: 2 * c }),
             ("write", Op::Write { first: 34 * c, count: 2 * c }),

@@ -12,7 +12,7 @@ use std::fmt;
 use std::time::Instant;
 
 use common::crash::Effort;
-use common::cuts::{self, Budget, Counts, Start};
+use common::cuts::{self, Budget, Counts, Made, Start};
 use common::directed;
 use common::disturb;
 use common::guests::Failure;
@@ -56,7 +56,9 @@ impl fmt::Display for Sort {
     }
 }
 
-const SNAPSHOT: Variant = Variant { name: "snapshot", snapshot: true, ..PLAIN };
+const SNAPSHOT: Variant = Variant { name: "snapshot", made: Made::WithSnapshot, ..PLAIN };
+const COMPRESSED: Variant =
+    Variant { name: "compressed", cluster_bits: 11, sectors: 96, made: Made::Compressed, ..PLAIN };
 const PARTIAL: Variant = Variant { name: "partial clusters", cluster_bits: 10, ..PLAIN };
 const MANY_BLOCKS: Variant = Variant { name: "many refcount blocks", refcount_bits: 64, ..PLAIN };
 
@@ -73,6 +75,7 @@ fn sort(mutation: Mutation) -> Sort {
         M::RewriteSharedBeforeFlush | M::SkipBarrier | M::LinkTableCopyEarly | M::LinkBeforeData => {
             Sort::Steps(SNAPSHOT)
         }
+        M::RewritePackedBeforeFlush => Sort::Steps(COMPRESSED),
         M::EntryBeforeBlock | M::ReferenceBeforeEntry | M::TablesBeforeCounts => Sort::Steps(MANY_BLOCKS),
         M::GrowBeforeClearing => Sort::Named(PARTIAL, &["shrink", "grow"]),
         M::ShowBeforeZeroes => Sort::Named(PARTIAL, &["zeroes", "flush", "overwrite", "flush"]),

@@ -60,6 +60,7 @@ fn random_histories() {
 
 /// Sequences of up to three steps on one kind of image each.
 mod sequences {
+    use crate::common::cuts::Made;
     use crate::common::sequences::{PLAIN, Variant};
 
     /// What each kind gets of a soak.
@@ -81,8 +82,13 @@ mod sequences {
     on!(cache_that_evicts, 20, Variant { sectors: 700, l2_cache_size: 0, ..PLAIN });
     on!(partial_clusters_counted_by_bits, 20, Variant { cluster_bits: 10, refcount_bits: 1, ..PLAIN });
     on!(larger_clusters, 20, Variant { cluster_bits: 12, refcount_bits: 32, ..PLAIN });
-    on!(snapshot, 60, Variant { snapshot: true, ..PLAIN });
-    on!(snapshot_partial_clusters, 20, Variant { cluster_bits: 10, refcount_bits: 8, snapshot: true, ..PLAIN });
+    on!(snapshot, 60, Variant { made: Made::WithSnapshot, ..PLAIN });
+    on!(
+        snapshot_partial_clusters,
+        20,
+        Variant { cluster_bits: 10, refcount_bits: 8, made: Made::WithSnapshot, ..PLAIN }
+    );
+    on!(compressed, 40, Variant { cluster_bits: 11, sectors: 96, made: Made::Compressed, ..PLAIN });
     on!(version_2, 20, Variant { version: 2, ..PLAIN });
     // Every growth of the file needs new refcount blocks.
     on!(many_refcount_blocks, 40, Variant { refcount_bits: 64, ..PLAIN });

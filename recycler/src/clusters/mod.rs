@@ -17,6 +17,7 @@
 pub(crate) mod allocator;
 pub(crate) mod epochs;
 pub(crate) mod moves;
+pub(crate) mod packed;
 pub(crate) mod scan;
 pub(crate) mod set;
 pub(crate) mod snapshots;

@@ -5,6 +5,7 @@ use std::collections::BinaryHeap;
 
 use super::Clusters;
 use super::moves::{Place, Reference, SharedSource, SnapshotEntry};
+use super::packed::Packed;
 use super::set::ClusterSet;
 use super::snapshots::{L1Tables, SharedTable};
 use crate::device::BlockDevice;
@@ -24,6 +25,8 @@ pub(crate) struct Scan {
     pub(crate) shared: Vec<SharedSource>,
     /// If not everything fitted: only clusters from here on are in `found` and `shared`.
     pub(crate) complete_from: u64,
+    /// The highest clusters with compressed data, as the disk refers to it.
+    pub(crate) packed: Packed,
     /// Clusters left out because the image's references or counts contradict each other.
     pub(crate) doubtful: u64,
 }
@@ -85,6 +88,7 @@ pub(crate) async fn scan<D: BlockDevice>(
                 Ok(Mapping::Compressed { descriptor }) => {
                     let (first, count) = l2::compressed_clusters(descriptor, geometry);
                     search.share(first, count);
+                    search.packed.add(descriptor, l1_index, geometry);
                 }
                 _ => {}
             }
@@ -114,6 +118,7 @@ struct Search {
     complete_from: u64,
     /// Clusters with a reference that cannot be rewritten.
     shared: ClusterSet,
+    packed: Packed,
     /// L2 tables of snapshots, and those of them that were met under two indexes: what they refer to is counted wrongly.
     tables: ClusterSet,
     odd_tables: ClusterSet,
@@ -188,7 +193,7 @@ impl Search {
     /// Sorts out what can be moved.
     async fn judge<D: BlockDevice>(self, volume: &Volume<D>, meta: &Metadata, clusters: &Clusters) -> Result<Scan> {
         let all = self.highest.into_sorted_vec();
-        let mut scan = Scan { complete_from: self.complete_from, ..Scan::default() };
+        let mut scan = Scan { complete_from: self.complete_from, packed: self.packed, ..Scan::default() };
         for same in all.chunk_by(|a, b| a.0.0 == b.0.0) {
             let Some(&Reverse((host, _))) = same.first() else { continue };
             // If not everything fitted, some of the references to this one may be missing.

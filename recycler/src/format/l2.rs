@@ -110,6 +110,14 @@ pub fn compressed_extent(descriptor: u64, geometry: Geometry) -> (u64, u64) {
     (offset, sectors * 512 - (offset & 511))
 }
 
+/// The descriptor of the same data in another place, whose offset within its 512-byte sector must be the same: then the data
+/// touches as many sectors.
+#[must_use]
+pub(crate) fn compressed_at(descriptor: u64, offset: u64, geometry: Geometry) -> u64 {
+    let bits = 62 - (geometry.cluster_bits - 8);
+    descriptor >> bits << bits | offset
+}
+
 /// The host clusters that a compressed cluster's data touches: the first, and how many.
 #[must_use]
 pub fn compressed_clusters(descriptor: u64, geometry: Geometry) -> (HostCluster, u64) {

@@ -12,6 +12,7 @@ mod info;
 mod length;
 pub(crate) mod mapping;
 mod open;
+pub(crate) mod packed;
 pub(crate) mod plan;
 mod read;
 pub(crate) mod relocate;

@@ -83,6 +83,7 @@ pub async fn compact<D: BlockDevice>(
         progress: Progress::default(),
         scratch: Vec::new(),
         moved: 0,
+        gathered: false,
     };
     compaction.run(progress).await
 }
@@ -146,6 +147,9 @@ pub(super) struct Compaction<'a, D: BlockDevice> {
     pub(super) scratch: Vec<u8>,
     /// Clusters moved.
     pub(super) moved: u64,
+    /// Clusters that hold little compressed data have been emptied: that is done once, since what fits nowhere better would be
+    /// moved about for ever.
+    pub(super) gathered: bool,
 }
 
 impl<D: BlockDevice> Compaction<'_, D> {
@@ -191,7 +195,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
     }
 
     /// Freed → Junk, as far as requests under way allow.
-    async fn settle(&self) -> Result<()> {
+    pub(super) async fn settle(&self) -> Result<()> {
         self.image.commit().await?;
         self.image.epochs.grace().await;
         self.image.reap().await;
@@ -214,6 +218,10 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 scan.doubtful
             );
             image.background_error("moving clusters", &Error::invalid("image", 0, reason));
+        }
+        // What is compressed goes first: it makes room, and no longer pins the file's end.
+        if !self.repack(&scan.packed, floor, progress).await? {
+            return Ok(false);
         }
         let plan = plan(&image.clusters.lock(), &scan, floor, geometry.refcounts_per_block());
         let shared = plan.shared.chunk_by(|a, b| a.cluster == b.cluster).count();

@@ -7,6 +7,7 @@ mod place;
 mod plan;
 mod policy;
 mod punch;
+mod repack;
 mod shared;
 mod worker;
 

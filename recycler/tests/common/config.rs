@@ -34,6 +34,18 @@ impl ImageKind {
         (1u64 << self.cluster_bits) / SECTOR as u64
     }
 
+    /// For `qemu-img -o`.
+    pub fn options(&self) -> String {
+        let mut options = format!("cluster_size={}", 1u64 << self.cluster_bits);
+        if self.version == 2 {
+            options.push_str(",compat=0.10");
+        } else {
+            let lazy = if self.lazy_refcounts { "on" } else { "off" };
+            options.push_str(&format!(",compat=1.1,refcount_bits={},lazy_refcounts={lazy}", self.refcount_bits));
+        }
+        options
+    }
+
     /// The bytes of a new image, made by qemu-img (once for each kind).
     pub fn create(&self) -> Vec<u8> {
         static MADE: LazyLock<Mutex<HashMap<ImageKind, Vec<u8>>>> = LazyLock::new(Mutex::default);
@@ -42,13 +54,7 @@ impl ImageKind {
         }
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("image.qcow2");
-        let mut options = format!("cluster_size={}", 1u64 << self.cluster_bits);
-        if self.version == 2 {
-            options.push_str(",compat=0.10");
-        } else {
-            let lazy = if self.lazy_refcounts { "on" } else { "off" };
-            options.push_str(&format!(",compat=1.1,refcount_bits={},lazy_refcounts={lazy}", self.refcount_bits));
-        }
+        let mut options = self.options();
         if self.preallocated {
             options.push_str(",preallocation=metadata");
         }

@@ -39,14 +39,24 @@ pub struct Start {
     pub snapshot: Option<Vec<u8>>,
 }
 
+/// What QEMU does to an image before anything else happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Made {
+    Plain,
+    /// What it holds is in an internal snapshot, too.
+    WithSnapshot,
+    /// Its clusters are compressed, those that compress at all.
+    Compressed,
+}
+
 impl Start {
     /// A new image.
     pub fn empty(config: &Config) -> Start {
         Start { image: config.create(), model: Model::new(config.image.sectors), snapshot: None }
     }
 
-    /// What a history leaves after it was closed; with a snapshot of it, if asked for.
-    pub fn after(history: &History, snapshot: bool) -> Result<Start, Failure> {
+    /// What a history leaves after it was closed.
+    pub fn after(history: &History, made: Made) -> Result<Start, Failure> {
         let shared = Shared::new(history.config, Clock::Tokio, Errors::None);
         let device = SimDevice::new(history.config.create(), history.config.device(false));
         play::in_paused_time(&shared, async { play::play(history, &device, &shared, |_| Ok(())).await })?;
@@ -54,8 +64,12 @@ impl Start {
         let disk = verify::qemu_contents(&image).map_err(|e| shared.failure(e))?;
         let mut model = shared.model.lock().clone();
         model.settle(&disk);
-        let image = if snapshot { verify::with_snapshot(&image) } else { image };
-        Ok(Start { image, model, snapshot: snapshot.then_some(disk) })
+        let image = match made {
+            Made::Plain => image,
+            Made::WithSnapshot => verify::with_snapshot(&image),
+            Made::Compressed => verify::compressed(&image, &history.config.image.options()),
+        };
+        Ok(Start { image, model, snapshot: (made == Made::WithSnapshot).then_some(disk) })
     }
 }
 
@@ -119,7 +133,7 @@ pub fn outgrowing_history(seed: u64) -> (History, Start) {
         let config = outgrowing_config(1);
         let history =
             History { config, compare: false, rounds: vec![Round::of(&[Op::Write { first: 0, count: 3620 }])] };
-        Start::after(&history, false).unwrap_or_else(|failure| panic!("filling: {failure}"))
+        Start::after(&history, Made::Plain).unwrap_or_else(|failure| panic!("filling: {failure}"))
     });
     let (config, mut rng) = (outgrowing_config(seed), SmallRng::seed_from_u64(seed));
     let mut ops = Vec::new();
@@ -157,7 +171,13 @@ pub fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
     let history = History { config, compare: false, rounds: vec![Round::of(&ops)] };
     // A version 2 image with a snapshot cannot be resized.
     let snapshot = config.image.version > 2 && config.image.refcount_bits > 1 && rng.random_bool(0.2);
-    Start::after(&history, snapshot).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
+    let made = match (snapshot, config.seed % 8) {
+        (true, _) => Made::WithSnapshot,
+        // On a device of fixed length there must be room after the image, which QEMU does not leave.
+        (false, 5) if config.features.resize => Made::Compressed,
+        _ => Made::Plain,
+    };
+    Start::after(&history, made).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
 }
 
 /// How much one history may cost.

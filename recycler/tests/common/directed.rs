@@ -7,7 +7,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use super::config::Config;
-use super::cuts::{Start, full_of_holes};
+use super::cuts::{Made, Start, full_of_holes};
 use super::history::{After, History, Op, Round};
 use super::sequences::{PLAIN, Variant};
 use super::sim::Delay;
@@ -125,7 +125,7 @@ fn full(config: Config) -> Start {
     let ops = [Op::Write { first: 0, count: config.image.sectors }];
     let history =
         History { config: Config { delay: Delay::None, ..config }, compare: false, rounds: vec![Round::of(&ops)] };
-    Start::after(&history, false).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
+    Start::after(&history, Made::Plain).unwrap_or_else(|failure| panic!("seed {}, filling: {failure}", config.seed))
 }
 
 /// Discards up to so many whole clusters.

@@ -8,7 +8,7 @@ use rand::seq::SliceRandom;
 
 use super::config::{Config, ImageKind};
 use super::crash::Effort;
-use super::cuts::{self, Budget, Counts, Start};
+use super::cuts::{self, Budget, Counts, Made, Start};
 use super::guests::Failure;
 use super::history::{After, History, Op, Round};
 use super::sim::{Delay, Settings};
@@ -25,8 +25,8 @@ pub struct Variant {
     /// Of the disk.
     pub sectors: u64,
     pub l2_cache_size: u64,
-    /// What the disk holds at first is in a snapshot, too.
-    pub snapshot: bool,
+    /// How the disk is made.
+    pub made: Made,
     /// Clusters of garbage after the image, on a device that cannot be resized.
     pub room: u64,
 }
@@ -40,7 +40,7 @@ pub const PLAIN: Variant = Variant {
     lazy_refcounts: false,
     sectors: 70,
     l2_cache_size: 4 << 20,
-    snapshot: false,
+    made: Made::Plain,
     room: 0,
 };
 
@@ -105,9 +105,15 @@ impl Variant {
     pub fn start(&self, config: Config) -> Start {
         let mut ops = vec![Op::Write { first: 0, count: 14 }];
         ops.extend((64..self.sectors).step_by(64).map(|first| Op::Write { first, count: 2 }));
+        if self.made == Made::Compressed {
+            // Clusters that hold little compress well, and there are enough of them for some to lie behind holes later.
+            ops.extend(
+                (16..self.sectors).step_by(1 << (self.cluster_bits - 9)).map(|first| Op::Write { first, count: 1 }),
+            );
+        }
         ops.push(Op::Discard { first: 8, count: 4 });
         let history = History { config, compare: false, rounds: vec![Round::of(&ops)] };
-        Start::after(&history, self.snapshot).unwrap_or_else(|failure| panic!("filling the disk: {failure}"))
+        Start::after(&history, self.made).unwrap_or_else(|failure| panic!("filling the disk: {failure}"))
     }
 
     /// Plays one sequence, with a cut at every moment.

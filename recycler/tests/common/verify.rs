@@ -117,6 +117,16 @@ pub fn with_snapshot(image: &[u8]) -> Vec<u8> {
     std::fs::read(&file.0).unwrap()
 }
 
+/// The image again, with everything in it compressed.
+pub fn compressed(image: &[u8], options: &str) -> Vec<u8> {
+    let (from, to) = (Scratch::new(image), Scratch::new(&[]));
+    let convert = ["convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", options];
+    let output = Command::new("qemu-img").args(convert).args([&from.0, &to.0]).output();
+    let output = output.expect("these tests need qemu-img");
+    assert!(output.status.success(), "qemu-img convert -c: {}", String::from_utf8_lossy(&output.stderr));
+    std::fs::read(&to.0).unwrap()
+}
+
 /// Whether the dirty bit is set.
 pub fn is_dirty(image: &[u8]) -> bool {
     Header::parse(image, image.len() as u64).is_ok_and(|h| h.incompatible & incompatible::DIRTY != 0)
@@ -191,7 +201,8 @@ pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model) -> 
                     return Err(format!("extent {offset:#x}..{end:#x} is {:?} but holds data", extent.kind));
                 }
             }
-            other => return Err(format!("extent {offset:#x}..{end:#x} is {other:?}, which nobody made")),
+            // Its place is for the checks to judge; that it is read was seen above.
+            ExtentKind::Compressed => {}
         }
         offset = end;
     }

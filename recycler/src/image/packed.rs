@@ -1,0 +1,172 @@
+//! Moving compressed data: the steps that touch the image.
+//!
+//! Compressed data is never written in place, so its copy is exact whenever it is made, and nobody has to be awaited before
+//! that. A host cluster is counted once for each extent that touches it.
+//!
+//! 1. The data is copied into holes, and each hole counted for all extents that are to touch it; **flush**. Cut before: every
+//!    entry names the old place, and the holes are leaks, whatever their counts.
+//! 2. The entries are rewritten, each in one sector. Cut in between: each names the old place or the new one. Both hold the
+//!    same, and both are counted for it. Then **flush**.
+//! 3. The old places are uncounted, once for each entry that was rewritten, and the new ones for each that was not, because a
+//!    guest had written or discarded the cluster meanwhile. Cut before: leaks. Cut after: nothing.
+//!
+//! A guest that reads an entry before it is rewritten may still be reading the old place; it is a cluster that lost a
+//! reference, like any other, and is reused only after a grace period.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::Image;
+use super::relocate::Holes;
+use crate::clusters::packed::{self, Extent, Packed};
+use crate::clusters::set::ClusterSet;
+use crate::device::BlockDevice;
+use crate::error::Result;
+use crate::format::l2::{self, Mapping};
+use crate::metadata::slices::Entries as _;
+use crate::units::{Geometry, GuestCluster, HostCluster, HostOffset};
+
+/// How often a hole is counted, and how many entries name data in it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    counted: u64,
+    named: u64,
+}
+
+/// Extents on their way into holes. What the holes are counted too often when this is dropped, for whatever reason, is
+/// uncounted after the next commit.
+pub(crate) struct Repack<'a, D: BlockDevice> {
+    image: &'a Image<D>,
+    holes: Holes<'a>,
+    counts: BTreeMap<HostCluster, Counted>,
+    /// Not rewritten yet.
+    pub(crate) extents: Vec<Extent>,
+}
+
+/// The host clusters that an extent touches where it goes.
+fn touched(e: &Extent, geometry: Geometry) -> Range<u64> {
+    let (_, length) = l2::compressed_extent(e.descriptor, geometry);
+    let cluster = |at| geometry.host_cluster(HostOffset(at)).0;
+    cluster(e.to)..cluster(e.to + length - 1) + 1
+}
+
+impl<'a, D: BlockDevice> Repack<'a, D> {
+    /// As many of the extents as have room in the holes, which are counted once, in order.
+    pub(crate) async fn new(image: &'a Image<D>, holes: Holes<'a>, extents: &[Extent]) -> Result<Self> {
+        let geometry = image.meta.geometry;
+        let runs: Vec<_> = holes.set.runs().collect();
+        let extents = packed::place(extents, &runs, geometry.refcount_max(), geometry);
+        let mut wanted = BTreeMap::<u64, u64>::new();
+        for c in extents.iter().flat_map(|e| touched(e, geometry)) {
+            *wanted.entry(c).or_default() += 1;
+        }
+        let mut repack = Repack { image, holes, counts: BTreeMap::new(), extents };
+        let mut refcounts = image.meta.refcounts.lock().await;
+        for (c, count) in wanted {
+            if count > 1 {
+                refcounts.add(&image.volume, c..c + 1, (count - 1) as i64).await?;
+            }
+            repack.counts.insert(HostCluster(c), Counted { counted: count, named: 0 });
+        }
+        Ok(repack)
+    }
+
+    /// An entry names the data at its new place now.
+    fn rewritten(&mut self, e: &Extent) {
+        for c in touched(e, self.image.meta.geometry) {
+            if let Some(count) = self.counts.get_mut(&HostCluster(c)) {
+                count.named += 1;
+            }
+        }
+    }
+
+    /// Rewrites the entries, whose data is durable at the new places. Returns how many.
+    pub(crate) async fn rewrite(&mut self) -> Result<u64> {
+        let image = self.image;
+        let mut done = 0;
+        while let Some(e) = self.extents.pop() {
+            if image.rewrite_packed(&e).await? {
+                // No await since: one that is dropped must not forget an entry.
+                self.rewritten(&e);
+                done += 1;
+            }
+        }
+        Ok(done)
+    }
+}
+
+impl<D: BlockDevice> Drop for Repack<'_, D> {
+    fn drop(&mut self) {
+        for (&c, count) in &self.counts {
+            if count.named > 0 {
+                self.holes.used(c);
+            }
+            // A hole that is not used stays in `holes`, which uncounts it once.
+            let mut states = self.image.clusters.lock();
+            (count.named.max(1)..count.counted).for_each(|_| states.unlink(c, false));
+        }
+    }
+}
+
+impl<D: BlockDevice> Image<D> {
+    /// Of these clusters, those that nobody but the disk's compressed clusters uses: they are counted as often as those refer
+    /// to them.
+    pub(crate) async fn sole_packed(&self, packed: &Packed, mut chosen: ClusterSet) -> Result<ClusterSet> {
+        let mut refcounts = self.meta.refcounts.lock().await;
+        for (&c, used) in &packed.clusters {
+            if chosen.contains(c) && refcounts.count(&self.volume, c).await? != used.extents {
+                chosen.remove(c);
+            }
+        }
+        Ok(chosen)
+    }
+
+    /// The compressed clusters of one L2 table whose data touches one of these host clusters.
+    pub(crate) async fn packed_in(&self, l1_index: u64, clusters: &ClusterSet) -> Result<Vec<Extent>> {
+        let geometry = self.meta.geometry;
+        let mut found = Vec::new();
+        let Some(table) = self.meta.l1.get(l1_index, self.volume.length())?.filter(|t| t.copied) else {
+            return Ok(found);
+        };
+        let mut entries = Vec::new();
+        self.meta.l2.survey(&self.volume, table.host, l1_index, &mut entries).await?;
+        for (guest, &entry) in (l1_index * geometry.entries_per_cluster()..).zip(&entries) {
+            if let Ok(Mapping::Compressed { descriptor }) =
+                Mapping::decode(entry, self.meta.version, geometry.cluster_size())
+            {
+                let (first, count) = l2::compressed_clusters(descriptor, geometry);
+                if (first.0..first.0 + count).any(|c| clusters.contains(HostCluster(c))) {
+                    found.push(Extent { guest: GuestCluster(guest), descriptor, to: 0 });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Copies the data of a compressed cluster. The file may end before the sector does in which the data ends.
+    pub(crate) async fn copy_packed(&self, e: &Extent, scratch: &mut Vec<u8>) -> Result<()> {
+        let (offset, length) = l2::compressed_extent(e.descriptor, self.meta.geometry);
+        self.volume.copy(offset, e.to, length, scratch).await
+    }
+
+    /// Lets the entry of a compressed cluster name the new place of its data, if it still names the old one.
+    async fn rewrite_packed(&self, e: &Extent) -> Result<bool> {
+        let geometry = self.meta.geometry;
+        let l1_index = e.guest.0 / geometry.entries_per_cluster();
+        // No guest copies the L2 table meanwhile.
+        let _turn = self.table_turns.take(l1_index..l1_index + 1).await;
+        let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, e.guest).await? else {
+            return Ok(false);
+        };
+        if !self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied) {
+            return Ok(false);
+        }
+        let mut entries = self.meta.l2.modify(&slice);
+        if entries.get(index) != l2::COMPRESSED | e.descriptor {
+            return Ok(false);
+        }
+        entries.set(index, l2::COMPRESSED | l2::compressed_at(e.descriptor, e.to, geometry));
+        self.unlink(Mapping::Compressed { descriptor: e.descriptor });
+        Ok(true)
+    }
+}

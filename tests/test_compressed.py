@@ -1,0 +1,188 @@
+"""Images with compressed clusters get as small as their live data: what is compressed stays so and is packed together again,
+while a guest works."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import guest
+import qcow_recycler
+import qemu
+from qcow2 import COMPRESSED, Qcow2
+
+CONFIG = "keep_erased=0;compact_after_unmaps=0"
+
+
+def half_compressible(rng: random.Random, length: int) -> bytes:
+    """Of very different compressed lengths, most of them well below the length."""
+    random_part = rng.randrange(length // 8, length // 2)
+    return rng.randbytes(random_part) + bytes([rng.randrange(1, 255)]) * (length - random_part)
+
+
+def compressed(path: Path, disk: guest.Disk, rng: random.Random, **options: object) -> None:
+    """An image made by `qemu-img convert -c`."""
+    for at in range(0, disk.size, disk.cluster_size):
+        disk.write(at, half_compressible(rng, disk.cluster_size))
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(disk.bytes)
+    words = ",".join(f"{k}={v}" for k, v in {"cluster_size": disk.cluster_size, **options}.items())
+    qemu.img("convert", "-q", "-c", "-O", "qcow2", "-o", words, raw, path)
+    raw.unlink()
+
+
+def extents(path: Path) -> dict[int, tuple[int, int]]:
+    """Where each compressed cluster of the disk has its data: offset and length, in bytes."""
+    header = Qcow2(path)
+    found = {}
+    for l1_index, l1_entry in enumerate(header.l1()):
+        for i, entry in enumerate(header.l2(l1_entry) if l1_entry else ()):
+            if entry & COMPRESSED:
+                found[l1_index * header.entries + i] = header.compressed_extent(entry)
+    return found
+
+
+def discard(image: qcow_recycler.Image, disk: guest.Disk, clusters: list[int]) -> None:
+    for cluster in clusters:
+        image.discard(cluster * disk.cluster_size, disk.cluster_size)
+        disk.zero(cluster * disk.cluster_size, disk.cluster_size)
+
+
+def assert_small(path: Path, disk: guest.Disk) -> None:
+    """Compressed data is dense: it takes little more host clusters than bytes."""
+    size = disk.cluster_size
+    taken = {c for at, n in extents(path).values() for c in range(at // size, (at + n - 1) // size + 1)}
+    needed = sum(n + 512 for _, n in extents(path).values())
+    assert len(taken) * size <= 1.25 * needed + (1 << 20)
+    header = Qcow2(path)
+    assert path.stat().st_size <= 1.02 * header.needed_bytes() + (1 << 20)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize(
+    ("cluster_size", "clusters", "refcount_bits"),
+    [(4096, 4096, 16), (65536, 400, 16), (65536, 400, 2), (65536, 200, 1), (512 << 10, 100, 16)],
+)
+def test_half_of_it_discarded(
+    image_path: Path, cluster_size: int, clusters: int, refcount_bits: int, compression: str
+) -> None:
+    rng = random.Random(cluster_size + refcount_bits)
+    disk = guest.Disk(clusters * cluster_size, cluster_size)
+    compressed(image_path, disk, rng, compression_type=compression, refcount_bits=refcount_bits)
+    before = image_path.stat().st_size
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        order = list(range(clusters))
+        rng.shuffle(order)
+        discard(image, disk, order[: clusters // 2])
+        image.compact()
+        guest.assert_reads(image, disk)
+        assert image.stats.background_errors == 0
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    kept = extents(image_path)
+    assert set(kept) == set(order[clusters // 2 :]), "what was compressed stays so"
+    if refcount_bits > 1:
+        assert_small(image_path, disk)
+    # Sectors are not shared, which with small clusters costs more. With one bit for a count, clusters are not shared either.
+    assert image_path.stat().st_size < 0.85 * before
+
+
+def test_a_compaction_that_has_nothing_to_do_does_nothing(image_path: Path) -> None:
+    disk = guest.Disk(200 * 65536, 65536)
+    compressed(image_path, disk, random.Random(2))
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        discard(image, disk, list(range(0, 200, 2)))
+        image.compact()
+        assert image.compact().moved == 0
+
+
+def test_data_at_the_end_of_the_file_moves_past_compressed_data_at_its_start(image_path: Path) -> None:
+    """As an image from a distribution is after some use: compressed at the start, then what was written since."""
+    disk = guest.Disk(300 * 65536, 65536)
+    rng = random.Random(3)
+    compressed(image_path, disk, rng)
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        for cluster in rng.sample(range(300), 150):
+            content = guest.data(rng, 65536)
+            image.write(cluster * 65536, content)
+            disk.write(cluster * 65536, content)
+        discard(image, disk, rng.sample(range(300), 120))
+        image.compact()
+        guest.assert_reads(image, disk)
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    assert_small(image_path, disk)
+
+
+def test_a_guest_writes_and_discards_what_is_being_packed(image_path: Path) -> None:
+    disk = guest.Disk(1500 * 16384, 16384)
+    rng = random.Random(4)
+    compressed(image_path, disk, rng)
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        discard(image, disk, rng.sample(range(1500), 700))
+        done = threading.Event()
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            mine = random.Random(5)
+            try:
+                while not done.is_set():
+                    at = mine.randrange(1500) * 16384
+                    choice = mine.randrange(4)
+                    if choice == 0:
+                        image.discard(at, 16384)
+                        disk.zero(at, 16384)
+                    elif choice == 1:
+                        content = guest.data(mine, 4096)
+                        image.write(at + 4096, content)
+                        disk.write(at + 4096, content)
+                    elif choice == 2 and mine.randrange(8) == 0:
+                        image.flush()
+                    # One that never rests would, on two cores, leave the compaction none.
+                    time.sleep(0.001)
+                    got = image.read(at, 16384)
+                    assert got == disk.bytes[at : at + 16384], qemu.first_difference(got, disk.bytes[at : at + 16384])
+            except BaseException as failure:
+                failures.append(failure)
+
+        busy = threading.Thread(target=work)
+        busy.start()
+        try:
+            for _ in range(3):
+                image.compact()
+        finally:
+            done.set()
+            busy.join()
+        if failures:
+            raise failures[0]
+        image.compact()
+        guest.assert_reads(image, disk)
+        assert image.stats.background_errors == 0
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    assert_small(image_path, disk)
+
+
+def test_what_a_snapshot_shares_stays_as_it_is(image_path: Path) -> None:
+    disk = guest.Disk(100 * 65536, 65536)
+    rng = random.Random(6)
+    compressed(image_path, disk, rng)
+    qemu.img("snapshot", "-c", "before", image_path)
+    old = bytes(disk.bytes)
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        discard(image, disk, rng.sample(range(100), 60))
+        image.compact()
+        guest.assert_reads(image, disk)
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    qemu.assert_contents(image_path, old, snapshot="before")
+    qemu.img("snapshot", "-d", "before", image_path)
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        image.compact()
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    assert_small(image_path, disk)
