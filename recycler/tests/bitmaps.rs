@@ -120,6 +120,20 @@ fn judge(bytes: &[u8], base: &[u8]) -> bool {
     .unwrap()
 }
 
+/// Whoever asks on from where the last answer ended comes to an end, also where the disk does not end with a unit.
+#[test]
+fn what_is_dirty_ends_with_the_disk() {
+    let device = MemoryDevice::new(Vec::new());
+    block_on(create(&device, &CreateOptions::new((64 << 10) + 512))).unwrap();
+    let image = block_on(open(&device));
+    block_on(image.add_bitmap("recording", 64 << 10, true)).unwrap();
+    block_on(image.write(64 << 10, IoBuf::new(&[1; 512]))).unwrap();
+    let end = image.virtual_size();
+    assert_eq!(image.next_dirty("recording", 0).unwrap(), Some(64 << 10..end));
+    assert_eq!(image.next_dirty("recording", end).unwrap(), None);
+    block_on(image.close()).unwrap();
+}
+
 #[test]
 fn a_power_cut_never_leaves_a_bitmap_that_lies() {
     for seed in seed()..seed() + 6 {

@@ -215,6 +215,10 @@ impl<D: BlockDevice> Image<D> {
         let mut state = self.writable_bitmaps()?;
         let bitmap = state.usable(name)?;
         let bits = bitmap.granularity_bits;
+        // The last unit may reach past the end.
+        if from >= self.virtual_size() {
+            return Ok(None);
+        }
         let mut marks = bitmap.marks.iter();
         marks.advance_to(from >> bits);
         let Some(first) = marks.next() else { return Ok(None) };
