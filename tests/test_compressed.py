@@ -1,5 +1,5 @@
-"""Images with compressed clusters get as small as their live data: what is compressed stays so and is packed together again,
-while a guest works."""
+"""Images with compressed clusters get as small as their live data: what is compressed stays so and is packed together
+again, while a guest works."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_half_of_it_discarded(
     assert set(kept) == set(order[clusters // 2 :]), "what was compressed stays so"
     if refcount_bits > 1:
         assert_small(image_path, disk)
-    # Sectors are not shared, which with small clusters costs more. With one bit for a count, clusters are not shared either.
+    # Sectors are not shared, which with small clusters costs more; with counts of one bit, clusters are not either.
     assert image_path.stat().st_size < 0.85 * before
 
 
