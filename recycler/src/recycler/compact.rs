@@ -249,7 +249,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         self.move_shared(&plan, generation, progress).await
     }
 
-    pub(super) fn batch_size(&self) -> usize {
+    pub(super) fn batch_size(&mut self) -> usize {
         let bytes = self.pacer.portion(BATCH_BYTES);
         (bytes >> self.image.meta.geometry.cluster_bits).clamp(1, BATCH_CLUSTERS) as usize
     }
@@ -286,7 +286,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let sources = sources.iter().take(holes.set.len() as usize).copied().collect();
         let group = (COPY_BYTES >> image.meta.geometry.cluster_bits).max(1);
         let moves = place(sources, &holes.set.runs().collect::<Vec<_>>(), group as usize);
-        self.carry_out(Batch::new(moves), &mut holes, progress).await
+        let ended = self.carry_out(Batch::new(moves), &mut holes, progress).await;
+        self.pacer.repay().await;
+        ended
     }
 
     /// Takes a batch through its states. `holes` keeps the destinations that were not used.
@@ -304,6 +306,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         if !broken(Mutation::CopyWithoutGrace) {
             image.epochs.grace().await;
         }
+        self.pacer.expose();
         let ended = self.copy(&batch.moves, &mut active.standing, progress).await?;
         let copied = Batch::copied(active.standing.clone(), image.meta.stamp());
         active.gauge(1, copied.moves.len());

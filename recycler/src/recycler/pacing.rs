@@ -23,6 +23,9 @@ pub(crate) struct Pacer<'a> {
     /// Bytes that passed since, and since when.
     passed: u64,
     began: Instant,
+    /// Rests are put off, and how long they would have been.
+    exposed: bool,
+    owed: Duration,
     limit: Option<u64>,
     next: Instant,
 }
@@ -32,12 +35,15 @@ impl<'a> Pacer<'a> {
     pub(crate) fn new(limit: Option<u64>, guests: &'a Epochs) -> Self {
         let now = Instant::now();
         let limit = limit.filter(|&l| l > 0);
-        Pacer { guests, seen: guests.requests(), busy: false, passed: 0, began: now, limit, next: now }
+        let seen = guests.requests();
+        let owed = Duration::ZERO;
+        Pacer { guests, seen, busy: false, passed: 0, began: now, exposed: false, owed, limit, next: now }
     }
 
     /// The most work that should be under way at once, of `most` bytes: little while guests are at work, since they may have
     /// to wait for its flush, and not more than a second's at the limited rate.
-    pub(crate) fn portion(&self, most: u64) -> u64 {
+    pub(crate) fn portion(&mut self, most: u64) -> u64 {
+        self.busy |= self.guests.requests() != self.seen;
         let most = if self.busy { most / 8 } else { most };
         self.limit.map_or(most, |l| most.min(l))
     }
@@ -57,13 +63,33 @@ impl<'a> Pacer<'a> {
         self.next = self.next.max(now) + Duration::from_secs_f64(bytes as f64 / limit as f64);
     }
 
+    /// From now on a guest's write cancels work under way, so rests are put off: the sooner it ends the less is in vain.
+    pub(crate) fn expose(&mut self) {
+        self.exposed = true;
+    }
+
+    /// No more: rests as long as was put off.
+    pub(crate) async fn repay(&mut self) {
+        self.exposed = false;
+        let owed = std::mem::take(&mut self.owed);
+        if !owed.is_zero() {
+            tokio::time::sleep(owed).await;
+            self.began = Instant::now();
+        }
+    }
+
     async fn give_way(&mut self) {
         // Since the last look, rest included: a guest that waits for its disk makes few requests.
         let requests = self.guests.requests();
         self.busy = requests != self.seen;
         self.seen = requests;
-        if self.busy {
-            tokio::time::sleep((self.began.elapsed() * REST).clamp(REST_LEAST, REST_MOST)).await;
+        let rest = (self.began.elapsed() * REST).clamp(REST_LEAST, REST_MOST);
+        if self.busy && self.exposed && self.owed < REST_MOST {
+            // Not for long: guests that wait for the device meanwhile wait for no more than a few copies.
+            self.owed += rest;
+            tokio::task::yield_now().await;
+        } else if self.busy {
+            tokio::time::sleep(rest).await;
         } else {
             // Still a chance for other tasks on this thread.
             tokio::task::yield_now().await;
@@ -93,6 +119,22 @@ mod tests {
         pacer.spend(500).await;
         assert_eq!(idle.elapsed().as_millis(), 500);
         assert_eq!(pacer.portion(64 << 20), 1000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rests_are_put_off_while_work_can_be_cancelled() {
+        let epochs = Epochs::default();
+        let mut pacer = Pacer::new(None, &epochs);
+        pacer.expose();
+        let start = Instant::now();
+        for _ in 0..3 {
+            epochs.enter().count(Counter::Writes, 1);
+            pacer.spend(SLICE).await;
+            tokio::time::advance(Duration::from_millis(2)).await;
+        }
+        assert_eq!(start.elapsed().as_millis(), 6);
+        pacer.repay().await;
+        assert_eq!(start.elapsed().as_millis(), 6 + 2 * 2 * u128::from(REST));
     }
 
     /// What passes 100 slices that take 2 ms each: how long it rests.
