@@ -42,7 +42,7 @@ int main(void)
     newer.known.struct_size = sizeof(newer.known);
     EXPECT(0, qcr_options_init(&newer.known, &error));
     CHECK(newer.later == UINT64_C(0xeeeeeeeeeeeeeeee));
-    CHECK(newer.known.flags == QCR_DISCARD && newer.known.backing == QCR_BACKING_REFUSE);
+    CHECK(newer.known.flags == (QCR_DISCARD | QCR_PUNCH_JUNK) && newer.known.backing == QCR_BACKING_REFUSE);
     CHECK(newer.known.backing_directory == NULL && newer.known.id[0] == 0 && newer.known.keep_erased > 0);
     CHECK(newer.known.struct_size == sizeof(newer.known));
 
@@ -53,11 +53,11 @@ int main(void)
 
     /* And in arguments may be zero, but nothing else. */
     EXPECT(0, qcr_options_parse(&newer.known, "read_only=1;id=abc;keep_erased=3;compact_after_unmaps=0;", &error));
-    CHECK(newer.known.flags == (QCR_DISCARD | QCR_READ_ONLY) && strcmp(newer.known.id, "abc") == 0);
+    CHECK(newer.known.flags == (QCR_DISCARD | QCR_PUNCH_JUNK | QCR_READ_ONLY) && strcmp(newer.known.id, "abc") == 0);
     CHECK(newer.known.keep_erased == 1536 && newer.known.compact_after_unmaps == 0);
     newer.later = 1;
     EXPECT(-E2BIG, qcr_options_parse(&newer.known, "read_only=0", &error));
-    CHECK(newer.known.flags == (QCR_DISCARD | QCR_READ_ONLY));
+    CHECK(newer.known.flags == (QCR_DISCARD | QCR_PUNCH_JUNK | QCR_READ_ONLY));
 
     /* Unknown bits, reserved members and impossible texts. */
     QCR_INIT(options);
