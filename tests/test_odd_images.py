@@ -201,6 +201,22 @@ def test_unknown_autoclear_bits_are_cleared_by_the_first_change_and_no_earlier(i
         assert Qcow2(image_path).get("autoclear_features") == 0
 
 
+def test_an_image_that_is_refused_for_its_bitmaps_keeps_its_autoclear_bits(image_path: Path) -> None:
+    filled(image_path, guest.Disk(SIZE, CLUSTER))
+    qemu.img("bitmap", "--add", image_path, "changes")
+    header = Qcow2(image_path)
+    extension = header.bytes_at(header.get("header_length"), 4096)
+    at = extension.index(struct.pack(">II", 0x23852875, 24)) + 8
+    directory = int.from_bytes(extension[at + 16 : at + 24], "big")
+    # The entry's name reaches past the directory's end.
+    patch(image_path, directory + 18, struct.pack(">H", 1023))
+    patch(image_path, 88, struct.pack(">Q", 1 << 60 | 1))
+    before = image_path.read_bytes()
+    with pytest.raises(qcow_recycler.Error):
+        qcow_recycler.open(image_path)
+    assert image_path.read_bytes() == before
+
+
 def test_what_others_wrote_into_the_header_stays(image_path: Path) -> None:
     disk = guest.Disk(SIZE, CLUSTER)
     unknown_extension(image_path, disk)

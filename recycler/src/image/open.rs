@@ -94,13 +94,14 @@ impl<D: BlockDevice> Image<D> {
             }
             image.check_coverage().await?;
             image.note_end().await?;
+            // Reads all of them before it writes: an image that is refused is left as it was.
+            image.load_bitmaps().await?;
             let kept = image.header.autoclear & AUTOCLEAR_BITMAPS;
             if image.header.autoclear != kept {
                 // Features that we do not keep up to date must not be believed any more once we write.
                 let turn = image.meta.exclusive_turn().await;
                 turn.rewrite_header(&image.volume, |sector| header::patch_autoclear(sector, kept)).await?;
             }
-            image.load_bitmaps().await?;
         }
         Ok(image)
     }
