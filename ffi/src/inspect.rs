@@ -400,6 +400,8 @@ fn offline(device: &Device, repair: Repair) -> Result<CheckReport, Fault> {
     Ok(block_on(qcow_recycler::check::check(device, repair))?)
 }
 
+/// # Safety
+/// `finding` and `user` keep the header's rules for callbacks.
 unsafe fn report_check(
     out: Out<qcr_check_report>,
     finding: qcr_text_fn,
@@ -424,6 +426,8 @@ unsafe fn report_check(
     Ok(())
 }
 
+/// # Safety
+/// `each` and `user` keep the header's rules for callbacks.
 unsafe fn tell(lines: &[String], each: qcr_text_fn, user: *mut c_void) {
     let Some(each) = each else { return };
     for line in lines {

@@ -269,6 +269,8 @@ fn unrecorded(format: u32) -> Result<Option<BackingFormat>, Fault> {
     }
 }
 
+/// # Safety
+/// `given` keeps the header's rule for strings.
 unsafe fn directory(given: *const c_char, image: Option<&Path>) -> Result<PathBuf, Fault> {
     if !given.is_null() {
         // SAFETY: the header's rule for strings.

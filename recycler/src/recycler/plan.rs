@@ -25,7 +25,7 @@ pub(crate) fn floor(states: &States, empty_blocks: u64) -> u64 {
 
 /// Chooses what to move, given who refers to the clusters from `floor` on.
 ///
-/// A cluster in use that nobody is known to refer to (compressed data is in it; an unknown extension may own it) is
+/// A cluster in use that nobody is known to refer to (compressed data that a snapshot shares is in it; an unknown extension may own it) is
 /// pinned: the file ends behind the last such cluster at best, and what lies below it need not be moved.
 pub(crate) fn plan(states: &States, scan: &Scan, floor: u64, refcounts_per_block: u64) -> Plan {
     let from = floor.max(scan.complete_from);
