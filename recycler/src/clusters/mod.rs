@@ -113,24 +113,28 @@ impl States {
 
     /// The end of the last cluster that is neither Junk nor in the pool: what a truncation could leave.
     pub(crate) fn last_needed(&self) -> u64 {
-        let mut end = self.end;
-        while end > 0 {
-            let c = HostCluster(end - 1);
-            if !(self.junk.contains(c) || self.available.contains(c) || self.erased.contains(c)) {
-                break;
-            }
-            end -= 1;
-        }
-        end
+        self.tail_of(&[&self.junk, &self.available, &self.erased])
     }
 
     /// Where the Junk at the end of the file begins.
     pub(crate) fn junk_tail(&self) -> u64 {
-        let mut end = self.end;
-        while end > 0 && self.junk.contains(HostCluster(end - 1)) {
-            end -= 1;
+        self.tail_of(&[&self.junk])
+    }
+
+    /// From which cluster on all are in one of these sets, of which no two have a cluster in common. A tail may be of any
+    /// length, and guests wait for the lock: so it is not walked through.
+    fn tail_of(&self, sets: &[&ClusterSet]) -> u64 {
+        let (mut low, mut high) = (0, self.end);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let members: u64 = sets.iter().map(|set| set.count_in(middle..self.end)).sum();
+            if members == self.end - middle {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
         }
-        end
+        high
     }
 
     /// A cluster lost a reference; `sole` says that it was the only one.
@@ -219,6 +223,23 @@ impl Clusters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tails_begin_behind_the_last_cluster_of_another_sort() {
+        let mut s = States { end: 1 << 26, ..States::default() };
+        assert_eq!((s.last_needed(), s.junk_tail()), (1 << 26, 1 << 26));
+        s.junk.insert_range(5..7);
+        s.junk.insert_range(9..1 << 26);
+        assert_eq!((s.last_needed(), s.junk_tail()), (9, 9));
+        s.erased.insert(HostCluster(8));
+        s.available.insert(HostCluster(7));
+        assert_eq!((s.last_needed(), s.junk_tail()), (5, 9));
+        s.junk.insert_range(0..5);
+        assert_eq!((s.last_needed(), s.junk_tail()), (0, 9));
+        s.junk.remove(HostCluster((1 << 26) - 1));
+        assert_eq!(s.last_needed(), 1 << 26);
+        assert_eq!(States::default().last_needed(), 0);
+    }
 
     #[test]
     fn space_is_given_back_in_runs_across_what_was_given_back_before() {
