@@ -46,6 +46,17 @@ impl Sparse {
         Sparse { state: Arc::new(Mutex::new(state)), features, most_operations }
     }
 
+    /// A device that holds what this one holds now, and counts for itself. The file may be long: only what is in it is copied.
+    pub fn copied(&self, features: Features, most_operations: u64) -> Self {
+        let _unmetered = meter::pause();
+        let (pages, length) = {
+            let state = self.state();
+            (state.pages.clone(), state.length)
+        };
+        let state = State { pages, length, ..State::default() };
+        Sparse { state: Arc::new(Mutex::new(state)), features, most_operations }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

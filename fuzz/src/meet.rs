@@ -45,7 +45,7 @@ pub fn meet(file: &File, disk: Disk, choices: &mut Choices) -> Result<Met, Strin
     meter::start();
     let result = runtime.block_on(async {
         let all = async {
-            look(file, &disk, &mut met).await?;
+            look(&Sparse::new(file, Features::default(), MOST_OPERATIONS), &disk, &mut met).await?;
             work(file, disk, choices, &mut met).await
         };
         // Time stands still unless everything waits: whoever waits for an hour waits for ever.
@@ -83,12 +83,11 @@ fn unchanged(what: &str, device: &Sparse) -> Result<(), String> {
 }
 
 /// Checks and reads, which changes nothing and shows all that is not damaged.
-async fn look(file: &File, disk: &Disk, met: &mut Met) -> Result<(), String> {
-    let device = Sparse::new(file, Features::default(), MOST_OPERATIONS);
-    if let Err(e) = check(&device, Repair::No).await {
+async fn look(device: &Sparse, disk: &Disk, met: &mut Met) -> Result<(), String> {
+    if let Err(e) = check(device, Repair::No).await {
         acceptable("check", &e)?;
     }
-    unchanged("a check", &device)?;
+    unchanged("a check", device)?;
 
     let options = Options { read_only: true, backing: BackingPolicy::Skip, ..Options::default() };
     match Image::open(device.clone(), options).await {
@@ -105,7 +104,7 @@ async fn look(file: &File, disk: &Disk, met: &mut Met) -> Result<(), String> {
         }
         Err(e) => acceptable("opening to read", &e)?,
     }
-    unchanged("reading", &device)
+    unchanged("reading", device)
 }
 
 /// Reads the disk, cluster by cluster so that one bad entry does not hide the rest, and at its end.
@@ -224,7 +223,7 @@ async fn refused(file: &File, device: &Sparse, disk: &Disk) -> Result<(), String
         return unchanged("opening to write, which was refused,", device);
     }
     unbroken(device)?;
-    let left = device.contents(u64::MAX);
+    let left = device.copied(Features::default(), MOST_OPERATIONS);
     look(&left, disk, &mut Met::default()).await.map_err(|e| format!("after a repair that was given up: {e}"))
 }
 

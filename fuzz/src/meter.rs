@@ -1,10 +1,15 @@
 //! How much memory a thread has taken, if [`Metered`] is the program's allocator.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::backtrace::Backtrace;
 use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Who asks for this much at once has believed an image: the program ends there, with a message.
 const ABSURD: usize = 1 << 30;
+
+/// What is being tried, by number, for that message.
+pub static SEED: AtomicU64 = AtomicU64::new(0);
 
 #[derive(Clone, Copy)]
 struct State {
@@ -30,7 +35,8 @@ fn note(taken: usize, returned: usize) {
             cell.set(state);
             if taken > ABSURD {
                 let _unmetered = pause();
-                eprintln!("{taken} bytes are asked for at once");
+                let seed = SEED.load(Ordering::SeqCst);
+                eprintln!("seed {seed}: {taken} bytes are asked for at once\n{}", Backtrace::force_capture());
                 std::process::abort();
             }
         }

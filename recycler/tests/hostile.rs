@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use fuzz::choices::Choices;
 use fuzz::known::{Original, is_accounted_for};
 use fuzz::meet::{Met, meet};
+use fuzz::meter::SEED;
 use fuzz::mutate::{File, mutate};
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::IoBuf;
@@ -33,11 +34,12 @@ const SECONDS: u64 = 35;
 const HANGS: Duration = Duration::from_secs(30);
 
 /// Seeds that found something once: a file that was cut, counts past its end, free clusters that nothing can count,
-/// entries past the end of the file that compaction stumbled over, a snapshot table that reaches into free clusters.
-const FOUND: [u64; 9] = [75, 215, 221, 6265, 33166, 35253, 814_834_457, 815_063_852, 815_069_265];
+/// entries past the end of the file that compaction stumbled over, a snapshot table that reaches into free clusters,
+/// compressed data of a snapshot's that the counts give to the disk, a file that a repair made long.
+const FOUND: [u64; 11] =
+    [75, 215, 221, 1009, 6265, 33166, 35253, 814_834_457, 815_063_852, 815_069_265, 120_504_582_808_267_736];
 
-/// The seed that is being tried, and since when, in milliseconds: for whoever notices that it takes too long.
-static SEED: AtomicU64 = AtomicU64::new(0);
+/// Since when [`SEED`] is being tried, in milliseconds: for whoever notices that it takes too long.
 static SINCE: AtomicU64 = AtomicU64::new(0);
 
 fn milliseconds() -> u64 {

@@ -20,6 +20,7 @@ use super::Image;
 use super::relocate::Holes;
 use crate::clusters::packed::{self, Extent, Packed};
 use crate::clusters::set::ClusterSet;
+use crate::clusters::snapshots::{L1Tables, read_table};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
@@ -110,15 +111,56 @@ impl<D: BlockDevice> Drop for Repack<'_, D> {
 
 impl<D: BlockDevice> Image<D> {
     /// Of these clusters, those that nobody but the disk's compressed clusters uses: they are counted as often as those refer
-    /// to them.
-    pub(crate) async fn sole_packed(&self, packed: &Packed, mut chosen: ClusterSet) -> Result<ClusterSet> {
-        let mut refcounts = self.meta.refcounts.lock().await;
-        for (&c, used) in &packed.clusters {
-            if chosen.contains(c) && refcounts.count(&self.volume, c).await? != used.extents {
-                chosen.remove(c);
+    /// to them, and nothing else does. In a damaged image the count may be right by chance, one reference too many of one
+    /// kind and one too few of another, so every other reference is looked for, in the snapshots' tables, too.
+    pub(crate) async fn sole_packed(
+        &self,
+        packed: &Packed,
+        mut chosen: ClusterSet,
+        snapshots: &mut L1Tables,
+    ) -> Result<ClusterSet> {
+        {
+            let mut refcounts = self.meta.refcounts.lock().await;
+            for (&c, used) in &packed.clusters {
+                if chosen.contains(c) && refcounts.count(&self.volume, c).await? != used.extents {
+                    chosen.remove(c);
+                }
             }
         }
+        chosen.remove_all(&self.meta.tables.lock());
+        let mut entries = Vec::new();
+        for l1_index in 0..self.meta.l1.len().max(snapshots.len()) {
+            if chosen.is_empty() {
+                break;
+            }
+            for table in snapshots.at(&self.volume, &self.meta, l1_index).await? {
+                read_table(&self.volume, &self.meta, table.host, &mut entries).await?;
+                self.leave_out(&mut chosen, table.host, &entries, |_| true);
+            }
+            if let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? {
+                self.meta.l2.survey(&self.volume, table.host, l1_index, &mut entries).await?;
+                // The compressed clusters of such a table are what the choice is about.
+                let other = |m: &Mapping| !table.copied || !matches!(m, Mapping::Compressed { .. });
+                self.leave_out(&mut chosen, table.host, &entries, other);
+            }
+            // Walking the tables of a large image must not keep other work from this thread.
+            tokio::task::yield_now().await;
+        }
         Ok(chosen)
+    }
+
+    /// Takes a table out of `chosen`, and what those of its entries name that `other` says.
+    fn leave_out(&self, chosen: &mut ClusterSet, table: HostOffset, entries: &[u64], other: impl Fn(&Mapping) -> bool) {
+        let geometry = self.meta.geometry;
+        chosen.remove(geometry.host_cluster(table));
+        for &entry in entries.iter().filter(|&&e| e != 0) {
+            if let Ok(mapping) = Mapping::decode(entry, self.meta.version, geometry.cluster_size())
+                && other(&mapping)
+                && let Some(clusters) = mapping.host_clusters(geometry)
+            {
+                chosen.remove_range(clusters);
+            }
+        }
     }
 
     /// The compressed clusters of one L2 table whose data touches one of these host clusters.

@@ -220,7 +220,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             image.background_error("moving clusters", &Error::invalid("image", 0, reason));
         }
         // What is compressed goes first: it makes room, and no longer pins the file's end.
-        if !self.repack(&scan.packed, floor, progress).await? {
+        if !self.repack(&scan.packed, &mut snapshots, floor, progress).await? {
             return Ok(false);
         }
         let plan = plan(&image.clusters.lock(), &scan, floor, geometry.refcounts_per_block());

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use super::compact::{Compaction, Progress};
 use crate::clusters::packed::{Extent, Packed};
+use crate::clusters::snapshots::L1Tables;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2;
@@ -22,6 +23,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
     pub(super) async fn repack(
         &mut self,
         packed: &Packed,
+        snapshots: &mut L1Tables,
         floor: u64,
         progress: &mut (dyn FnMut(Progress) -> bool + Send),
     ) -> Result<bool> {
@@ -31,7 +33,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         if !std::mem::replace(&mut self.gathered, true) {
             chosen.add_all(&packed.sparse(geometry));
         }
-        let chosen = image.sole_packed(packed, chosen).await?;
+        let chosen = image.sole_packed(packed, chosen, snapshots).await?;
         let mut waiting: VecDeque<Extent> = VecDeque::new();
         let mut tables = packed.tables.iter().filter(|_| !chosen.is_empty());
         // Whether something was moved since what was moved before was made Junk.
