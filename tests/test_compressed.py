@@ -3,6 +3,7 @@ again, while a guest works."""
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 import guest
 import qcow_recycler
 import qemu
-from qcow2 import COMPRESSED, Qcow2
+from qcow2 import COMPRESSED, OFFSET_MASK, Qcow2
 
 CONFIG = "keep_erased=0;compact_after_unmaps=0"
 
@@ -186,3 +187,28 @@ def test_what_a_snapshot_shares_stays_as_it_is(image_path: Path) -> None:
     qemu.assert_clean(image_path)
     qemu.assert_contents(image_path, disk.bytes)
     assert_small(image_path, disk)
+
+
+def test_a_snapshot_keeps_what_a_damaged_disk_refers_to_as_well(image_path: Path) -> None:
+    """Data is counted as often as the disk refers to it, and yet a snapshot has it too: the counts are wrong."""
+    disk = guest.Disk(200 * 4096, 4096)
+    rng = random.Random(1009)
+    compressed(image_path, disk, rng)
+    # What is left is worth being packed more densely.
+    qemu.io(image_path, *(f"discard {n * 4096} 4096" for n in range(200) if n % 4))
+    old = qemu.contents(image_path)
+    descriptors = Qcow2(image_path).l2(Qcow2(image_path).l1()[0])[:200]
+    assert sum(entry & COMPRESSED != 0 for entry in descriptors) == 50
+    qemu.img("snapshot", "-c", "before", image_path)
+    qemu.img("resize", "-q", image_path, 400 * 4096)
+    qemu.io(image_path, "write -P 7 0 800k")
+    # As if the disk had never let go of it, but for the counts.
+    table = Qcow2(image_path).l1()[0] & OFFSET_MASK
+    with open(image_path, "r+b") as file:
+        os.pwrite(file.fileno(), b"".join(entry.to_bytes(8, "big") for entry in descriptors), table + 200 * 8)
+    assert qemu.check(image_path).corruptions
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        image.discard(0, 600 << 10)
+        image.compact()
+        assert image.read(800 << 10, 800 << 10) == old
+    qemu.assert_contents(image_path, old + bytes(800 << 10), snapshot="before")
