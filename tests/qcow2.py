@@ -75,7 +75,10 @@ class Qcow2:
         if self.get("version") < 3:
             self.head = self.head[:72] + bytes(40)
         self.cluster_size = 1 << self.get("cluster_bits")
+        # Of the L1 or refcount table, in a cluster; and of an L2 table, whose entries may be extended to two words.
         self.entries = self.cluster_size // 8
+        self.entry_words = 2 if self.get("incompatible_features") & EXTENDED_L2 else 1
+        self.l2_entries = self.entries // self.entry_words
         self.refcount_bits = 16 if self.get("version") < 3 else 1 << self.get("refcount_order")
 
     def get(self, name: str) -> int:
@@ -94,7 +97,12 @@ class Qcow2:
         return self.table(self.get("l1_table_offset"), self.get("l1_size"))
 
     def l2(self, l1_entry: int) -> tuple[int, ...]:
-        return self.table(l1_entry & OFFSET_MASK, self.entries)
+        """The entries of an L2 table; of extended ones the first words."""
+        return self.table(l1_entry & OFFSET_MASK, self.entries)[:: self.entry_words]
+
+    def subclusters(self, guest: int) -> int:
+        """The bitmap of the extended L2 entry of a guest offset."""
+        return self.table(self.mapping(guest)[0] + 8, 1)[0]
 
     def refcount_table(self) -> tuple[int, ...]:
         return self.table(self.get("refcount_table_offset"), self.get("refcount_table_clusters") * self.entries)
@@ -102,9 +110,9 @@ class Qcow2:
     def mapping(self, guest: int) -> tuple[int, int]:
         """Where the L2 entry of a guest offset stands in the file, and the entry."""
         index = guest // self.cluster_size
-        table = self.l1()[index // self.entries] & OFFSET_MASK
+        table = self.l1()[index // self.l2_entries] & OFFSET_MASK
         assert table, f"guest offset {guest:#x} has no L2 table"
-        at = table + index % self.entries * 8
+        at = table + index % self.l2_entries * 8 * self.entry_words
         return at, self.table(at, 1)[0]
 
     def compressed_extent(self, entry: int) -> tuple[int, int]:

@@ -506,12 +506,6 @@ def assert_unsupported(path: Path, words: str) -> None:
     assert digest(path) == before
 
 
-def test_extended_l2(image_path: Path) -> None:
-    qemu.create(image_path, 4 << 20, extended_l2="on")
-    qemu.io(image_path, "write -P 1 0 256k")
-    assert_unsupported(image_path, "extended l2")
-
-
 def test_luks(image_path: Path) -> None:
     """There is no incompatible bit for encryption: only crypt_method tells."""
     secret = ("--object", "secret,id=s,data=passphrase")

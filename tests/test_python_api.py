@@ -67,7 +67,7 @@ def test_info_and_stats(path: Path) -> None:
         info = image.info
         assert (info.version, info.virtual_size, info.cluster_size) == (3, 16 * MIB, CLUSTER)
         assert (info.refcount_bits, info.snapshots, info.read_only) == (16, 0, False)
-        assert (info.backing_file, info.lazy_refcounts) == (None, False)
+        assert (info.backing_file, info.lazy_refcounts, info.extended_l2) == (None, False, False)
         image.write(0, bytes(512))
         stats = image.stats
         assert (stats.guest_writes, stats.guest_write_bytes, stats.virtual_size) == (1, 512, 16 * MIB)

@@ -39,17 +39,21 @@ def alternate(path: Path, seed: int) -> None:
     rng = random.Random(seed)
     cluster_size = rng.choice([*CLUSTER_SIZES, 512, 4096, 65536, 65536])
     old = rng.random() < 0.2
+    extended = not old and rng.random() < 0.25
+    if extended:
+        cluster_size = max(cluster_size, 16384)
     shape = {
         "cluster_size": cluster_size,
         "refcount_bits": 16 if old else rng.choice([1, 2, 4, 8, 16, 16, 32, 64]),
         "lazy_refcounts": not old and rng.random() < 0.4,
+        "extended_l2": extended,
     }
     disk = disk_of(rng, cluster_size)
     path.unlink(missing_ok=True)
     print(f"seed {seed}: version {2 if old else 3}, {shape}, {disk.size} bytes")
     if rng.random() < 0.5:
-        lazy = "on" if shape["lazy_refcounts"] else "off"
-        qemu.create(path, disk.size, compat="0.10" if old else "1.1", **{**shape, "lazy_refcounts": lazy})
+        words = {k: ("on" if v else "off") if isinstance(v, bool) else v for k, v in shape.items()}
+        qemu.create(path, disk.size, compat="0.10" if old else "1.1", **words)
     else:
         qcow_recycler.create(path, disk.size, version=2 if old else 3, **shape)
         verify(path, disk)

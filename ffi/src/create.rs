@@ -16,6 +16,9 @@ use crate::options::path_of;
 pub const QCR_CREATE_LAZY_REFCOUNTS: u32 = 0x1;
 /// Creation flag: replace an existing file, whatever it holds.
 pub const QCR_CREATE_REPLACE: u32 = 0x2;
+/// Creation flag: extended L2 entries, so that clusters are allocated in 32 parts (version 3 only, clusters of 16 KiB at
+/// least).
+pub const QCR_CREATE_EXTENDED_L2: u32 = 0x4;
 
 /// What a new image is to be like. All zeroes but struct_size and virtual_size: as QEMU makes them by default.
 #[derive(Clone, Copy)]
@@ -23,7 +26,7 @@ pub const QCR_CREATE_REPLACE: u32 = 0x2;
 pub struct qcr_create_options {
     /// sizeof(struct qcr_create_options), set by the caller.
     pub struct_size: u32,
-    /// QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE.
+    /// QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_EXTENDED_L2.
     pub flags: u32,
     /// Size of the virtual disk in bytes, a multiple of 512.
     pub virtual_size: u64,
@@ -105,7 +108,7 @@ pub unsafe extern "C" fn qcr_create_callbacks(
 unsafe fn wanted(options: *const qcr_create_options) -> Result<(CreateOptions, u32), Fault> {
     // SAFETY: the header's rule for structs.
     let c = unsafe { copy_in(options)? };
-    abi::known_flags(c.flags, QCR_CREATE_LAZY_REFCOUNTS | QCR_CREATE_REPLACE)?;
+    abi::known_flags(c.flags, QCR_CREATE_LAZY_REFCOUNTS | QCR_CREATE_REPLACE | QCR_CREATE_EXTENDED_L2)?;
     let mut wanted = CreateOptions::new(c.virtual_size);
     if c.cluster_size != 0 {
         wanted.cluster_size = c.cluster_size;
@@ -117,6 +120,7 @@ unsafe fn wanted(options: *const qcr_create_options) -> Result<(CreateOptions, u
         wanted.version = c.version;
     }
     wanted.lazy_refcounts = c.flags & QCR_CREATE_LAZY_REFCOUNTS != 0;
+    wanted.extended_l2 = c.flags & QCR_CREATE_EXTENDED_L2 != 0;
     if !c.backing_file.is_null() || !c.backing_format.is_null() {
         // SAFETY: the header's rule for strings.
         let (name, format) =

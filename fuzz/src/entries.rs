@@ -68,6 +68,7 @@ fn decode(table: &[u8], version: u32, cluster_size: u64) {
             }
             Ok(Mapping::Compressed { descriptor }) => assert_eq!(descriptor | l2::COMPRESSED, entry & !l2::COPIED),
             Ok(Mapping::Unallocated) => assert_eq!(entry & !l2::COPIED, 0),
+            Ok(Mapping::Parts { .. }) => panic!("{entry:#x} has no subclusters"),
             Err(reason) => assert!(!reason.is_empty()),
         }
         if let Ok(Some((host, _))) = l2::decode_l1(entry, cluster_size) {

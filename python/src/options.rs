@@ -87,6 +87,7 @@ pub(crate) fn create_options(size: u64, given: &Bound<'_, PyDict>) -> PyResult<C
                 options.version = item.extract()?;
             }
             "lazy_refcounts" => options.lazy_refcounts = item.extract()?,
+            "extended_l2" => options.extended_l2 = item.extract()?,
             "backing_file" => file = Some(item.extract::<String>()?),
             "backing_format" => format = Some(item.extract::<String>()?),
             _ => return Err(PyTypeError::new_err(format!("unknown option {key:?}"))),

@@ -28,6 +28,7 @@ pub(crate) fn info(py: Python<'_>, info: Info) -> PyResult<Bound<'_, PyAny>> {
         refcount_bits = info.refcount_bits,
         file_size = info.file_size,
         lazy_refcounts = info.lazy_refcounts,
+        extended_l2 = info.extended_l2,
         snapshots = info.snapshots,
         backing_file = info.backing_file,
         backing_format = info.backing_format,

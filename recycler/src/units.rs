@@ -40,6 +40,8 @@ pub struct Geometry {
     pub cluster_bits: u32,
     /// log2 of the width of a refcount in bits, 0 to 6.
     pub refcount_order: u32,
+    /// Whether L2 entries are extended: of 16 bytes, with a bitmap of subclusters.
+    pub extended_l2: bool,
 }
 
 impl Geometry {
@@ -49,7 +51,25 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
-    /// Entries (of 8 bytes) in one L2 table, or in one cluster of the L1 or refcount table.
+    /// 8-byte words of one L2 entry.
+    #[must_use]
+    pub const fn l2_entry_words(&self) -> usize {
+        if self.extended_l2 { 2 } else { 1 }
+    }
+
+    /// Entries in one L2 table.
+    #[must_use]
+    pub const fn l2_entries(&self) -> u64 {
+        self.entries_per_cluster() / self.l2_entry_words() as u64
+    }
+
+    /// log2 of the size of a subcluster in bytes, where L2 entries are extended.
+    #[must_use]
+    pub const fn subcluster_bits(&self) -> u32 {
+        self.cluster_bits - 5
+    }
+
+    /// Entries (of 8 bytes) in one cluster of the L1 or refcount table.
     #[must_use]
     pub const fn entries_per_cluster(&self) -> u64 {
         1 << (self.cluster_bits - 3)

@@ -35,6 +35,7 @@ fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features:
         refcount_bits: 16,
         version: 3,
         lazy_refcounts,
+        extended_l2: false,
         preallocated: false,
         sectors: 160 * cluster / SECTOR as u64,
     };
@@ -149,6 +150,13 @@ fn every_operation_fails_with_lazy_refcounts() {
 #[test]
 fn every_operation_fails_with_larger_clusters() {
     every_operation("4096-byte clusters", config(12, false, 4 << 20, EVERYTHING));
+}
+
+#[test]
+fn every_operation_fails_with_subclusters() {
+    let config = config(14, false, 4 << 20, EVERYTHING);
+    let image = ImageKind { extended_l2: true, ..config.image };
+    every_operation("16 KiB clusters of 32 subclusters", Config { image, ..config });
 }
 
 #[test]

@@ -64,7 +64,7 @@ mod sequences {
     use crate::common::sequences::{PLAIN, Variant};
 
     /// What each kind gets of a soak.
-    const SHARE: f64 = 0.5 / 10.0;
+    const SHARE: f64 = 0.5 / 13.0;
 
     macro_rules! on {
         ($name:ident, $threes:expr, $variant:expr) => {
@@ -89,6 +89,13 @@ mod sequences {
         Variant { cluster_bits: 10, refcount_bits: 8, made: Made::WithSnapshot, ..PLAIN }
     );
     on!(compressed, 40, Variant { cluster_bits: 11, sectors: 96, made: Made::Compressed, ..PLAIN });
+    // A subcluster is a sector.
+    on!(subclusters, 20, Variant { cluster_bits: 14, extended_l2: true, sectors: 130, ..PLAIN });
+    on!(
+        subclusters_snapshot,
+        10,
+        Variant { cluster_bits: 14, extended_l2: true, sectors: 130, made: Made::WithSnapshot, ..PLAIN }
+    );
     on!(version_2, 20, Variant { version: 2, ..PLAIN });
     // Every growth of the file needs new refcount blocks.
     on!(many_refcount_blocks, 40, Variant { refcount_bits: 64, ..PLAIN });

@@ -143,6 +143,7 @@ def _info(args: argparse.Namespace) -> int:
         ("cluster size", size_text(info.cluster_size)),
         ("refcount bits", str(info.refcount_bits)),
         ("lazy refcounts", "yes" if info.lazy_refcounts else "no"),
+        ("extended L2", "yes" if info.extended_l2 else "no"),
         ("snapshots", str(info.snapshots)),
     ]
     if info.backing_file is not None:

@@ -62,6 +62,8 @@ class CreateOptions(TypedDict, total=False):
     """Default: 3."""
     lazy_refcounts: bool | None
     """Let refcounts go stale while the image is open (version 3 only). Default: False."""
+    extended_l2: bool | None
+    """Allocate clusters in 32 parts (version 3 only, clusters of 16 KiB at least). Default: False."""
     backing_file: str | None
     """Name of a backing file, as it is to be recorded; it is not opened."""
     backing_format: str | None

@@ -63,6 +63,8 @@ class Info:
     refcount_bits: int
     file_size: int
     lazy_refcounts: bool
+    extended_l2: bool
+    """Whether clusters are allocated in 32 parts."""
     snapshots: int
     backing_file: str | None
     backing_format: str | None

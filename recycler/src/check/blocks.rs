@@ -129,7 +129,7 @@ mod tests {
 
     use super::*;
 
-    const SMALL: Geometry = Geometry { cluster_bits: 9, refcount_order: 6 };
+    const SMALL: Geometry = Geometry { cluster_bits: 9, refcount_order: 6, extended_l2: false };
 
     fn refcounts(table: Vec<u64>) -> Refcounts {
         Refcounts { table, bad: RoaringBitmap::new(), blocks: RoaringTreemap::new(), ones: RoaringTreemap::new() }

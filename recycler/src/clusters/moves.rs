@@ -43,7 +43,7 @@ impl Place {
     /// The index of the L1 entry that the entries are reached by, or are.
     pub(crate) fn l1_index(self, geometry: Geometry) -> u64 {
         match self {
-            Place::Data(guest) => guest.0 / geometry.entries_per_cluster(),
+            Place::Data(guest) => guest.0 / geometry.l2_entries(),
             Place::Table(index) => index,
         }
     }

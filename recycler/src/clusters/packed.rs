@@ -119,7 +119,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const GEOMETRY: Geometry = Geometry { cluster_bits: 12, refcount_order: 4 };
+    const GEOMETRY: Geometry = Geometry { cluster_bits: 12, refcount_order: 4, extended_l2: false };
 
     fn extent(offset: u64, sectors: u64) -> Extent {
         let bits = 62 - (GEOMETRY.cluster_bits - 8);

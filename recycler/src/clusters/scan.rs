@@ -52,8 +52,8 @@ pub(crate) async fn scan<D: BlockDevice>(
             search.offer(geometry.host_cluster(block), Seen::Sole(Reference::RefcountTable(index)));
         }
     }
-    let per_table = geometry.entries_per_cluster();
-    let mut entries = Vec::new();
+    let per_table = geometry.l2_entries();
+    let mut words = Vec::new();
     for l1_index in 0..meta.l1.len().max(snapshots.len()) {
         let active = meta.l1.get(l1_index, volume.length())?;
         let shared = snapshots.at(volume, meta, l1_index).await?;
@@ -62,7 +62,7 @@ pub(crate) async fn scan<D: BlockDevice>(
         }
         for table in &shared {
             let active = active.is_some_and(|t| !t.copied && t.host == table.host);
-            search.snapshot_table(volume, meta, l1_index, table, active, &mut entries).await?;
+            search.snapshot_table(volume, meta, l1_index, table, active, &mut words).await?;
         }
         let Some(table) = active else { continue };
         let host = geometry.host_cluster(table.host);
@@ -73,24 +73,21 @@ pub(crate) async fn scan<D: BlockDevice>(
             continue;
         }
         search.offer(host, Seen::Sole(Reference::L1Entry(l1_index)));
-        meta.l2.survey(volume, table.host, l1_index, &mut entries).await?;
-        for (i, &entry) in entries.iter().enumerate() {
-            if entry == 0 {
+        meta.l2.survey(volume, table.host, l1_index, &mut words).await?;
+        for (i, entry) in l2::entries(&words, geometry).enumerate() {
+            if entry.is_empty() {
                 continue;
             }
             let guest = GuestCluster(l1_index * per_table + i as u64);
-            match Mapping::decode(entry, meta.version, geometry.cluster_size()) {
-                Ok(Mapping::Data { host, copied } | Mapping::Zero { preallocated: Some((host, copied)) }) => {
-                    let seen =
-                        if copied { Seen::Sole(Reference::L2Entry(guest)) } else { Seen::Active(Place::Data(guest)) };
-                    search.offer(geometry.host_cluster(host), seen);
-                }
-                Ok(Mapping::Compressed { descriptor }) => {
-                    let (first, count) = l2::compressed_clusters(descriptor, geometry);
-                    search.share(first, count);
-                    search.packed.add(descriptor, l1_index, geometry);
-                }
-                _ => {}
+            let Ok(mapping) = Mapping::of(entry, meta.version, geometry) else { continue };
+            if let Some((host, copied)) = mapping.host() {
+                let seen =
+                    if copied { Seen::Sole(Reference::L2Entry(guest)) } else { Seen::Active(Place::Data(guest)) };
+                search.offer(geometry.host_cluster(host), seen);
+            } else if let Mapping::Compressed { descriptor } = mapping {
+                let (first, count) = l2::compressed_clusters(descriptor, geometry);
+                search.share(first, count);
+                search.packed.add(descriptor, l1_index, geometry);
             }
         }
         // A scan of a large image must not keep other work from this thread.
@@ -150,7 +147,7 @@ impl Search {
         l1_index: u64,
         table: &SharedTable,
         active: bool,
-        entries: &mut Vec<u64>,
+        words: &mut Vec<u64>,
     ) -> Result<()> {
         let geometry = meta.geometry;
         let host = geometry.host_cluster(table.host);
@@ -162,28 +159,25 @@ impl Search {
             self.odd_tables.insert(host);
             return Ok(());
         }
-        super::snapshots::read_table(volume, meta, table.host, entries).await?;
-        for (i, &entry) in entries.iter().enumerate() {
-            if entry == 0 {
+        super::snapshots::read_table(volume, meta, table.host, words).await?;
+        for (i, entry) in l2::entries(words, geometry).enumerate() {
+            if entry.is_empty() {
                 continue;
             }
-            match Mapping::decode(entry, meta.version, geometry.cluster_size()) {
-                Ok(Mapping::Data { host, copied } | Mapping::Zero { preallocated: Some((host, copied)) }) => {
-                    let place = Place::Data(GuestCluster(l1_index * geometry.entries_per_cluster() + i as u64));
-                    let entry = SnapshotEntry {
-                        at: table.host.0 + i as u64 * 8,
-                        paths: table.entries.len() as u32,
-                        zero: entry & l2::ZERO != 0,
-                        copied,
-                        active,
-                    };
-                    self.offer(geometry.host_cluster(host), Seen::Snapshot(place, entry));
-                }
-                Ok(Mapping::Compressed { descriptor }) => {
-                    let (first, count) = l2::compressed_clusters(descriptor, geometry);
-                    self.share(first, count);
-                }
-                _ => {}
+            let Ok(mapping) = Mapping::of(entry, meta.version, geometry) else { continue };
+            if let Some((host, copied)) = mapping.host() {
+                let place = Place::Data(GuestCluster(l1_index * geometry.l2_entries() + i as u64));
+                let entry = SnapshotEntry {
+                    at: table.host.0 + (i * geometry.l2_entry_words() * 8) as u64,
+                    paths: table.entries.len() as u32,
+                    zero: entry.word & l2::ZERO != 0,
+                    copied,
+                    active,
+                };
+                self.offer(geometry.host_cluster(host), Seen::Snapshot(place, entry));
+            } else if let Mapping::Compressed { descriptor } = mapping {
+                let (first, count) = l2::compressed_clusters(descriptor, geometry);
+                self.share(first, count);
             }
         }
         tokio::task::yield_now().await;
@@ -321,12 +315,8 @@ async fn names<D: BlockDevice>(
         Reference::L2Entry(guest) => {
             let Some((slice, index)) = meta.l2.slice(volume, &meta.l1, guest).await? else { return Ok((false, false)) };
             let entries = slice.read();
-            let named = match Mapping::decode(entries.get(index), meta.version, geometry.cluster_size()) {
-                Ok(Mapping::Data { host: h, .. } | Mapping::Zero { preallocated: Some((h, _)) }) => {
-                    geometry.host_cluster(h) == host
-                }
-                _ => false,
-            };
+            let mapping = Mapping::of(entries.get(index), meta.version, geometry);
+            let named = mapping.is_ok_and(|m| m.host().is_some_and(|(h, _)| geometry.host_cluster(h) == host));
             Ok((named, named && is_junk()))
         }
         Reference::L1Entry(index) => {
@@ -385,14 +375,14 @@ pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadat
 /// Removes the clusters that an entry of the active tables names.
 async fn remove_named<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, set: &mut ClusterSet) -> Result<()> {
     let geometry = meta.geometry;
-    let mut entries = Vec::new();
+    let mut words = Vec::new();
     for l1_index in 0..meta.l1.len() {
         // An entry that cannot be is reported to the request that needs it.
         let Ok(Some(table)) = meta.l1.get(l1_index, volume.length()) else { continue };
         set.remove(geometry.host_cluster(table.host));
-        meta.l2.survey(volume, table.host, l1_index, &mut entries).await?;
-        for &entry in entries.iter().filter(|&&e| e != 0) {
-            if let Ok(mapping) = Mapping::decode(entry, meta.version, geometry.cluster_size())
+        meta.l2.survey(volume, table.host, l1_index, &mut words).await?;
+        for entry in l2::entries(&words, geometry).filter(|e| !e.is_empty()) {
+            if let Ok(mapping) = Mapping::of(entry, meta.version, geometry)
                 && let Some(hosts) = mapping.host_clusters(geometry)
             {
                 set.remove_range(hosts);

@@ -103,7 +103,7 @@ impl L1Tables {
     }
 }
 
-/// Reads a whole L2 table that a snapshot refers to.
+/// Reads the words of a whole L2 table that a snapshot refers to.
 pub(crate) async fn read_table<D: BlockDevice>(
     volume: &Volume<D>,
     meta: &Metadata,

@@ -247,7 +247,11 @@ impl Header {
         let extensions = Extensions::parse(area, start, 1 << cluster_bits)?;
         let header = Header {
             version,
-            geometry: Geometry { cluster_bits, refcount_order },
+            geometry: Geometry {
+                cluster_bits,
+                refcount_order,
+                extended_l2: incompatible & incompatible::EXTENDED_L2 != 0,
+            },
             virtual_size: raw.size.get() & !511,
             crypt_method: raw.crypt_method.get(),
             l1_entries: raw.l1_size.get(),
@@ -288,7 +292,6 @@ impl Header {
             (_, crypt::AES) => "encryption (AES)",
             (_, crypt::LUKS) => "encryption (LUKS)",
             (bits, _) if bits & incompatible::DATA_FILE != 0 => "external data file",
-            (bits, _) if bits & incompatible::EXTENDED_L2 != 0 => "extended L2 entries",
             _ => return None,
         };
         Some(what.to_owned())

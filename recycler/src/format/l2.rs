@@ -1,9 +1,8 @@
-//! L1 and L2 table entries (sections "Cluster mapping" and "L1/L2 table entry" of the qcow2 specification).
-//!
-//! Extended L2 entries are not handled here.
+//! L1 and L2 table entries (sections "Cluster mapping" and "Extended L2 Entries" of the qcow2 specification).
 
 use std::ops::Range;
 
+use super::subclusters::Subclusters;
 use crate::units::{Geometry, HostCluster, HostOffset};
 
 /// Bit 63: the refcount of the cluster (or L2 table) is exactly one, so it may be written in place.
@@ -14,6 +13,54 @@ pub const COMPRESSED: u64 = 1 << 62;
 pub const ZERO: u64 = 1;
 /// Bits 9 to 55: the host offset of a standard cluster or an L2 table.
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// An L2 entry as it stands in the table: 8 bytes, or 16 in an image with extended L2 entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entry {
+    /// The first 8 bytes.
+    pub word: u64,
+    /// The other 8 bytes of an extended entry, else 0.
+    pub subclusters: Subclusters,
+}
+
+impl Entry {
+    /// A standard cluster that is ours alone, in an image of this geometry.
+    #[must_use]
+    pub const fn data(host: HostOffset, geometry: Geometry) -> Entry {
+        let subclusters = if geometry.extended_l2 { Subclusters::STORED } else { Subclusters(0) };
+        Entry { word: Mapping::encode_data(host), subclusters }
+    }
+
+    /// What reads as zeroes and keeps the host cluster that `word` names, if any. Version 3 only.
+    #[must_use]
+    pub const fn zero(word: u64, geometry: Geometry) -> Entry {
+        if geometry.extended_l2 {
+            Entry { word, subclusters: Subclusters::ZERO }
+        } else {
+            Entry { word: word | ZERO, subclusters: Subclusters(0) }
+        }
+    }
+
+    /// The same, in another host cluster.
+    #[must_use]
+    pub const fn moved_to(self, host: HostOffset) -> Entry {
+        Entry { word: self.word & !OFFSET | host.0, ..self }
+    }
+
+    /// Whether nothing is in it.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.word == 0 && self.subclusters.0 == 0
+    }
+}
+
+/// The entries of a table whose 8-byte words these are.
+pub fn entries(words: &[u64], geometry: Geometry) -> impl Iterator<Item = Entry> + '_ {
+    words.chunks_exact(geometry.l2_entry_words()).map(|entry| Entry {
+        word: entry.first().copied().unwrap_or(0),
+        subclusters: Subclusters(entry.get(1).copied().unwrap_or(0)),
+    })
+}
 
 /// What an L2 entry says about a guest cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,10 +84,48 @@ pub enum Mapping {
         /// The raw descriptor, bits 0 to 61.
         descriptor: u64,
     },
+    /// Its subclusters are not all alike, or there is a host cluster for them and none is stored.
+    Parts {
+        /// The host cluster that those that are stored are in, with its COPIED flag.
+        host: Option<(HostOffset, bool)>,
+        /// How each is stored.
+        subclusters: Subclusters,
+    },
 }
 
 impl Mapping {
-    /// Decodes an entry of an image whose version and cluster size are given. The error is the reason why the entry is
+    /// Decodes an entry of an image of this version and geometry. The error is the reason why the entry is invalid.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode); subclusters that are stored nowhere, or stored and zero at once.
+    #[inline]
+    pub fn of(entry: Entry, version: u32, geometry: Geometry) -> Result<Mapping, &'static str> {
+        let mapping = Mapping::decode(entry.word, version, geometry.cluster_size())?;
+        if geometry.extended_l2 { Self::extended(mapping, entry.subclusters) } else { Ok(mapping) }
+    }
+
+    fn extended(word: Mapping, subclusters: Subclusters) -> Result<Mapping, &'static str> {
+        if subclusters.stored() & subclusters.zero() != 0 {
+            return Err("a subcluster is both stored and zero");
+        }
+        let host = match word {
+            Mapping::Compressed { .. } => return Ok(word),
+            Mapping::Zero { .. } => return Err("the zero flag is set in an extended entry"),
+            Mapping::Data { host, copied } => Some((host, copied)),
+            Mapping::Unallocated | Mapping::Parts { .. } => None,
+        };
+        Ok(match (host, subclusters) {
+            (Some((host, copied)), Subclusters::STORED) => Mapping::Data { host, copied },
+            (preallocated, Subclusters::ZERO) => Mapping::Zero { preallocated },
+            (None, Subclusters(0)) => Mapping::Unallocated,
+            (None, _) if subclusters.stored() != 0 => {
+                return Err("subclusters are stored, and no host cluster is named");
+            }
+            (host, subclusters) => Mapping::Parts { host, subclusters },
+        })
+    }
+
+    /// Decodes the first word of an entry of an image whose version and cluster size are given. The error is the reason why the entry is
     /// invalid.
     ///
     /// # Errors
@@ -71,15 +156,22 @@ impl Mapping {
         Ok(Mapping::Data { host: HostOffset(offset), copied })
     }
 
+    /// The host cluster that a standard entry names, whether or not what is in it shows, and its COPIED flag.
+    #[must_use]
+    pub const fn host(&self) -> Option<(HostOffset, bool)> {
+        match *self {
+            Mapping::Data { host, copied } => Some((host, copied)),
+            Mapping::Zero { preallocated: host } | Mapping::Parts { host, .. } => host,
+            Mapping::Unallocated | Mapping::Compressed { .. } => None,
+        }
+    }
+
     /// The host clusters that the entry names, in clusters of the file; `None` if it names none.
     #[must_use]
     pub fn host_clusters(&self, geometry: Geometry) -> Option<Range<u64>> {
         let (first, count) = match *self {
-            Mapping::Data { host, .. } | Mapping::Zero { preallocated: Some((host, _)) } => {
-                (geometry.host_cluster(host), 1)
-            }
             Mapping::Compressed { descriptor } => compressed_clusters(descriptor, geometry),
-            Mapping::Zero { preallocated: None } | Mapping::Unallocated => return None,
+            _ => (geometry.host_cluster(self.host()?.0), 1),
         };
         Some(first.0..first.0 + count)
     }
@@ -174,6 +266,26 @@ mod tests {
                 assert_eq!(plain_data(entry, cluster_size), decoded, "{entry:#x}");
             }
         }
+    }
+
+    #[test]
+    fn extended_entries_decode() {
+        let geometry = Geometry { cluster_bits: 16, refcount_order: 4, extended_l2: true };
+        let of = |word, bitmap| Mapping::of(Entry { word, subclusters: Subclusters(bitmap) }, 3, geometry);
+        let host = HostOffset(0x50000);
+        assert_eq!(of(0, 0), Ok(Mapping::Unallocated));
+        assert_eq!(of(0x50000 | COPIED, 0xffff_ffff), Ok(Mapping::Data { host, copied: true }));
+        assert_eq!(of(0, 0xffff_ffff << 32), Ok(Mapping::Zero { preallocated: None }));
+        assert_eq!(of(0x50000, 0xffff_ffff << 32), Ok(Mapping::Zero { preallocated: Some((host, false)) }));
+        let parts = |host, bitmap| Ok(Mapping::Parts { host, subclusters: Subclusters(bitmap) });
+        assert_eq!(of(0x50000, 1 << 33 | 1), parts(Some((host, false)), 1 << 33 | 1));
+        assert_eq!(of(0x50000, 0), parts(Some((host, false)), 0));
+        assert_eq!(of(0, 1 << 33), parts(None, 1 << 33));
+        assert!(of(0, 1).is_err() && of(0x50000, 1 << 32 | 1).is_err() && of(0x50001, 1).is_err());
+        assert_eq!(of(COMPRESSED | 5, 0), Ok(Mapping::Compressed { descriptor: 5 }));
+        let words = [0x50000, 7, COMPRESSED, 0];
+        assert_eq!(entries(&words, geometry).map(|e| e.subclusters.0).collect::<Vec<_>>(), [7, 0]);
+        assert_eq!(entries(&words, Geometry { extended_l2: false, ..geometry }).count(), 4);
     }
 
     #[test]

@@ -6,4 +6,5 @@ pub mod header;
 pub mod l2;
 pub mod refcount;
 pub mod snapshot;
+pub mod subclusters;
 pub(crate) mod upgrade;

@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn l1_tables_outside_the_file_are_refused() {
-        let geometry = Geometry { cluster_bits: 16, refcount_order: 4 };
+        let geometry = Geometry { cluster_bits: 16, refcount_order: 4, extended_l2: false };
         let check = |offset, entries, file| {
             let (s, _) = parse_entry(&entry(offset, entries, &[], b"", b""), 0).unwrap();
             s.check_l1(geometry, file)

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::extension::{self, kind};
 use crate::format::header::{
     COMPATIBLE_LAZY_REFCOUNTS, MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, RawHeader, RawVersion3,
-    V2_LENGTH, V3_LENGTH,
+    V2_LENGTH, V3_LENGTH, incompatible,
 };
 use crate::format::refcount;
 use crate::units::{Geometry, HostCluster};
@@ -36,6 +36,9 @@ pub struct CreateOptions {
     pub version: u32,
     /// Let refcounts go stale while the image is open (version 3 only).
     pub lazy_refcounts: bool,
+    /// Extended L2 entries: clusters consist of 32 subclusters that are allocated one by one (version 3, clusters of 16 KiB at
+    /// least).
+    pub extended_l2: bool,
     /// Name and format of a backing file.
     pub backing: Option<(String, String)>,
 }
@@ -50,6 +53,7 @@ impl CreateOptions {
             refcount_bits: 16,
             version: 3,
             lazy_refcounts: false,
+            extended_l2: false,
             backing: None,
         }
     }
@@ -64,9 +68,14 @@ impl CreateOptions {
         match self.version {
             2 if self.refcount_bits != 16 => Err(bad("refcount_bits", "must be 16 in version 2".to_owned())),
             2 if self.lazy_refcounts => Err(bad("lazy_refcounts", "needs version 3".to_owned())),
+            2 if self.extended_l2 => Err(bad("extended_l2", "needs version 3".to_owned())),
+            _ if self.extended_l2 && self.cluster_size < 16384 => {
+                Err(bad("extended_l2", format!("needs clusters of 16 KiB at least, not {}", self.cluster_size)))
+            }
             2 | 3 => Ok(Geometry {
                 cluster_bits: self.cluster_size.trailing_zeros(),
                 refcount_order: self.refcount_bits.trailing_zeros(),
+                extended_l2: self.extended_l2,
             }),
             other => Err(bad("version", format!("is {other}, neither 2 nor 3"))),
         }
@@ -131,9 +140,9 @@ impl Layout {
             return Err(bad("virtual_size", format!("{size} is not a multiple of {SECTOR}")));
         }
         // An empty disk has an L1 table as well, so that there is one to speak of.
-        let l1_entries = size.div_ceil(geometry.cluster_size() * geometry.entries_per_cluster()).max(1);
+        let l1_entries = size.div_ceil(geometry.cluster_size() * geometry.l2_entries()).max(1);
         if l1_entries * 8 > MAX_L1_BYTES {
-            let most = MAX_L1_BYTES / 8 * geometry.cluster_size() * geometry.entries_per_cluster();
+            let most = MAX_L1_BYTES / 8 * geometry.cluster_size() * geometry.l2_entries();
             let reason = format!("{size} is too large: {most} is the most with this cluster size");
             return Err(bad("virtual_size", reason));
         }
@@ -236,7 +245,7 @@ fn header_cluster(options: &CreateOptions, geometry: Geometry, layout: &Layout) 
     put(0, raw.as_bytes());
     if options.version == 3 {
         let v3 = RawVersion3 {
-            incompatible_features: U64::ZERO,
+            incompatible_features: U64::new(if options.extended_l2 { incompatible::EXTENDED_L2 } else { 0 }),
             compatible_features: U64::new(if options.lazy_refcounts { COMPATIBLE_LAZY_REFCOUNTS } else { 0 }),
             autoclear_features: U64::ZERO,
             refcount_order: U32::new(geometry.refcount_order),

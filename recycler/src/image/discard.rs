@@ -8,7 +8,7 @@ use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::{Error, Result};
-use crate::format::l2::{self, Mapping};
+use crate::format::l2::{self, Entry, Mapping};
 use crate::metadata::slices::Entries as _;
 use crate::mutation::{Mutation, broken};
 use crate::sync::AsyncRwLockReadGuard;
@@ -102,8 +102,17 @@ impl<D: BlockDevice> Image<D> {
         if last << bits < end { self.zero_piece(last << bits..end, access).await } else { Ok(()) }
     }
 
-    /// Overwrites a piece of a cluster with zeroes where it does not read so already.
+    /// Makes a piece of a cluster read as zeroes: it is overwritten, or unmapped where subclusters allow that.
     async fn zero_piece(&self, range: Range<u64>, access: Access) -> Result<()> {
+        if self.meta.geometry.extended_l2 {
+            self.zero_parts(range, access).await
+        } else {
+            self.overwrite_with_zeroes(range, access).await
+        }
+    }
+
+    /// Overwrites a part of the disk with zeroes where it does not read so already.
+    pub(super) async fn overwrite_with_zeroes(&self, range: Range<u64>, access: Access) -> Result<()> {
         let mut at = range.start;
         while at < range.end {
             let run = self.lookup(GuestOffset(at), range.end - at, Purpose::Read).await?;
@@ -147,14 +156,16 @@ impl<D: BlockDevice> Image<D> {
     /// Clears clusters that one slice maps.
     async fn clear_in_slice(&self, clusters: Range<u64>, clear: Clear, access: Access) -> Result<()> {
         let first = GuestCluster(clusters.start);
-        let cleared = |mapping: Mapping, entry: u64, at: u64| -> u64 {
+        let geometry = self.meta.geometry;
+        let cleared = |mapping: Mapping, entry: Entry, at: u64| {
             // Version 3 marks what was discarded, as QEMU does: should the image get a backing file, it must not show.
-            let zero = if self.meta.version >= 3 { l2::ZERO } else { 0 };
+            let zero = |word| if self.meta.version >= 3 { Entry::zero(word, geometry) } else { Entry::default() };
             match (mapping, clear) {
-                (_, Clear::Forget) => 0,
+                (_, Clear::Forget) => Entry::default(),
                 (Mapping::Unallocated, _) if self.backing.is_zero_from(at) => entry,
-                (Mapping::Data { copied: true, .. } | Mapping::Zero { .. }, Clear::Keep) => entry | zero,
-                _ => zero,
+                (Mapping::Zero { .. }, Clear::Keep) => entry,
+                (_, Clear::Keep) if matches!(mapping.host(), Some((_, true))) => zero(entry.word),
+                _ => zero(0),
             }
         };
         // A look first: a table that says so already is neither made, nor copied, nor written.
@@ -192,12 +203,12 @@ impl<D: BlockDevice> Image<D> {
                 continue;
             }
             entries.set(index + i, new);
-            match mapping {
+            match mapping.host() {
                 // The host cluster stays, but what is in it is not shown any more.
-                Mapping::Data { host, copied: true } if new & l2::OFFSET == host.0 => {
-                    self.moves.cancel(self.meta.geometry.host_cluster(host), 1);
+                Some((host, true)) if new.word & l2::OFFSET == host.0 => {
+                    self.moves.cancel(geometry.host_cluster(host), 1);
                 }
-                other => self.unlink(other),
+                _ => self.unlink(mapping),
             }
         }
         Ok(())

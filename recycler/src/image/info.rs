@@ -23,6 +23,8 @@ pub struct Info {
     pub file_size: u64,
     /// Whether the image was made with lazy refcounts.
     pub lazy_refcounts: bool,
+    /// Whether L2 entries are extended, so that clusters are allocated in 32 parts.
+    pub extended_l2: bool,
     /// Internal snapshots.
     pub snapshots: u32,
     /// The name of the backing file as the image records it.
@@ -49,6 +51,7 @@ impl<D: BlockDevice> Image<D> {
             refcount_bits: 1 << self.meta.geometry.refcount_order,
             file_size: self.file_size(),
             lazy_refcounts: self.header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0,
+            extended_l2: self.meta.geometry.extended_l2,
             snapshots: self.snapshot_count(),
             backing_file: self.header.backing_file.clone(),
             backing_format: self.header.backing_format.clone(),

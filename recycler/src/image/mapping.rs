@@ -6,7 +6,8 @@ use std::sync::Arc;
 use super::Image;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
-use crate::format::l2::{self, Mapping};
+use crate::format::l2::{self, Entry, Mapping};
+use crate::format::subclusters::Part;
 use crate::metadata::slices::{Entries, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
@@ -116,7 +117,7 @@ impl<D: BlockDevice> Image<D> {
         if purpose == Purpose::Write && !view.targets_checked(index, 1) {
             return None;
         }
-        let (host, copied) = l2::plain_data(view.get(index), cluster_size)?;
+        let (host, copied) = l2::plain_data(view.word(index), cluster_size)?;
         let end = host.0 + within + length;
         let moving = if broken(Mutation::BoundsAfterEntry) { self.moves.bounds() } else { moving };
         if !view.still() || end > self.volume.length() {
@@ -131,13 +132,25 @@ impl<D: BlockDevice> Image<D> {
     /// Looks at one slice.
     #[inline]
     fn look(&self, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Option<Run>> {
-        let Some((view, index)) = self.meta.l2.view(self.meta.geometry.guest_cluster(at)) else { return Ok(None) };
+        let guest = self.meta.geometry.guest_cluster(at);
+        let Some((view, index)) = self.meta.l2.view(guest) else {
+            return if self.meta.geometry.extended_l2 { self.look_locked(guest, at, max, purpose) } else { Ok(None) };
+        };
         if purpose == Purpose::Write && !view.targets_checked(index, self.clusters_of(at, max)) {
             return Ok(None);
         }
         let run = self.run_in(&view, index, at, max);
         // Also an error is one only if it is this slice's.
         if view.still() { run.map(Some) } else { Ok(None) }
+    }
+
+    /// Looks at one slice of extended entries, which only its lock shows whole.
+    fn look_locked(&self, guest: GuestCluster, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Option<Run>> {
+        let Some((slice, index)) = self.meta.l2.cached(guest) else { return Ok(None) };
+        if purpose == Purpose::Write && !slice.targets.are_checked(index, self.clusters_of(at, max)) {
+            return Ok(None);
+        }
+        self.run_in(&slice.read(), index, at, max).map(Some)
     }
 
     /// Looks on into the next slices, as far as what they say continues the run.
@@ -208,18 +221,30 @@ impl<D: BlockDevice> Image<D> {
         let cluster_size = self.meta.geometry.cluster_size();
         let within = at.0 & (cluster_size - 1);
         let entry = entries.get(index);
-        let first = match Mapping::decode(entry, self.meta.version, cluster_size) {
+        let first = match Mapping::of(entry, self.meta.version, self.meta.geometry) {
             Ok(first) => first,
             Err(reason) => return Err(self.invalid_entry(self.meta.geometry.guest_cluster(at), entry, reason)),
         };
+        let mut part_length = cluster_size - within;
         let kind = match first {
             Mapping::Data { host, copied } => RunKind::Data { host: HostOffset(host.0 + within), copied },
             Mapping::Zero { .. } => RunKind::Zero,
             Mapping::Unallocated => RunKind::Unallocated,
             Mapping::Compressed { descriptor } => RunKind::Compressed { descriptor },
+            Mapping::Parts { host, subclusters } => {
+                let bits = self.meta.geometry.subcluster_bits();
+                let index = within >> bits;
+                part_length = (subclusters.end_of(index) << bits) - within;
+                match (subclusters.part(index), host) {
+                    (Part::Stored, Some((host, copied))) => RunKind::Data { host: HostOffset(host.0 + within), copied },
+                    (Part::Zero, _) => RunKind::Zero,
+                    // Whatever is stored is stored somewhere, as was checked when the entry was decoded.
+                    (Part::Unallocated | Part::Stored, _) => RunKind::Unallocated,
+                }
+            }
         };
-        let mut length = cluster_size - within;
-        if length < max {
+        let mut length = part_length;
+        if length < max && !matches!(first, Mapping::Parts { .. }) {
             length += self.followers(entries, index, max - length, first);
         }
         let length = length.min(max);
@@ -237,7 +262,7 @@ impl<D: BlockDevice> Image<D> {
         let (mut length, mut next) = (0, index + 1);
         while length < max && next < entries.len() {
             // Decoding errors of later entries are left to the request that needs them.
-            let Ok(mapping) = Mapping::decode(entries.get(next), self.meta.version, cluster_size) else { break };
+            let Ok(mapping) = Mapping::of(entries.get(next), self.meta.version, self.meta.geometry) else { break };
             let follows = match (first, mapping) {
                 (Mapping::Data { host, copied }, Mapping::Data { host: h, copied: c }) => {
                     h.0 == host.0 + length + cluster_size && c == copied
@@ -257,7 +282,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// Refuses data that lies outside the file; the last cluster may be cut short.
     #[cold]
-    fn check_end(&self, at: GuestOffset, entry: u64, host: HostOffset, length: u64) -> Result<()> {
+    fn check_end(&self, at: GuestOffset, entry: Entry, host: HostOffset, length: u64) -> Result<()> {
         let end = self.volume.length();
         if host.0 + length > end.next_multiple_of(self.meta.geometry.cluster_size()) {
             let reason = format!("a data cluster lies outside the file of {end} bytes");
@@ -267,12 +292,12 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Decodes an entry, with an error that names its place.
-    pub(crate) fn decode(&self, guest: GuestCluster, entry: u64) -> Result<Mapping> {
-        Mapping::decode(entry, self.meta.version, self.meta.geometry.cluster_size())
+    pub(crate) fn decode(&self, guest: GuestCluster, entry: Entry) -> Result<Mapping> {
+        Mapping::of(entry, self.meta.version, self.meta.geometry)
             .map_err(|reason| self.invalid_entry(guest, entry, reason))
     }
 
-    pub(crate) fn invalid_entry(&self, guest: GuestCluster, entry: u64, reason: &str) -> Error {
+    pub(crate) fn invalid_entry(&self, guest: GuestCluster, entry: Entry, reason: &str) -> Error {
         self.meta.l2.invalid_entry(&self.volume, &self.meta.l1, guest, entry, reason)
     }
 
@@ -302,7 +327,7 @@ impl<D: BlockDevice> Image<D> {
         index: usize,
         range: Range<usize>,
     ) -> Result<()> {
-        let invalid = |i: usize, entry: u64, reason: &str| {
+        let invalid = |i: usize, entry: Entry, reason: &str| {
             self.invalid_entry(GuestCluster(guest.0 - index as u64 + i as u64), entry, reason)
         };
         loop {
@@ -347,9 +372,9 @@ impl<D: BlockDevice> Image<D> {
 
     /// The host clusters that an entry names, and whether they are the guest cluster's own, not compressed; `None` if it names
     /// none, or cannot be decoded, which is reported to the request that needs it.
-    fn targets(&self, entry: u64) -> Option<(Range<u64>, bool)> {
+    fn targets(&self, entry: Entry) -> Option<(Range<u64>, bool)> {
         let geometry = self.meta.geometry;
-        let mapping = Mapping::decode(entry, self.meta.version, geometry.cluster_size()).ok()?;
+        let mapping = Mapping::of(entry, self.meta.version, geometry).ok()?;
         Some((mapping.host_clusters(geometry)?, !matches!(mapping, Mapping::Compressed { .. })))
     }
 }

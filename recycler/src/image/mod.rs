@@ -19,6 +19,7 @@ pub(crate) mod relocate;
 mod resize;
 pub(crate) mod shared;
 pub(crate) mod snapshots;
+mod subclusters;
 pub(crate) mod turns;
 mod upgrade;
 mod write;

@@ -23,7 +23,7 @@ use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Tables, read_table};
 use crate::device::BlockDevice;
 use crate::error::Result;
-use crate::format::l2::{self, Mapping};
+use crate::format::l2::{self, Entry, Mapping};
 use crate::metadata::slices::Entries as _;
 use crate::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 
@@ -128,20 +128,20 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         chosen.remove_all(&self.meta.tables.lock());
-        let mut entries = Vec::new();
+        let mut words = Vec::new();
         for l1_index in 0..self.meta.l1.len().max(snapshots.len()) {
             if chosen.is_empty() {
                 break;
             }
             for table in snapshots.at(&self.volume, &self.meta, l1_index).await? {
-                read_table(&self.volume, &self.meta, table.host, &mut entries).await?;
-                self.leave_out(&mut chosen, table.host, &entries, |_| true);
+                read_table(&self.volume, &self.meta, table.host, &mut words).await?;
+                self.leave_out(&mut chosen, table.host, &words, |_| true);
             }
             if let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? {
-                self.meta.l2.survey(&self.volume, table.host, l1_index, &mut entries).await?;
+                self.meta.l2.survey(&self.volume, table.host, l1_index, &mut words).await?;
                 // The compressed clusters of such a table are what the choice is about.
                 let other = |m: &Mapping| !table.copied || !matches!(m, Mapping::Compressed { .. });
-                self.leave_out(&mut chosen, table.host, &entries, other);
+                self.leave_out(&mut chosen, table.host, &words, other);
             }
             // Walking the tables of a large image must not keep other work from this thread.
             tokio::task::yield_now().await;
@@ -150,11 +150,11 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Takes a table out of `chosen`, and what those of its entries name that `other` says.
-    fn leave_out(&self, chosen: &mut ClusterSet, table: HostOffset, entries: &[u64], other: impl Fn(&Mapping) -> bool) {
+    fn leave_out(&self, chosen: &mut ClusterSet, table: HostOffset, words: &[u64], other: impl Fn(&Mapping) -> bool) {
         let geometry = self.meta.geometry;
         chosen.remove(geometry.host_cluster(table));
-        for &entry in entries.iter().filter(|&&e| e != 0) {
-            if let Ok(mapping) = Mapping::decode(entry, self.meta.version, geometry.cluster_size())
+        for entry in l2::entries(words, geometry).filter(|e| !e.is_empty()) {
+            if let Ok(mapping) = Mapping::of(entry, self.meta.version, geometry)
                 && other(&mapping)
                 && let Some(clusters) = mapping.host_clusters(geometry)
             {
@@ -170,12 +170,10 @@ impl<D: BlockDevice> Image<D> {
         let Some(table) = self.meta.l1.get(l1_index, self.volume.length())?.filter(|t| t.copied) else {
             return Ok(found);
         };
-        let mut entries = Vec::new();
-        self.meta.l2.survey(&self.volume, table.host, l1_index, &mut entries).await?;
-        for (guest, &entry) in (l1_index * geometry.entries_per_cluster()..).zip(&entries) {
-            if let Ok(Mapping::Compressed { descriptor }) =
-                Mapping::decode(entry, self.meta.version, geometry.cluster_size())
-            {
+        let mut words = Vec::new();
+        self.meta.l2.survey(&self.volume, table.host, l1_index, &mut words).await?;
+        for (guest, entry) in (l1_index * geometry.l2_entries()..).zip(l2::entries(&words, geometry)) {
+            if let Ok(Mapping::Compressed { descriptor }) = Mapping::of(entry, self.meta.version, geometry) {
                 let (first, count) = l2::compressed_clusters(descriptor, geometry);
                 if (first.0..first.0 + count).any(|c| clusters.contains(HostCluster(c))) {
                     found.push(Extent { guest: GuestCluster(guest), descriptor, to: 0 });
@@ -194,7 +192,7 @@ impl<D: BlockDevice> Image<D> {
     /// Lets the entry of a compressed cluster name the new place of its data, if it still names the old one.
     async fn rewrite_packed(&self, e: &Extent) -> Result<bool> {
         let geometry = self.meta.geometry;
-        let l1_index = e.guest.0 / geometry.entries_per_cluster();
+        let l1_index = e.guest.0 / geometry.l2_entries();
         // No guest copies the L2 table meanwhile.
         let _turn = self.table_turns.take(l1_index..l1_index + 1).await;
         let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, e.guest).await? else {
@@ -204,10 +202,12 @@ impl<D: BlockDevice> Image<D> {
             return Ok(false);
         }
         let mut entries = self.meta.l2.modify(&slice);
-        if entries.get(index) != l2::COMPRESSED | e.descriptor {
+        let entry = entries.get(index);
+        if entry.word != l2::COMPRESSED | e.descriptor {
             return Ok(false);
         }
-        entries.set(index, l2::COMPRESSED | l2::compressed_at(e.descriptor, e.to, geometry));
+        let word = l2::COMPRESSED | l2::compressed_at(e.descriptor, e.to, geometry);
+        entries.set(index, Entry { word, ..entry });
         self.unlink(Mapping::Compressed { descriptor: e.descriptor });
         Ok(true)
     }

@@ -140,7 +140,7 @@ impl<D: BlockDevice> Image<D> {
     #[cold]
     fn load_at_once(&self, at: u64, loaded: &mut Option<u64>) -> Result<bool> {
         let guest = self.meta.geometry.guest_cluster(GuestOffset(at));
-        if loaded.replace(at) == Some(at) || self.meta.l2.view(guest).is_some() {
+        if loaded.replace(at) == Some(at) || self.meta.l2.cached(guest).is_some() {
             return Ok(false);
         }
         match self.meta.l2.load_now(&self.volume, &self.meta.l1, guest) {

@@ -10,7 +10,6 @@ use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::device::volume::PIECE;
 use crate::error::{Error, Result};
-use crate::format::l2::{self, Mapping};
 use crate::metadata::commit::L1Move;
 use crate::metadata::refcounts::Refcounts;
 use crate::metadata::slices::Entries as _;
@@ -208,24 +207,22 @@ impl<D: BlockDevice> Image<D> {
                 let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? else {
                     return Ok(false);
                 };
-                let l1_index = guest.0 / geometry.entries_per_cluster();
+                let l1_index = guest.0 / geometry.l2_entries();
                 if !self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied) {
                     return Ok(false);
                 }
                 let mut entries = self.meta.l2.modify(&slice);
                 let entry = entries.get(index);
-                let names_src = match self.decode(guest, entry)? {
-                    Mapping::Data { host, copied: true } | Mapping::Zero { preallocated: Some((host, true)) } => {
-                        geometry.host_cluster(host) == m.src
-                    }
-                    _ => false,
-                };
+                let names_src = self
+                    .decode(guest, entry)?
+                    .host()
+                    .is_some_and(|(h, copied)| copied && geometry.host_cluster(h) == m.src);
                 // The mark is looked for under the lock under which writers set it.
                 let cancelled = self.moves.is_cancelled(m.src) && !broken(Mutation::CommitCancelledMove);
                 if !names_src || cancelled {
                     return Ok(false);
                 }
-                entries.set(index, entry & !l2::OFFSET | dst.0);
+                entries.set(index, entry.moved_to(dst));
                 self.clusters.lock().unlink(m.src, true);
             }
             Reference::L1Entry(index) => {

@@ -31,7 +31,7 @@ impl<D: BlockDevice> Image<D> {
             return Err(bad(format!("{size} is not a multiple of 512 bytes")));
         }
         let geometry = self.meta.geometry;
-        let entries = geometry.clusters_for(size).div_ceil(geometry.entries_per_cluster());
+        let entries = geometry.clusters_for(size).div_ceil(geometry.l2_entries());
         if entries * 8 > MAX_L1_BYTES || size > i64::MAX as u64 {
             return Err(bad(format!("{size} bytes need an L1 table of more than 32 MiB at this cluster size")));
         }
@@ -85,7 +85,7 @@ impl<D: BlockDevice> Image<D> {
     /// frozen the mapping.
     pub(super) async fn forget_past(&self, size: u64) -> Result<()> {
         let geometry = self.meta.geometry;
-        let per_table = geometry.entries_per_cluster();
+        let per_table = geometry.l2_entries();
         let first = geometry.clusters_for(size);
         for l1_index in first / per_table..self.meta.l1.len() {
             let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? else { continue };
@@ -143,7 +143,7 @@ impl<D: BlockDevice> Image<D> {
     /// Makes `from..to` read as zeroes, skipping what has no L2 table unless a backing file shows there.
     async fn clear_new(&self, from: u64, to: u64) -> Result<()> {
         let geometry = self.meta.geometry;
-        let table_bytes = geometry.entries_per_cluster() << geometry.cluster_bits;
+        let table_bytes = geometry.l2_entries() << geometry.cluster_bits;
         let mut at = from;
         while at < to {
             let end = to.min((at / table_bytes + 1) * table_bytes);

@@ -28,7 +28,7 @@ use super::relocate::Holes;
 use crate::clusters::moves::{Place, SharedSource};
 use crate::device::BlockDevice;
 use crate::error::Result;
-use crate::format::l2::{self, Mapping};
+use crate::format::l2::{Entry, Mapping};
 use crate::metadata::slices::Entries as _;
 use crate::units::HostCluster;
 
@@ -134,21 +134,17 @@ impl<D: BlockDevice> Image<D> {
             rewritten += u64::from(entry.paths);
             let in_table = |t: &crate::metadata::l1::L2Ref| entry.at & !(geometry.cluster_size() - 1) == t.host.0;
             if let (Some(_), Some((slice, index))) = (table.filter(|t| !t.copied && in_table(t)), &slice) {
-                self.meta.l2.amend(slice, *index, entry.naming(dst));
+                self.meta.l2.amend(slice, *index, |e| Entry { word: entry.naming(dst), ..e });
                 rewritten += 1;
             }
         }
         if let (Some(_), Some((slice, index))) = (table.filter(|t| t.copied), slice) {
             let mut entries = self.meta.l2.modify(&slice);
             let entry = entries.get(index);
-            let names_src = match Mapping::decode(entry, self.meta.version, geometry.cluster_size()) {
-                Ok(Mapping::Data { host, copied: false } | Mapping::Zero { preallocated: Some((host, false)) }) => {
-                    geometry.host_cluster(host) == m.src
-                }
-                _ => false,
-            };
+            let named = Mapping::of(entry, self.meta.version, geometry).ok().and_then(|m| m.host());
+            let names_src = named.is_some_and(|(h, copied)| !copied && geometry.host_cluster(h) == m.src);
             if names_src {
-                entries.set(index, entry & !l2::OFFSET | dst.0);
+                entries.set(index, entry.moved_to(dst));
                 rewritten += 1;
             }
         }

@@ -9,7 +9,7 @@ use crate::clusters::allocator::Allocation;
 use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::Result;
-use crate::format::l2::{self, Mapping};
+use crate::format::l2::{self, Entry, Mapping};
 use crate::metadata::patches::lay_over;
 use crate::metadata::slices::{Entries as _, Slice};
 use crate::mutation::{Mutation, broken};
@@ -106,7 +106,7 @@ impl<D: BlockDevice> Image<D> {
                 if matches!(mapping, Mapping::Data { copied: true, .. }) {
                     break;
                 }
-                let preallocated = matches!(mapping, Mapping::Zero { preallocated: Some((_, true)) });
+                let preallocated = matches!(mapping.host(), Some((_, true)));
                 if preallocated && i > 0 {
                     break;
                 }
@@ -118,8 +118,12 @@ impl<D: BlockDevice> Image<D> {
         }
         match old.first() {
             None => Ok(0),
-            Some(&(entry, Mapping::Zero { preallocated: Some((host, true)) })) => {
-                self.write_preallocated(&slice, index, at, entry, host, buf).await
+            Some(&(entry, mapping)) if let Some((host, true)) = mapping.host() => {
+                if geometry.extended_l2 {
+                    self.write_parts(&slice, index, at, (entry, mapping), host, buf).await
+                } else {
+                    self.write_preallocated(&slice, index, at, entry, host, buf).await
+                }
             }
             Some(_) => {
                 let allocation = self.clusters.allocate(&self.volume, &self.meta, old.len() as u64).await?;
@@ -135,7 +139,7 @@ impl<D: BlockDevice> Image<D> {
         slice: &Arc<Slice>,
         index: usize,
         at: GuestOffset,
-        old: &[(u64, Mapping)],
+        old: &[(Entry, Mapping)],
         allocation: Allocation<'_>,
         buf: IoBuf<'_>,
     ) -> Result<usize> {
@@ -147,19 +151,24 @@ impl<D: BlockDevice> Image<D> {
         let host = geometry.host_offset(allocation.first()).0;
         // The rest of the first and of the last cluster keeps its old contents.
         let last = old.len() as u64 - 1;
-        for (from, to, cluster) in [(start, at.0, 0), (at.0 + length as u64, end, last)] {
-            if from < to && !self.reads_as_zero(old.get(cluster as usize).map(|o| o.1), from) {
-                let mut bytes = vec![0; (to - from) as usize];
-                self.read_range(from, IoBufMut::new(&mut bytes)).await?;
-                self.volume.write("copying old contents", host + (from - start), IoBuf::new(&bytes)).await?;
+        let written = at.0..at.0 + length as u64;
+        for (rest, cluster) in [(start..at.0, 0), (written.end..end, last)] {
+            let Some(&(_, mapping)) = old.get(cluster as usize) else { continue };
+            let cluster_start = start + (cluster << geometry.cluster_bits);
+            for part in self.to_be_copied(mapping, cluster_start, &written, rest) {
+                if !self.reads_as_zero(mapping, part.start) {
+                    let mut bytes = vec![0; (part.end - part.start) as usize];
+                    self.read_range(part.start, IoBufMut::new(&mut bytes)).await?;
+                    let to = host + (part.start - start);
+                    self.volume.write("copying old contents", to, IoBuf::new(&bytes)).await?;
+                }
             }
         }
         self.volume.write("writing guest data", host + (at.0 - start), buf.slice(0..length)).await?;
         // If the clusters read as zeroes before, they may be linked without their data: a power cut then shows zeroes, the
         // old contents. Otherwise the data must be durable first, lest neither old nor new shows. And zeroes that are not
         // durable yet must become so first, lest what the cluster once held shows.
-        let zeroes_before =
-            old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(Some(o.1), g << geometry.cluster_bits));
+        let zeroes_before = old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(o.1, g << geometry.cluster_bits));
         if !allocation.durable || !zeroes_before && !broken(Mutation::LinkBeforeData) {
             self.meta.require_barrier();
         }
@@ -168,7 +177,8 @@ impl<D: BlockDevice> Image<D> {
             return Ok(0);
         }
         for (i, (_, mapping)) in old.iter().enumerate() {
-            entries.set(index + i, Mapping::encode_data(HostOffset(host + ((i as u64) << geometry.cluster_bits))));
+            let within = (i as u64) << geometry.cluster_bits;
+            entries.set(index + i, self.renewed(*mapping, start + within, &written, HostOffset(host + within)));
             self.unlink(*mapping);
         }
         let mut allocation = allocation;
@@ -184,7 +194,7 @@ impl<D: BlockDevice> Image<D> {
         slice: &Arc<Slice>,
         index: usize,
         at: GuestOffset,
-        old: u64,
+        old: Entry,
         host: HostOffset,
         buf: IoBuf<'_>,
     ) -> Result<usize> {
@@ -200,24 +210,31 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         self.volume.write("writing guest data", host.0 + within, buf.slice(0..length)).await?;
+        let new = Entry::data(host, self.meta.geometry);
+        Ok(if self.link_own(slice, index, old, new, host) { length } else { 0 })
+    }
+
+    /// Changes the entry of a guest cluster that keeps its host cluster, in which there is more now that is to show. `false` if
+    /// the entry has changed meanwhile.
+    pub(super) fn link_own(&self, slice: &Arc<Slice>, index: usize, old: Entry, new: Entry, host: HostOffset) -> bool {
         // Without its data, the cluster would show what it held before it was zeroed.
         if !broken(Mutation::ShowBeforeZeroes) {
             self.meta.require_barrier();
         }
         let mut entries = self.meta.l2.modify(slice);
         if entries.get(index) != old {
-            return Ok(0);
+            return false;
         }
         self.moves.cancel(self.meta.geometry.host_cluster(host), 1);
-        entries.set(index, Mapping::encode_data(host));
-        Ok(length)
+        entries.set(index, new);
+        true
     }
 
     /// Whether a cluster that is mapped so reads as zeroes from byte `at` of the disk to its end.
-    fn reads_as_zero(&self, mapping: Option<Mapping>, at: u64) -> bool {
+    fn reads_as_zero(&self, mapping: Mapping, at: u64) -> bool {
         match mapping {
-            Some(Mapping::Zero { .. }) => true,
-            Some(Mapping::Unallocated) => self.backing.is_zero_from(at),
+            Mapping::Zero { .. } => true,
+            Mapping::Unallocated => self.backing.is_zero_from(at),
             _ => false,
         }
     }
@@ -227,17 +244,18 @@ impl<D: BlockDevice> Image<D> {
         let geometry = self.meta.geometry;
         let mut states = self.clusters.lock();
         match mapping {
-            Mapping::Unallocated | Mapping::Zero { preallocated: None } => {}
-            Mapping::Data { host, copied } | Mapping::Zero { preallocated: Some((host, copied)) } => {
-                let c = geometry.host_cluster(host);
-                if copied {
-                    self.moves.cancel(c, 1);
-                }
-                states.unlink(c, copied);
-            }
             Mapping::Compressed { descriptor } => {
                 let (first, count) = l2::compressed_clusters(descriptor, geometry);
                 states.unlinked.shared.extend((first.0..first.0 + count).map(crate::units::HostCluster));
+            }
+            other => {
+                if let Some((host, copied)) = other.host() {
+                    let c = geometry.host_cluster(host);
+                    if copied {
+                        self.moves.cancel(c, 1);
+                    }
+                    states.unlink(c, copied);
+                }
             }
         }
     }
@@ -272,7 +290,7 @@ impl<D: BlockDevice> Image<D> {
     /// shares it.
     pub(super) async fn slice_for_change(&self, guest: GuestCluster) -> Result<(Arc<Slice>, usize)> {
         let geometry = self.meta.geometry;
-        let l1_index = guest.0 / geometry.entries_per_cluster();
+        let l1_index = guest.0 / geometry.l2_entries();
         loop {
             if self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied)
                 && let Some(found) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await?

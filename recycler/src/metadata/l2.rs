@@ -13,11 +13,12 @@ use super::Writes;
 use super::l1::L1Table;
 use super::mirror::Mirrors;
 use super::patches::{self, Patches};
-use super::slices::{Entries as _, Locked, Slices, View};
+use super::slices::{Entries as _, Layout, Locked, Slices, View};
 use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
+use crate::format::l2::Entry;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{AsyncMutex, Mutex, RwLockWriteGuard};
@@ -68,12 +69,14 @@ enum Absent {
 impl L2Cache {
     pub(crate) fn new(geometry: Geometry, size: u64, patches: Arc<Patches>) -> Self {
         let slice_size = SLICE.min(geometry.cluster_size());
+        let layout =
+            Layout { words: (slice_size / 8) as usize, entry_bits: geometry.l2_entry_words().trailing_zeros() };
         let capacity = ((size / slice_size) as usize).max(MIN_SLICES);
         L2Cache {
             geometry,
             slice_size,
-            slice_bits: slice_size.trailing_zeros() - 3,
-            slices: Slices::new(capacity, (slice_size / 8) as usize),
+            slice_bits: slice_size.trailing_zeros() - 3 - layout.entry_bits,
+            slices: Slices::new(capacity, layout),
             loading: [(); LOADING].map(AsyncMutex::new),
             buffers: Mutex::default(),
             patches,
@@ -85,6 +88,11 @@ impl L2Cache {
     /// Guest clusters that one slice maps.
     pub(crate) fn per_slice(&self) -> u64 {
         1 << self.slice_bits
+    }
+
+    /// Bytes of an entry.
+    fn entry_size(&self) -> u64 {
+        self.geometry.l2_entry_words() as u64 * 8
     }
 
     /// Whether so much is dirty that a commit is due, lest memory grow.
@@ -185,9 +193,12 @@ impl L2Cache {
     }
 
     /// A look, without a lock, at the slice that maps a guest cluster, and the cluster's index in it; `None` if it is not in
-    /// memory. The caller must be in flight.
+    /// memory, and always if entries are extended. The caller must be in flight.
     #[inline]
     pub(crate) fn view(&self, guest: GuestCluster) -> Option<(View<'_>, usize)> {
+        if self.geometry.extended_l2 {
+            return None;
+        }
         let (key, index) = self.locate(guest);
         Some((self.slices.view(key)?, index))
     }
@@ -206,9 +217,9 @@ impl L2Cache {
     /// Where a slice is on disk.
     fn place(&self, l1: &L1Table, key: u64, file_length: u64) -> Result<Option<HostOffset>> {
         let first = key * self.per_slice();
-        let per_table = self.geometry.entries_per_cluster();
+        let per_table = self.geometry.l2_entries();
         let table = l1.get(first / per_table, file_length)?;
-        Ok(table.map(|t| HostOffset(t.host.0 + first % per_table * 8)))
+        Ok(table.map(|t| HostOffset(t.host.0 + first % per_table * self.entry_size())))
     }
 
     /// Locks a slice for changes, which will be written back by the next commit.
@@ -219,8 +230,10 @@ impl L2Cache {
     }
 
     /// Changes an entry of a table that a snapshot shares: it is not written back with the slice, but as a patch.
-    pub(crate) fn amend(&self, slice: &Arc<Slice>, index: usize, entry: u64) {
-        slice.write().set(index, entry);
+    pub(crate) fn amend(&self, slice: &Arc<Slice>, index: usize, change: impl FnOnce(Entry) -> Entry) {
+        let mut entries = slice.write();
+        let entry = entries.get(index);
+        entries.set(index, change(entry));
     }
 
     /// Puts a slice on the dirty list.
@@ -298,33 +311,34 @@ impl L2Cache {
         }
     }
 
-    /// The entries of a whole L2 table as they are now, from memory where they are cached. They may change at once: for
+    /// The words of a whole L2 table as they are now, from memory where they are cached. They may change at once: for
     /// planning only.
     pub(crate) async fn survey<D: BlockDevice>(
         &self,
         volume: &Volume<D>,
         table: HostOffset,
         l1_index: u64,
-        entries: &mut Vec<u64>,
+        words: &mut Vec<u64>,
     ) -> Result<()> {
-        let per_table = self.geometry.entries_per_cluster();
-        entries.resize(per_table as usize, 0);
-        let (mut key, mut at) = (l1_index * per_table / self.per_slice(), table.0);
-        for part in entries.chunks_mut(self.per_slice() as usize * SURVEYED) {
-            let keys = key..key + (part.len() as u64).div_ceil(self.per_slice());
+        let per_slice = (self.slice_size / 8) as usize;
+        words.resize(self.geometry.entries_per_cluster() as usize, 0);
+        let (mut key, mut at) = (l1_index * self.geometry.l2_entries() / self.per_slice(), table.0);
+        for part in words.chunks_mut(per_slice * SURVEYED) {
+            let keys = key..key + part.len().div_ceil(per_slice) as u64;
             (key, at) = (keys.end, self.survey_some(volume, keys, at, part).await?);
         }
         Ok(())
     }
 
-    /// The entries of at most [`SURVEYED`] slices, the first of which is on disk at `at`. Returns where the next one is.
+    /// The words of at most [`SURVEYED`] slices, the first of which is on disk at `at`. Returns where the next one is.
     async fn survey_some<D: BlockDevice>(
         &self,
         volume: &Volume<D>,
         keys: Range<u64>,
         mut at: u64,
-        entries: &mut [u64],
+        words: &mut [u64],
     ) -> Result<u64> {
+        let per_slice = (self.slice_size / 8) as usize;
         // Nobody reads these slices into memory meanwhile. So one that is not there stays clean, and no commit writes what is
         // read here. Whoever else takes one of these locks takes no second one.
         let mut locks: Vec<_> = keys.clone().map(|key| key as usize % LOADING).collect();
@@ -334,22 +348,22 @@ impl L2Cache {
             held.push(self.loading[lock].lock().await);
         }
         let slices: Vec<_> = keys.map(|key| self.peek(key)).collect();
-        let mut entries = entries;
+        let mut words = words;
         for run in slices.chunk_by(|a, b| a.is_none() && b.is_none()) {
-            let len = (run.len() * self.per_slice() as usize).min(entries.len());
-            let (part, rest) = std::mem::take(&mut entries).split_at_mut(len);
+            let len = (run.len() * per_slice).min(words.len());
+            let (part, rest) = std::mem::take(&mut words).split_at_mut(len);
             match run {
                 [Some(slice)] => {
                     let cached = slice.read();
-                    part.iter_mut().enumerate().for_each(|(i, e)| *e = cached.get(i));
+                    part.iter_mut().enumerate().for_each(|(i, w)| *w = cached.word(i));
                 }
                 _ => {
                     volume.read("reading an L2 table", at, IoBufMut::new(part.as_mut_bytes())).await?;
                     self.read_bytes.fetch_add(size_of_val(part) as u64, Ordering::Relaxed);
-                    part.iter_mut().for_each(|e| *e = u64::from_be(*e));
+                    part.iter_mut().for_each(|w| *w = u64::from_be(*w));
                 }
             }
-            (entries, at) = (rest, at + size_of_val(part) as u64);
+            (words, at) = (rest, at + size_of_val(part) as u64);
         }
         Ok(at)
     }
@@ -360,12 +374,20 @@ impl L2Cache {
         volume: &Volume<D>,
         l1: &L1Table,
         guest: GuestCluster,
-        entry: u64,
+        entry: Entry,
         reason: &str,
     ) -> Error {
         let slice = self.place(l1, guest.0 / self.per_slice(), volume.length()).ok().flatten();
-        let at = slice.map_or(0, |s| s.0 + guest.0 % self.per_slice() * 8);
-        Error::invalid("L2 table entry", at, format!("{entry:#x}: {reason}"))
+        let at = slice.map_or(0, |s| s.0 + guest.0 % self.per_slice() * self.entry_size());
+        Error::invalid("L2 table entry", at, format!("{}: {reason}", named(entry)))
+    }
+}
+
+/// An entry, for a message.
+fn named(entry: Entry) -> String {
+    match entry.subclusters.0 {
+        0 => format!("{:#x}", entry.word),
+        bitmap => format!("{:#x} with subclusters {bitmap:#x}", entry.word),
     }
 }
 

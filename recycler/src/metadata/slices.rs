@@ -20,6 +20,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use crate::format::l2::Entry;
+use crate::format::subclusters::Subclusters;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -28,14 +30,16 @@ const WAYS: usize = 8;
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 16 TiB at the usual
 /// cluster size.
 const MAX_SETS: usize = 1 << 16;
-/// Entries in 512 bytes.
+/// Words in 512 bytes.
 const PER_SECTOR: usize = 64;
 
-/// Part of an L2 table. Its entries are big-endian, as on disk, and decoded on use.
+/// Part of an L2 table. Its words are big-endian, as on disk, and decoded on use.
 pub(crate) struct Slice {
     /// Which one it is. Changes only while nobody holds the slice.
     key: AtomicU64,
-    entries: Box<[AtomicU64]>,
+    words: Box<[AtomicU64]>,
+    /// log2 of the words of an entry.
+    entry_bits: u32,
     lock: RwLock<()>,
     /// Whether it is in the list of slices to be written back.
     pub(super) listed: AtomicBool,
@@ -87,14 +91,15 @@ impl Targets {
 }
 
 impl Slice {
-    fn new(len: usize) -> Self {
+    fn new(Layout { words, entry_bits }: Layout) -> Self {
         Slice {
             key: AtomicU64::new(0),
-            entries: (0..len).map(|_| AtomicU64::new(0)).collect(),
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            entry_bits,
             lock: RwLock::new(()),
             listed: AtomicBool::new(false),
             sectors: AtomicU8::new(0),
-            targets: Targets::new(len),
+            targets: Targets::new(words >> entry_bits),
         }
     }
 
@@ -112,9 +117,9 @@ impl Slice {
         Locked { slice: self, _guard: self.lock.write() }
     }
 
-    fn fill(&self, key: u64, entries: &[u64]) {
+    fn fill(&self, key: u64, words: &[u64]) {
         self.key.store(key, Ordering::Relaxed);
-        for (to, &from) in self.entries.iter().zip(entries) {
+        for (to, &from) in self.words.iter().zip(words) {
             to.store(from, Ordering::Relaxed);
         }
         self.sectors.store(0, Ordering::Relaxed);
@@ -122,9 +127,16 @@ impl Slice {
     }
 }
 
+/// How slices are laid out: how many words one has, and log2 of the words of an entry.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    pub(crate) words: usize,
+    pub(crate) entry_bits: u32,
+}
+
 /// Entries of one slice, decoded from big-endian. Past its end there are zeroes.
 pub(crate) trait Entries {
-    fn get(&self, index: usize) -> u64;
+    fn get(&self, index: usize) -> Entry;
     fn len(&self) -> usize;
 }
 
@@ -135,35 +147,47 @@ pub(crate) struct Locked<'a, G> {
 }
 
 impl<G> Entries for Locked<'_, G> {
-    fn get(&self, index: usize) -> u64 {
-        self.slice.entries.get(index).map_or(0, |e| u64::from_be(e.load(Ordering::Acquire)))
+    fn get(&self, index: usize) -> Entry {
+        let at = index << self.slice.entry_bits;
+        let subclusters = if self.slice.entry_bits > 0 { self.word(at + 1) } else { 0 };
+        Entry { word: self.word(at), subclusters: Subclusters(subclusters) }
     }
 
     fn len(&self) -> usize {
-        self.slice.entries.len()
+        self.slice.words.len() >> self.slice.entry_bits
     }
 }
 
 impl<G> Locked<'_, G> {
+    /// A word of the table.
+    pub(super) fn word(&self, at: usize) -> u64 {
+        self.slice.words.get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+    }
+
     /// A sector's bytes as on disk.
     pub(super) fn sector(&self, sector: usize, out: &mut Vec<u8>) {
         let start = sector * PER_SECTOR;
-        let entries = self.slice.entries.get(start..start + PER_SECTOR).unwrap_or_default();
-        out.extend(entries.iter().flat_map(|e| e.load(Ordering::Relaxed).to_ne_bytes()));
+        let words = self.slice.words.get(start..start + PER_SECTOR).unwrap_or_default();
+        out.extend(words.iter().flat_map(|e| e.load(Ordering::Relaxed).to_ne_bytes()));
     }
 }
 
 impl Locked<'_, RwLockWriteGuard<'_, ()>> {
-    pub(crate) fn set(&mut self, index: usize, entry: u64) {
-        if let Some(e) = self.slice.entries.get(index) {
+    /// Changes an entry. Both words of an extended one are in one sector, so on disk it is the old or the new one.
+    pub(crate) fn set(&mut self, index: usize, entry: Entry) {
+        let at = index << self.slice.entry_bits;
+        let words = [entry.word, entry.subclusters.0];
+        let stored = self.slice.words.get(at..at + (1 << self.slice.entry_bits)).unwrap_or_default();
+        for (to, word) in stored.iter().zip(words) {
             // Who sees the entry without the lock sees what was done before it was made.
-            e.store(entry.to_be(), Ordering::Release);
-            self.slice.sectors.fetch_or(1 << (index / PER_SECTOR), Ordering::Relaxed);
+            to.store(word.to_be(), Ordering::Release);
+            self.slice.sectors.fetch_or(1 << (at / PER_SECTOR), Ordering::Relaxed);
         }
     }
 }
 
-/// A slice as a look-up without a lock sees it.
+/// A slice as a look-up without a lock sees it. It is for entries of one word: of two words, the lock alone keeps one from
+/// seeing the first of an old entry and the second of a new one.
 pub(crate) struct View<'a> {
     slice: &'a Slice,
     tag: &'a AtomicU64,
@@ -172,16 +196,21 @@ pub(crate) struct View<'a> {
 
 impl Entries for View<'_> {
     #[inline]
-    fn get(&self, index: usize) -> u64 {
-        self.slice.entries.get(index).map_or(0, |e| u64::from_be(e.load(Ordering::Acquire)))
+    fn get(&self, index: usize) -> Entry {
+        Entry { word: self.word(index), subclusters: Subclusters(0) }
     }
 
     fn len(&self) -> usize {
-        self.slice.entries.len()
+        self.slice.words.len()
     }
 }
 
 impl View<'_> {
+    #[inline]
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        self.slice.words.get(index).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+    }
+
     /// Whether all that was seen so far was the slice that was looked up.
     #[inline]
     pub(crate) fn still(&self) -> bool {
@@ -210,8 +239,7 @@ struct Set {
 /// The slices in memory.
 pub(crate) struct Slices {
     sets: Box<[Set]>,
-    /// Entries of a slice.
-    len: usize,
+    layout: Layout,
     aside: Mutex<HashMap<u64, Arc<Slice>>>,
     aside_len: AtomicUsize,
 }
@@ -223,12 +251,12 @@ fn name(key: u64) -> u64 {
 }
 
 impl Slices {
-    /// Room for about `capacity` slices of `len` entries. Memory is taken when it is first used.
-    pub(crate) fn new(capacity: usize, len: usize) -> Self {
+    /// Room for about `capacity` slices. Memory is taken when it is first used.
+    pub(crate) fn new(capacity: usize, layout: Layout) -> Self {
         let sets = (capacity / WAYS).clamp(1, MAX_SETS);
         Slices {
             sets: std::iter::repeat_with(Set::default).take(sets).collect(),
-            len,
+            layout,
             aside: Mutex::default(),
             aside_len: AtomicUsize::new(0),
         }
@@ -286,12 +314,12 @@ impl Slices {
     }
 
     /// Puts a slice into memory that is not there: one at a time does so for each key.
-    pub(crate) fn insert(&self, key: u64, entries: &[u64]) -> Option<Arc<Slice>> {
+    pub(crate) fn insert(&self, key: u64, words: &[u64]) -> Option<Arc<Slice>> {
         let set = self.set(key)?;
         let mut hand = set.hand.lock();
-        let Some(way) = find_way(set, &mut hand, self.len) else {
-            let slice = Slice::new(self.len);
-            slice.fill(key, entries);
+        let Some(way) = find_way(set, &mut hand, self.layout) else {
+            let slice = Slice::new(self.layout);
+            slice.fill(key, words);
             let slice = Arc::new(slice);
             let mut aside = self.aside.lock();
             aside.retain(|_, slice| Arc::strong_count(slice) > 1);
@@ -303,11 +331,11 @@ impl Slices {
         // Only who has the hand changes tags.
         let count = tag.load(Ordering::Relaxed).wrapping_add(1) & 0xffff_ffff;
         if broken(Mutation::TagAfterEntries) {
-            slice.fill(key, entries);
+            slice.fill(key, words);
         }
         tag.store(count, Ordering::Relaxed);
         fence(Ordering::Release);
-        slice.fill(key, entries);
+        slice.fill(key, words);
         tag.store(name(key) | count, Ordering::Release);
         if self.aside_len.load(Ordering::Relaxed) > 0 {
             let mut aside = self.aside.lock();
@@ -335,9 +363,9 @@ impl Slices {
 }
 
 /// A way that can be filled: an empty one, else the next that nobody holds and nobody looked at lately.
-fn find_way(set: &Set, hand: &mut usize, len: usize) -> Option<usize> {
+fn find_way(set: &Set, hand: &mut usize, layout: Layout) -> Option<usize> {
     let free = |way: usize| {
-        let slice = set.slices.get(way)?.get_or_init(|| Arc::new(Slice::new(len)));
+        let slice = set.slices.get(way)?.get_or_init(|| Arc::new(Slice::new(layout)));
         // Another holder can only come from here or from a holder, so one reference is the way's own and stays the only
         // one. The fence is for what the last holder did.
         let free = Arc::strong_count(slice) == 1;
@@ -362,23 +390,25 @@ fn find_way(set: &Set, hand: &mut usize, len: usize) -> Option<usize> {
 mod tests {
     use super::*;
 
+    const SMALL: Layout = Layout { words: 64, entry_bits: 0 };
+
     #[test]
     fn a_slice_that_is_held_stays_and_the_others_give_way() {
-        let slices = Slices::new(8, 64);
+        let slices = Slices::new(8, SMALL);
         let held: Vec<_> = (0..3).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
         for key in 3..100 {
             slices.insert(key, &[key; 64]);
         }
         for (key, slice) in held.iter().enumerate() {
             assert!(Arc::ptr_eq(slice, &slices.get(key as u64).unwrap()));
-            assert_eq!(slice.read().get(5), (key as u64).to_be());
+            assert_eq!(slice.read().get(5).word, (key as u64).to_be());
         }
         assert_eq!((3..100).filter(|&key| slices.get(key).is_some()).count(), 5);
     }
 
     #[test]
     fn when_all_ways_are_held_there_is_room_on_the_side() {
-        let slices = Slices::new(8, 64);
+        let slices = Slices::new(8, SMALL);
         let held: Vec<_> = (0..20).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
         assert!((0..20).all(|key| Arc::ptr_eq(&held[key as usize], &slices.get(key).unwrap())));
         assert_eq!((0..20).filter(|&key| slices.view(key).is_some()).count(), 8);
@@ -393,13 +423,13 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "so much memory takes miri minutes")]
     fn a_boundless_cache_takes_no_boundless_memory() {
-        assert_eq!(Slices::new(usize::MAX, 64).capacity(), MAX_SETS * WAYS);
+        assert_eq!(Slices::new(usize::MAX, SMALL).capacity(), MAX_SETS * WAYS);
     }
 
     /// Every entry of slice `k` is `k`: a look-up that finds anything else in it has read another slice's entries.
     #[test]
     fn a_look_without_a_lock_never_shows_another_slice() {
-        let slices = Slices::new(8, 64);
+        let slices = Slices::new(8, SMALL);
         let stop = AtomicBool::new(false);
         let (mut seen, mut changed) = (0u64, 0u64);
         std::thread::scope(|scope| {
@@ -416,7 +446,7 @@ mod tests {
             while !stop.load(Ordering::Relaxed) {
                 key = (key + 7) % 20;
                 if let Some(view) = slices.view(key) {
-                    let (first, last) = (view.get(0), view.get(63));
+                    let (first, last) = (view.word(0), view.word(63));
                     if view.still() {
                         assert_eq!((first, last), (key, key));
                         seen += 1;

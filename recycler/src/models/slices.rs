@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::{play, spawn};
-use crate::metadata::slices::{Entries as _, Slices};
+use crate::metadata::slices::{Layout, Slices};
 
 /// A look never shows another slice's entries.
 pub(super) fn looks() {
-    let slices = Arc::new(Slices::new(8, 64));
+    let slices = Arc::new(Slices::new(8, Layout { words: 64, entry_bits: 0 }));
     let fill = |slices: &Slices, key: u64| _ = slices.insert(key, &[key.to_be(); 64]);
     (0..8).for_each(|key| fill(&slices, key));
     let fillers: Vec<_> = [8..11u64, 0..2]
@@ -25,7 +25,7 @@ pub(super) fn looks() {
         .collect();
     for key in [0, 1, 8, 0, 9, 2] {
         if let Some(view) = slices.view(key) {
-            let (first, last) = (view.get(0), view.get(63));
+            let (first, last) = (view.word(0), view.word(63));
             assert!(!view.still() || (first, last) == (key, key), "a look at slice {key} shows {first} and {last}");
         }
     }

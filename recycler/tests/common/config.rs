@@ -23,6 +23,8 @@ pub struct ImageKind {
     pub refcount_bits: u32,
     pub version: u32,
     pub lazy_refcounts: bool,
+    /// Clusters have subclusters, and take 16 KiB at least.
+    pub extended_l2: bool,
     pub preallocated: bool,
     /// Size of the virtual disk in sectors.
     pub sectors: u64,
@@ -42,6 +44,9 @@ impl ImageKind {
         } else {
             let lazy = if self.lazy_refcounts { "on" } else { "off" };
             options.push_str(&format!(",compat=1.1,refcount_bits={},lazy_refcounts={lazy}", self.refcount_bits));
+            if self.extended_l2 {
+                options.push_str(",extended_l2=on");
+            }
         }
         options
     }
@@ -110,6 +115,8 @@ impl Config {
             (Scale::Small, _) => *[10, 11, 13, 14, 15, 17, 18, 19, 20, 21].choose(rng).unwrap(),
         };
         let version = if rng.random_bool(0.15) { 2 } else { 3 };
+        let extended_l2 = version == 3 && cluster_bits >= 12 && rng.random_bool(0.2);
+        let cluster_bits = if extended_l2 { cluster_bits.max(14) } else { cluster_bits };
         let clusters = match scale {
             Scale::Tiny if cluster_bits <= 10 => rng.random_range(20..200),
             Scale::Tiny if cluster_bits <= 12 => rng.random_range(4..40),
@@ -129,6 +136,7 @@ impl Config {
             refcount_bits: if version == 2 || rng.random_bool(0.4) { 16 } else { 1 << rng.random_range(0..=6) },
             version,
             lazy_refcounts: version == 3 && rng.random_bool(0.3),
+            extended_l2,
             preallocated: rng.random_bool(0.1),
             sectors: clusters * cluster_sectors + ragged,
         };
@@ -211,13 +219,14 @@ impl fmt::Display for Config {
         let i = &self.image;
         write!(
             f,
-            "clusters of {} B, refcounts of {} bits, version {}{}{}, disk of {} sectors, L2 cache {} B, \
+            "clusters of {} B, refcounts of {} bits, version {}{}{}{}, disk of {} sectors, L2 cache {} B, \
             keep_erased {}, \
              compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}{}",
             1u64 << i.cluster_bits,
             i.refcount_bits,
             i.version,
             if i.lazy_refcounts { ", lazy" } else { "" },
+            if i.extended_l2 { ", extended L2 entries" } else { "" },
             if i.preallocated { ", preallocated" } else { "" },
             i.sectors,
             self.l2_cache_size,

@@ -151,6 +151,7 @@ fn outgrowing_config(seed: u64) -> Config {
         refcount_bits: 64,
         version: 3,
         lazy_refcounts: false,
+        extended_l2: false,
         preallocated: false,
         sectors: 3700,
     };

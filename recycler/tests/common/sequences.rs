@@ -22,6 +22,7 @@ pub struct Variant {
     pub refcount_bits: u32,
     pub version: u32,
     pub lazy_refcounts: bool,
+    pub extended_l2: bool,
     /// Of the disk.
     pub sectors: u64,
     pub l2_cache_size: u64,
@@ -38,6 +39,7 @@ pub const PLAIN: Variant = Variant {
     refcount_bits: 16,
     version: 3,
     lazy_refcounts: false,
+    extended_l2: false,
     sectors: 70,
     l2_cache_size: 4 << 20,
     made: Made::Plain,
@@ -82,6 +84,7 @@ impl Variant {
             refcount_bits: self.refcount_bits,
             version: self.version,
             lazy_refcounts: self.lazy_refcounts,
+            extended_l2: self.extended_l2,
             preallocated: false,
             sectors: self.sectors,
         };

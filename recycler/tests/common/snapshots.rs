@@ -73,14 +73,15 @@ impl<'a> Anatomy<'a> {
             for (table, mapping) in clusters {
                 self.use_bytes(table, cluster_size);
                 match mapping {
-                    Mapping::Data { host, .. } | Mapping::Zero { preallocated: Some((host, _)) } => {
-                        self.use_bytes(host.0, cluster_size);
-                    }
                     Mapping::Compressed { descriptor } => {
                         let (offset, length) = l2::compressed_extent(descriptor, geometry);
                         self.use_bytes(offset, length);
                     }
-                    _ => {}
+                    other => {
+                        if let Some((host, _)) = other.host() {
+                            self.use_bytes(host.0, cluster_size);
+                        }
+                    }
                 }
             }
         }
@@ -93,10 +94,10 @@ impl<'a> Anatomy<'a> {
         for index in 0..entries {
             let entry = self.entry(l1 + index * 8);
             let Some((table, _)) = l2::decode_l1(entry, geometry.cluster_size())? else { continue };
-            for i in 0..geometry.entries_per_cluster() {
-                let entry = self.entry(table.0 + i * 8);
-                let mapping = Mapping::decode(entry, self.header.version, geometry.cluster_size())?;
-                f(index * geometry.entries_per_cluster() + i, table.0, mapping);
+            let words: Vec<u64> = (0..geometry.entries_per_cluster()).map(|i| self.entry(table.0 + i * 8)).collect();
+            for (i, entry) in (0..).zip(l2::entries(&words, geometry)) {
+                let mapping = Mapping::of(entry, self.header.version, geometry)?;
+                f(index * geometry.l2_entries() + i, table.0, mapping);
             }
         }
         Ok(())
