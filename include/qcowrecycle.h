@@ -350,11 +350,16 @@ struct qcr_block_callbacks {
 /* Creation flag: replace an existing file, whatever it holds. */
 #define QCR_CREATE_REPLACE 2
 
+/* Creation flag: extended L2 entries, so that clusters are allocated in 32 parts (version 3 only, clusters of 16 KiB at
+ * least).
+ */
+#define QCR_CREATE_EXTENDED_L2 4
+
 /* What a new image is to be like. All zeroes but struct_size and virtual_size: as QEMU makes them by default. */
 struct qcr_create_options {
     /* sizeof(struct qcr_create_options), set by the caller. */
     uint32_t struct_size;
-    /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE. */
+    /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_EXTENDED_L2. */
     uint32_t flags;
     /* Size of the virtual disk in bytes, a multiple of 512. */
     uint64_t virtual_size;
@@ -850,6 +855,9 @@ int qcr_compact(struct qcr_image *image, qcr_progress_fn progress, void *user,
 /* Image flag: the handle refuses changes. */
 #define QCR_INFO_READ_ONLY 2
 
+/* Image flag: L2 entries are extended, so that clusters are allocated in 32 parts. */
+#define QCR_INFO_EXTENDED_L2 4
+
 /* Repair: nothing, only look. */
 #define QCR_REPAIR_NONE 0
 
@@ -943,7 +951,7 @@ struct qcr_info {
     uint64_t file_size;
     /* Width of a refcount in bits. */
     uint32_t refcount_bits;
-    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY. */
+    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2. */
     uint32_t flags;
     /* How many internal snapshots there are. */
     uint32_t snapshots;

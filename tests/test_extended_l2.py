@@ -39,7 +39,7 @@ def test_a_write_allocates_what_it_touches(image_path: Path, cluster_size: int) 
     part = cluster_size // 32
     with qcow_recycler.open(image_path, config=CONFIG) as image:
         assert image.info.extended_l2
-        for at, length in ((part * 3, part * 2), (cluster_size + 512, 512), (cluster_size * 2 - 512, 1024)):
+        for at, length in ((part * 3, part * 2), (cluster_size + part - 512, 512), (cluster_size * 2 - 512, 1024)):
             content = random.Random(at).randbytes(length)
             image.write(at, content)
             disk.write(at, content)
@@ -55,7 +55,13 @@ def test_a_discard_frees_what_it_covers(image_path: Path) -> None:
         image.write(0, b"\x55" * (256 << 10))
         disk.write(0, b"\x55" * (256 << 10))
         # One subcluster whole and pieces of its neighbours; then the rest of that cluster.
-        for at, length in ((4096 - 512, 3072), (65536 + 512, 65536 - 1024), (65536, 65536), (131072, 32768), (163840, 32768)):
+        for at, length in (
+            (4096 - 512, 3072),
+            (65536 + 512, 65536 - 1024),
+            (65536, 65536),
+            (131072, 32768),
+            (163840, 32768),
+        ):
             image.discard(at, length)
             disk.zero(at, length)
         guest.assert_reads(image, disk)

@@ -85,6 +85,23 @@ int main(int argc, char **argv)
     EXPECT(0, qcr_check_path(image_path, QCR_REPAIR_NONE, count, &findings, &report, &error));
     CHECK(report.corruptions == 0 && report.leaks == 0 && report.total_clusters == 32 * MIB / 4096);
 
+    /* Clusters in parts: of one that was written to in part, only that part is there. */
+    create.flags = QCR_CREATE_REPLACE | QCR_CREATE_EXTENDED_L2;
+    EXPECT(-EINVAL, qcr_create_path(image_path, &create, &error));
+    CHECK(strcmp(error.field, "extended_l2") == 0);
+    create.cluster_size = 65536;
+    EXPECT(0, qcr_create_path(image_path, &create, &error));
+    EXPECT(0, qcr_open_path(image_path, NULL, NULL, &image, &error));
+    EXPECT(0, qcr_get_info(image, &info, &error));
+    CHECK(info.flags == QCR_INFO_EXTENDED_L2 && info.cluster_size == 65536);
+    EXPECT(0, qcr_write(image, data, 512, 4096, &error));
+    expect_extent(image, 4096, QCR_EXTENT_DATA, 2048);
+    EXPECT(0, qcr_close(image, &error));
+    qcr_free(image);
+    image = NULL;
+    create.flags = QCR_CREATE_REPLACE;
+    create.cluster_size = 4096;
+
     /* A backing file, named relative to the image, of the same size. */
     create.virtual_size = 64 * MIB;
     create.refcount_bits = 0;

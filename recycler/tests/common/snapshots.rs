@@ -7,6 +7,7 @@ use qcow_recycler::format::header::Header;
 use qcow_recycler::format::l2::{self, Mapping};
 use qcow_recycler::format::refcount;
 use qcow_recycler::format::snapshot::{Snapshot, parse_entry};
+use qcow_recycler::format::subclusters::{Part, Subclusters};
 
 /// What a snapshot holds: the clusters that are not zero, by number; those past the disk's size are VM state.
 pub type Held = BTreeMap<u64, Vec<u8>>;
@@ -111,10 +112,20 @@ impl<'a> Anatomy<'a> {
         let cluster_size = self.header.geometry.cluster_size() as usize;
         let mut held = Held::new();
         self.each(snapshot.l1_offset.0, snapshot.l1_entries.into(), |guest, _, mapping| {
-            if let Mapping::Data { host, .. } = mapping {
+            let stored = match mapping {
+                Mapping::Data { host, .. } => Some((host, Subclusters::STORED)),
+                Mapping::Parts { host: Some((host, _)), subclusters } => Some((host, subclusters)),
+                _ => None,
+            };
+            if let Some((host, subclusters)) = stored {
                 let there = self.image.get(host.0 as usize..).unwrap_or_default();
                 let mut bytes = there[..there.len().min(cluster_size)].to_vec();
                 bytes.resize(cluster_size, 0);
+                for (index, part) in (0..).zip(bytes.chunks_mut(cluster_size / Subclusters::COUNT as usize)) {
+                    if subclusters.part(index) != Part::Stored {
+                        part.fill(0);
+                    }
+                }
                 if bytes.iter().any(|&b| b != 0) {
                     held.insert(guest, bytes);
                 }
