@@ -86,6 +86,7 @@ int main(int argc, char **argv)
     CHECK(report.corruptions == 0 && report.leaks == 0 && report.total_clusters == 32 * MIB / 4096);
 
     /* Clusters in parts: of one that was written to in part, only that part is there. */
+    create.virtual_size = 64 * MIB;
     create.flags = QCR_CREATE_REPLACE | QCR_CREATE_EXTENDED_L2;
     EXPECT(-EINVAL, qcr_create_path(image_path, &create, &error));
     CHECK(strcmp(error.field, "extended_l2") == 0);
@@ -103,7 +104,6 @@ int main(int argc, char **argv)
     create.cluster_size = 4096;
 
     /* A backing file, named relative to the image, of the same size. */
-    create.virtual_size = 64 * MIB;
     create.refcount_bits = 0;
     create.backing_file = "base.qcow2";
     create.backing_format = "qcow2";
