@@ -90,8 +90,8 @@ pub struct Table {
 pub struct Stored {
     /// Where its L1 entry is, in bytes.
     pub l1_entry: u64,
-    /// Where its L2 table and its entry there are, if there is a table.
-    pub l2: Option<(u64, u64)>,
+    /// Where its L2 table is, if there is one, and the bytes of its entry there.
+    pub l2: Option<(u64, Range<u64>)>,
     /// Where its data is.
     pub data: Option<Range<u64>>,
 }
@@ -290,7 +290,7 @@ impl<'a> Anatomy<'a> {
             }
             let at = table.checked_add(guest % per_table * self.l2_width())?;
             let entry = number(self.bytes, at, 8)?;
-            Some(Stored { l1_entry, l2: Some((table, at)), data: self.data(entry) })
+            Some(Stored { l1_entry, l2: Some((table, at..at.saturating_add(self.l2_width()))), data: self.data(entry) })
         };
         (0..clusters).map_while(one).collect()
     }

@@ -150,13 +150,15 @@ impl Original {
             in_file && range.clone().all(|at| byte(&self.bytes, at) == byte(&file.bytes, at))
         };
         let Some(anatomy) = Anatomy::of(&file.bytes) else { return Disk::default() };
-        // The version, which gives entries their meaning, the geometry, and where the L1 table is.
-        let readable = same(4..8) && same(20..24) && same(40..48);
+        // What gives entries their meaning (the version, and whether they are extended), the geometry, and where the L1 table is.
+        let extended = |bytes: &[u8]| bytes.get(79).map(|features| features & 16);
+        let readable = same(4..8) && same(20..24) && same(40..48) && extended(&self.bytes) == extended(&file.bytes);
         let backing_is_same = same(8..20);
         let mut disk = self.disk.clone();
         for (guest, stored) in (0..).zip(&self.stored) {
-            let entries = std::iter::once(stored.l1_entry).chain(stored.l2.map(|(_, entry)| entry));
-            let mut untouched = readable && entries.map(|at| at..at + 8).all(same);
+            let l2_entry = stored.l2.as_ref().map(|(_, entry)| entry.clone());
+            let entries = std::iter::once(stored.l1_entry..stored.l1_entry + 8).chain(l2_entry);
+            let mut untouched = readable && entries.into_iter().all(same);
             untouched &= match &stored.data {
                 Some(data) => same(data.clone()),
                 None => backing_is_same,

@@ -284,7 +284,8 @@ fn features_that_are_not_supported_are_named() {
     assert_eq!(h.unsupported_for_reading().as_deref(), Some("external data file"));
     assert_eq!(h.data_file.as_deref(), Some("d.raw"));
     let h = new().u64(72, incompatible::EXTENDED_L2).u32(36, 4).parse().unwrap();
-    assert_eq!(h.unsupported_for_reading().as_deref(), Some("extended L2 entries"));
+    assert_eq!(h.unsupported_for_reading(), None);
+    assert!(h.geometry.extended_l2);
     let h = new().u64(72, incompatible::CORRUPT).parse().unwrap();
     assert_eq!(h.unsupported_for_reading(), None);
     assert_eq!(h.unsupported_for_writing().as_deref(), Some("the corrupt bit is set"));
@@ -389,7 +390,8 @@ fn headers_of_qemu_img_are_understood() {
         assert_eq!(h.version, if options.starts_with("compat=0.10") { 2 } else { 3 });
         assert_eq!(h.compatible & 1 == 1, options.contains("lazy"));
         assert_eq!(h.compression_type == 1, options.contains("zstd"));
-        assert_eq!(h.unsupported_for_reading().is_some(), options.contains("extended"));
+        assert_eq!(h.unsupported_for_reading(), None);
+        assert_eq!(h.geometry.extended_l2, options.contains("extended"));
         assert_eq!(h.unknown_extensions, []);
     }
     qemu_img(&["create", "-q", "-f", "raw", dir.path().join("base").to_str().unwrap(), "1M"]);
