@@ -212,3 +212,129 @@ def test_a_snapshot_keeps_what_a_damaged_disk_refers_to_as_well(image_path: Path
         image.compact()
         assert image.read(800 << 10, 800 << 10) == old
     qemu.assert_contents(image_path, old + bytes(800 << 10), snapshot="before")
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize(
+    ("cluster_size", "refcount_bits", "extended"),
+    [(4096, 16, "off"), (65536, 16, "off"), (65536, 2, "off"), (65536, 16, "on"), (2 << 20, 16, "off")],
+)
+def test_what_we_compress_is_read_by_qemu(
+    image_path: Path, cluster_size: int, refcount_bits: int, extended: str, compression: str
+) -> None:
+    rng = random.Random(cluster_size + refcount_bits)
+    disk = guest.Disk(40 * cluster_size + 512 * 7, cluster_size)
+    qemu.create(
+        image_path,
+        disk.size,
+        cluster_size=cluster_size,
+        refcount_bits=refcount_bits,
+        extended_l2=extended,
+        compression_type=compression,
+    )
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        for at in (*range(0, 30 * cluster_size, cluster_size), 40 * cluster_size):
+            length = min(cluster_size, disk.size - at)
+            content = half_compressible(rng, length)
+            assert image.write_compressed(at, content) == length
+            disk.write(at, content)
+        # What does not compress is stored all the same; pieces of clusters are refused.
+        content = rng.randbytes(2 * cluster_size)
+        image.write_compressed(32 * cluster_size, content)
+        disk.write(32 * cluster_size, content)
+        with pytest.raises(qcow_recycler.Error, match="whole clusters"):
+            image.write_compressed(512, bytes(cluster_size))
+        with pytest.raises(qcow_recycler.Error, match="whole clusters"):
+            image.write_compressed(0, bytes(512))
+        guest.assert_reads(image, disk)
+        report = image.check()
+        assert (report.corruptions, report.leaks) == (0, 0)
+        # Over one another, over what was written plainly, and the other way round.
+        for _ in range(60):
+            at = rng.randrange(40) * cluster_size
+            if rng.random() < 0.6:
+                content = half_compressible(rng, cluster_size)
+                image.write_compressed(at, content)
+                disk.write(at, content)
+            elif rng.random() < 0.5:
+                image.write(at + 512, b"plain   " * 64)
+                disk.write(at + 512, b"plain   " * 64)
+            else:
+                discard(image, disk, [at // cluster_size])
+        guest.assert_reads(image, disk)
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    assert len(extents(image_path)) > 10
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        image.compact()
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+
+
+def test_refcounts_of_one_bit_keep_everything_plain(image_path: Path) -> None:
+    qemu.create(image_path, 1 << 20, refcount_bits=1)
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        image.write_compressed(0, b"z" * 65536)
+        with pytest.raises(qcow_recycler.Error, match="one bit"):
+            image.compress()
+    qemu.assert_clean(image_path)
+    assert not extents(image_path)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_disk_is_compressed_while_a_guest_works(image_path: Path, busy: bool) -> None:
+    rng = random.Random(11)
+    disk = guest.Disk(32 << 20, 65536)
+    qemu.create(image_path, disk.size)
+    stop = threading.Event()
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        for at in range(0, disk.size, 65536):
+            content = half_compressible(rng, 65536)
+            image.write(at, content)
+            disk.write(at, content)
+
+        def work() -> None:
+            while not stop.is_set():
+                at, length = disk.range(rng, 16384)
+                content = rng.randbytes(length)
+                image.write(at, content)
+                disk.write(at, content)
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=work)
+        if busy:
+            thread.start()
+        try:
+            assert image.compress() > (0 if busy else 20 << 20)
+            image.compact()
+        finally:
+            stop.set()
+            if busy:
+                thread.join()
+        guest.assert_reads(image, disk)
+        report = image.check()
+        assert (report.corruptions, report.leaks) == (0, 0)
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    if not busy:
+        assert_small(image_path, disk)
+        assert image_path.stat().st_size < disk.size * 3 // 4
+
+
+def test_what_a_snapshot_shares_is_not_compressed_and_kept(image_path: Path) -> None:
+    rng = random.Random(12)
+    disk = guest.Disk(4 << 20, 65536)
+    qemu.create(image_path, disk.size)
+    qemu.io(image_path, "write -P 3 0 2M")
+    qemu.img("snapshot", "-c", "before", image_path)
+    old = bytes([3]) * (2 << 20) + bytes(2 << 20)
+    qemu.io(image_path, "write -P 4 1M 2M")
+    disk.write(0, bytes([3]) * (1 << 20) + bytes([4]) * (2 << 20))
+    with qcow_recycler.open(image_path, config=CONFIG) as image:
+        assert image.compress() == 2 << 20
+        guest.our_session(image, disk, rng, 30)
+        image.compact()
+        guest.assert_reads(image, disk)
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    qemu.assert_contents(image_path, old, snapshot="before")

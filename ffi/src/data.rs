@@ -97,6 +97,28 @@ pub unsafe extern "C" fn qcr_write(
     unsafe { on_image(image, error, body) }
 }
 
+/// Stores `count` bytes of whole clusters at byte `offset`, compressed as far as that saves room: for programs that make
+/// images. `offset` is a multiple of the cluster size, and so is `count`, unless the disk ends there. A later qcr_write() to
+/// such a cluster stores it plainly again. Otherwise as qcr_write().
+///
+/// Errors: as qcr_writev(); -EINVAL for pieces of clusters.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcr_write_compressed(
+    image: *mut qcr_image,
+    buffer: *const c_void,
+    count: usize,
+    offset: u64,
+    error: *mut qcr_error,
+) -> c_int {
+    let body = |image: &qcr_image| {
+        check_area(buffer, count)?;
+        // SAFETY: the header's rules for memory; the length was checked.
+        Ok(image.disk().write_compressed(offset, unsafe { IoBuf::from_raw(buffer.cast(), count) })?)
+    };
+    // SAFETY: the header's rules for images and errors.
+    unsafe { on_image(image, error, body) }
+}
+
 /// Tells the image that the guest does not need a range any more. Whole clusters in it are freed for the recycler
 /// and read as zeroes from now on; the rest keeps its contents. After a power cut before the next flush, the range
 /// may read as before.

@@ -138,6 +138,34 @@ pub unsafe extern "C" fn qcr_compact(
     unsafe { on_image(image, error, body) }
 }
 
+/// Compresses what the disk holds, on this thread, while the guest goes on using it: clusters that are stored plainly, that no
+/// snapshot shares, and that get smaller by that. For data that is seldom written. The file gets shorter with the next
+/// compaction. `progress` as in qcr_compact(), with clusters of the disk. `compressed` may be NULL: gets how many bytes of the
+/// disk are compressed now that were not.
+///
+/// Errors: as qcr_compact(); -EOPNOTSUPP if refcounts are of one bit.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcr_compress(
+    image: *mut qcr_image,
+    progress: qcr_progress_fn,
+    user: *mut c_void,
+    compressed: *mut u64,
+    error: *mut qcr_error,
+) -> c_int {
+    let watcher = Watcher { progress, user };
+    let body = |image: &qcr_image| {
+        let watcher = &watcher;
+        let done = image.disk().compress(move |at| watcher.wants_more(at))?;
+        if !compressed.is_null() {
+            // SAFETY: the header's rules for memory.
+            unsafe { compressed.write(done.compressed) };
+        }
+        Ok(())
+    };
+    // SAFETY: the header's rules for images and errors.
+    unsafe { on_image(image, error, body) }
+}
+
 struct Watcher {
     progress: qcr_progress_fn,
     user: *mut c_void,

@@ -100,6 +100,14 @@ impl Image {
         Ok(memory.len())
     }
 
+    /// Stores whole clusters at `offset`, compressed as far as that saves room; returns the buffer's length.
+    fn write_compressed(&self, py: Python<'_>, offset: u64, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let memory = Memory::readable(buffer)?;
+        let source = memory.source();
+        self.call(py, |disk| disk.write_compressed(offset, source))?;
+        Ok(memory.len())
+    }
+
     /// Frees a range: it reads as zeroes afterwards, or as the backing file where a discard means that.
     fn discard(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<()> {
         self.call(py, |disk| disk.discard(offset, length))
@@ -144,6 +152,16 @@ impl Image {
         let result = self.call(py, |disk| disk.compact(|now| watcher.show(|py| records::progress(py, now))));
         watcher.finish()?;
         records::compact_report(py, &result?)
+    }
+
+    /// Compresses what the disk holds plainly, on this thread, while others go on using it; returns how many bytes of the disk
+    /// are compressed now that were not. The file gets shorter with the next compaction. `progress` as for compact().
+    #[pyo3(signature = (progress=None))]
+    fn compress(&self, py: Python<'_>, progress: Option<Py<PyAny>>) -> PyResult<u64> {
+        let mut watcher = Watcher::new(progress);
+        let result = self.call(py, |disk| disk.compress(|now| watcher.show(|py| records::progress(py, now))));
+        watcher.finish()?;
+        Ok(result?.compressed)
     }
 
     /// The persistent bitmaps, in the image's order.

@@ -19,7 +19,7 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::{BitmapInfo, Extent, Image, Info};
 use crate::options::{LogLevel, Options};
-use crate::recycler::{CompactReport, Control, Progress};
+use crate::recycler::{CompactReport, CompressReport, Control, Progress};
 use crate::stats::Stats;
 
 /// Drives the timers of all recyclers in the process; each recycler borrows one thread of its blocking pool, so that one
@@ -95,6 +95,14 @@ impl<D: BlockDevice> Disk<D> {
     #[inline]
     pub fn write(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         self.image.write_blocking(offset, buf)
+    }
+
+    /// Stores whole clusters compressed.
+    ///
+    /// # Errors
+    /// See [`Image::write_compressed`].
+    pub fn write_compressed(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        block_on(self.image.write_compressed(offset, buf))
     }
 
     /// Frees a range of the virtual disk.
@@ -226,6 +234,16 @@ impl<D: BlockDevice> Disk<D> {
     pub fn compact(&self, mut progress: impl FnMut(Progress) -> bool + Send) -> Result<CompactReport> {
         let _timers = runtime()?.enter();
         block_on(crate::recycler::compact(&self.image, &mut progress))
+    }
+
+    /// Compresses what the disk holds, on this thread, while guests go on; `progress` is called between batches and cancels the
+    /// work by returning `false`, which leaves a consistent image and gives [`Error::Cancelled`].
+    ///
+    /// # Errors
+    /// See [`crate::recycler::compress`].
+    pub fn compress(&self, mut progress: impl FnMut(Progress) -> bool + Send) -> Result<CompressReport> {
+        let _timers = runtime()?.enter();
+        block_on(crate::recycler::compress(&self.image, &mut progress))
     }
 
     /// Stops the recycler, writes everything back and closes the image. Later calls fail with [`Error::Closed`]; closing

@@ -67,6 +67,8 @@ fn requests(c: u64) -> Vec<Op> {
         Op::WriteZeroes { first: 16 * c, count: 3 * c + half, may_unmap: true },
         Op::Flush,
         Op::Compact,
+        Op::Pack { first: 4 * c, count: 2 * c },
+        Op::Compress,
         Op::Write { first: 5 * c, count: 2 * c },
         Op::Write { first: 72 * c + half, count: 2 * c },
         Op::Discard { first: 20 * c, count: 8 * c },

@@ -17,7 +17,7 @@ use common::play as player;
 use common::sim::{Delay, SimDevice};
 use common::slice::{Slice, replay_seed, tell};
 
-use qcow_recycler::Disk;
+use qcow_recycler::{Disk, Error};
 use qcow_recycler::blocking::block_on;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -114,6 +114,11 @@ fn guest_thread(name: &str, disk: &Disk<SimDevice>, shared: &Arc<Shared>, ops: &
         if matches!(op, Op::Compact | Op::CompactPart(_)) {
             // Through the blocking call, which brings the timers that a compaction needs.
             disk.compact(|_| true).map_err(|e| shared.failure(format!("{name} compacting: {e}")))?;
+        } else if *op == Op::Compress {
+            match disk.compress(|_| true) {
+                Ok(_) | Err(Error::Unsupported { .. }) => {}
+                Err(e) => return Err(shared.failure(format!("{name} compressing: {e}"))),
+            }
         } else {
             block_on(shared.guest(name, disk.image(), std::slice::from_ref(op)))?;
         }

@@ -122,6 +122,8 @@ int main(void)
     REFUSED("image", qcr_resume(NULL, &error));
     REFUSED("image", qcr_stop(NULL, &error));
     REFUSED("image", qcr_compact(NULL, progress, NULL, &compact, &error));
+    REFUSED("image", qcr_compress(NULL, progress, NULL, NULL, &error));
+    REFUSED("image", qcr_write_compressed(NULL, buffer, sizeof(buffer), 0, &error));
 
     REFUSED("image", qcr_get_stats(NULL, &stats, &error));
     REFUSED("image", qcr_stats_prometheus(NULL, buffer, sizeof(buffer), &needed, &error));

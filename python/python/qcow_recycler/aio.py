@@ -5,7 +5,7 @@ threads of its default pool. Requests that are under way together are carried ou
 another is made when the other has ended.
 
 A cancelled task does not stop a request that is under way, it only stops waiting for it; so a buffer stays in use until
-then. A cancelled :meth:`AsyncImage.compact` cancels the compaction, and waits until the image is at rest.
+then. A cancelled :meth:`AsyncImage.compact` (or `compress`) cancels the work, and waits until the image is at rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, MutableMapping
 from itertools import islice
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, final
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, final
 
 from . import _api
 from ._ext import Image, Queue
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 _EXTENTS_AT_ONCE = 256
+_Result = TypeVar("_Result")
 
 
 def _let_go(queues: MutableMapping[AbstractEventLoop, Queue]) -> None:
@@ -80,6 +81,10 @@ class AsyncImage:
         queue.write(future, offset, buffer)
         return await future  # type: ignore[no-any-return]
 
+    async def write_compressed(self, offset: int, buffer: ReadableBuffer) -> int:
+        """Store whole clusters, compressed as far as that saves room; return the buffer's length."""
+        return await asyncio.to_thread(self.image.write_compressed, offset, buffer)
+
     async def discard(self, offset: int, length: int) -> None:
         """Free a range."""
         queue, future = self._ask()
@@ -111,13 +116,25 @@ class AsyncImage:
 
     async def compact(self, progress: Callable[[Progress], object] | None = None) -> CompactReport:
         """Compact the image; `progress` is called on another thread than the event loop's."""
+        return await self._watched(self.image.compact, progress)
+
+    async def compress(self, progress: Callable[[Progress], object] | None = None) -> int:
+        """Compress what the disk holds plainly; return how many bytes. `progress` as for :meth:`compact`."""
+        return await self._watched(self.image.compress, progress)
+
+    async def _watched(
+        self,
+        call: Callable[[Callable[[Progress], bool]], _Result],
+        progress: Callable[[Progress], object] | None,
+    ) -> _Result:
+        """Long work on a thread of its own, which ends early when the task is cancelled."""
         cancelled = threading.Event()
 
         def watch(now: Progress) -> bool:
             answer = None if progress is None else progress(now)
             return not cancelled.is_set() and (answer is None or bool(answer))
 
-        work = asyncio.ensure_future(asyncio.to_thread(self.image.compact, watch))
+        work = asyncio.ensure_future(asyncio.to_thread(call, watch))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:

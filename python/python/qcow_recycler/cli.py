@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "show what an image is")
     check = command("check", _check, "check an image for corruptions and leaked clusters")
     check.add_argument("--repair", choices=["leaks", "all"], default="no", help="what to repair")
-    command("compact", _compact, "move clusters from the end of the file into its holes, and cut it")
+    compact = command("compact", _compact, "move clusters from the end of the file into its holes, and cut it")
+    compact.add_argument("--compress", action="store_true", help="compress what the disk holds before")
     bitmap = command("bitmap", _bitmap, "list the persistent bitmaps of an image, or change one")
     bitmap.add_argument("name", metavar="NAME", nargs="?", help="the bitmap that is to be changed")
     what = bitmap.add_mutually_exclusive_group()
@@ -179,7 +180,10 @@ def _compact(args: argparse.Namespace) -> int:
 
     try:
         with _api.open(args.image, backing="skip", keep_erased=0) as image:
-            report = image.compact(show)
+            before = image.info.file_size
+            if args.compress:
+                image.compress(show)
+            report = dataclasses.replace(image.compact(show), file_size_before=before)
         # Closing drops what the work itself needed.
         length = os.stat(args.image).st_size
     finally:

@@ -39,6 +39,12 @@ impl Allocation<'_> {
         self.range.end = self.range.start;
     }
 
+    /// The clusters stay Roots, and are the caller's to link or give back.
+    pub(crate) fn keep(mut self) -> Range<u64> {
+        let start = std::mem::replace(&mut self.range.start, self.range.end);
+        start..self.range.end
+    }
+
     /// The first `count` of the clusters are linked; the rest stays in hand.
     pub(crate) fn link_first(&mut self, count: u64) {
         let linked = self.range.start..(self.range.start + count).min(self.range.end);

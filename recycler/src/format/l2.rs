@@ -210,6 +210,13 @@ pub(crate) fn compressed_at(descriptor: u64, offset: u64, geometry: Geometry) ->
     descriptor >> bits << bits | offset
 }
 
+/// The descriptor of compressed data that starts with a sector and takes so many bytes, whole sectors.
+#[must_use]
+pub(crate) fn compressed_descriptor(offset: u64, length: u64, geometry: Geometry) -> u64 {
+    let bits = 62 - (geometry.cluster_bits - 8);
+    (length / 512 - 1) << bits | offset
+}
+
 /// The host clusters that a compressed cluster's data touches: the first, and how many.
 #[must_use]
 pub fn compressed_clusters(descriptor: u64, geometry: Geometry) -> (HostCluster, u64) {

@@ -39,6 +39,7 @@ impl<D: BlockDevice> Image<D> {
         if broken(Mutation::UnmarkEarly) {
             self.meta.write_header(&self.volume, unmark).await?;
         }
+        self.leave_room().await;
         self.settle().await?;
         self.return_pool().await?;
         // The counts, and then the length: cut in between, the file is longer than it need be, which is no error.

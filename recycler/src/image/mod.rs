@@ -4,6 +4,7 @@ mod backing;
 mod bitmaps;
 mod close;
 mod commit;
+pub(crate) mod compress;
 pub mod create;
 mod discard;
 mod extents;
@@ -75,6 +76,8 @@ pub struct Image<D: BlockDevice> {
     prepared: AtomicBool,
     /// Guest clusters that a request is allocating.
     allocating: Turns,
+    /// Room for compressed data.
+    room: AsyncMutex<compress::Room>,
     /// L1 entries whose L2 table a request is making or copying.
     table_turns: Turns,
     /// Shared by requests that change the mapping, exclusive for those that need it to stand still. Never waited for by
@@ -168,6 +171,7 @@ impl<D: BlockDevice> Image<D> {
         let _compaction = self.compaction.lock().await;
         let _frozen = self.structure.write().await;
         if !self.options.read_only {
+            self.leave_room().await;
             self.commit().await?;
             self.commit().await?;
         }

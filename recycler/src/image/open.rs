@@ -80,6 +80,7 @@ impl<D: BlockDevice> Image<D> {
             panicked: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
             allocating: Turns::default(),
+            room: AsyncMutex::default(),
             table_turns: Turns::default(),
             structure: AsyncRwLock::default(),
             compaction: AsyncMutex::default(),

@@ -158,6 +158,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let bits = image.meta.geometry.cluster_bits;
         let before = image.file_size();
         let cancelled_before = image.moves.cancelled.load(Ordering::Relaxed);
+        image.leave_room().await;
         image.find_junk().await?;
         self.settle().await?;
         let mut go_on = true;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
-use qcow_recycler::recycler::compact;
+use qcow_recycler::recycler::{compact, compress};
 use qcow_recycler::{BlockDevice, Error, Image, Stats};
 use tokio::sync::Notify;
 
@@ -255,6 +255,13 @@ impl Shared {
                 Some(Err(e)) => self.failed(&what, e)?,
                 None => self.note(format!("{what} is dropped")),
             },
+            Op::Compress => match at_most(polls, compress(image, &mut |_| true)).await {
+                // With refcounts of one bit nothing is compressed.
+                Some(Err(Error::Unsupported { .. })) => {}
+                Some(Ok(report)) => self.note(format!("{what}: {report:?}")),
+                Some(Err(e)) => self.failed(&what, e)?,
+                None => self.note(format!("{what} is dropped")),
+            },
             Op::CompactPart(calls) => {
                 let mut left = calls;
                 let mut progress = |_| {
@@ -271,8 +278,15 @@ impl Shared {
                 // Alongside whatever else is going on there.
                 self.read_back(&what, image, cut(first, count)).await?;
             }
-            Op::Write { first, count } => {
-                let range = cut(first, count);
+            Op::Write { first, count } | Op::Pack { first, count } => {
+                let packed = matches!(op, Op::Pack { .. });
+                let range = if packed {
+                    let cluster = self.config.image.cluster_sectors();
+                    let start = first / cluster * cluster;
+                    cut(start, (first + count).next_multiple_of(cluster) - start)
+                } else {
+                    cut(first, count)
+                };
                 let _guard = self.exclude(range.clone()).await;
                 let length = range.end - range.start;
                 let (request, version) = {
@@ -282,7 +296,12 @@ impl Shared {
                 };
                 self.note(format!("{what} as {version} begins"));
                 let data = content::data(range.start, length, version);
-                let result = at_most(polls, image.write(range.start * SECTOR as u64, IoBuf::new(&data))).await;
+                let (at, buf) = (range.start * SECTOR as u64, IoBuf::new(&data));
+                let result = if packed {
+                    at_most(polls, image.write_compressed(at, buf)).await
+                } else {
+                    at_most(polls, image.write(at, buf)).await
+                };
                 self.finish(&what, image, request, range, result).await?;
             }
             Op::Discard { first, count } => {

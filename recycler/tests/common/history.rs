@@ -22,6 +22,11 @@ pub enum Op {
         count: u64,
         may_unmap: bool,
     },
+    /// Written compressed: the clusters that the range touches, whole.
+    Pack {
+        first: u64,
+        count: u64,
+    },
     Discard {
         first: u64,
         count: u64,
@@ -32,6 +37,8 @@ pub enum Op {
     },
     Flush,
     Compact,
+    /// Everything is compressed that is not.
+    Compress,
     /// A compaction that is cancelled when it reports for the so many-th time.
     CompactPart(u32),
     /// Milliseconds.
@@ -45,10 +52,11 @@ impl Op {
     pub fn range(self) -> Option<(u64, u64)> {
         match self {
             Op::Write { first, count }
+            | Op::Pack { first, count }
             | Op::WriteZeroes { first, count, .. }
             | Op::Discard { first, count }
             | Op::Read { first, count } => Some((first, count)),
-            Op::Flush | Op::Compact | Op::CompactPart(_) | Op::Sleep(_) | Op::DropNext(_) => None,
+            Op::Flush | Op::Compact | Op::Compress | Op::CompactPart(_) | Op::Sleep(_) | Op::DropNext(_) => None,
         }
     }
 }
@@ -263,6 +271,8 @@ fn random_op(config: &Config, freeing: f64, rng: &mut SmallRng) -> Op {
         88..=89 => Op::DropNext(rng.random_range(1..12)),
         90 => Op::Compact,
         91 => Op::CompactPart(rng.random_range(1..6)),
+        92 => Op::Compress,
+        93 => Op::Pack { first, count },
         _ => Op::Sleep(rng.random_range(1..60)),
     }
 }

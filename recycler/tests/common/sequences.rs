@@ -53,7 +53,7 @@ pub fn steps(variant: &Variant) -> Vec<(&'static str, Round)> {
     let op = |op| round(&[op], false, After::Nothing);
     // Where there are many tables, all of them.
     let all_tables: Vec<Op> = (20..variant.sectors).step_by(64).map(|first| Op::Write { first, count: 2 }).collect();
-    vec![
+    let mut steps = vec![
         ("write", round(&all_tables, false, After::Nothing)),
         ("write much", op(Op::Write { first: 16, count: 48 })),
         ("overwrite", op(Op::Write { first: 1, count: 2 })),
@@ -73,7 +73,12 @@ pub fn steps(variant: &Variant) -> Vec<(&'static str, Round)> {
         ("shrink", round(&[], false, After::Resize(13))),
         ("grow", round(&[], false, After::Resize(variant.sectors * 2))),
         ("reopen", round(&[], false, After::Reopen)),
-    ]
+    ];
+    if variant.made == Made::Compressed {
+        steps.push(("compress", op(Op::Compress)));
+        steps.push(("pack", op(Op::Pack { first: 2, count: 9 })));
+    }
+    steps
 }
 
 impl Variant {
