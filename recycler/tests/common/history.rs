@@ -34,6 +34,10 @@ pub enum Op {
     Compact,
     /// A compaction that is cancelled when it reports for the so many-th time.
     CompactPart(u32),
+    /// An internal snapshot is made.
+    Snapshot,
+    /// The so many-th of the internal snapshots, or one after it, is deleted.
+    Forget(usize),
     /// Milliseconds.
     Sleep(u64),
     /// The next request is dropped if it has not ended after so many polls.
@@ -48,7 +52,13 @@ impl Op {
             | Op::WriteZeroes { first, count, .. }
             | Op::Discard { first, count }
             | Op::Read { first, count } => Some((first, count)),
-            Op::Flush | Op::Compact | Op::CompactPart(_) | Op::Sleep(_) | Op::DropNext(_) => None,
+            Op::Flush
+            | Op::Compact
+            | Op::CompactPart(_)
+            | Op::Snapshot
+            | Op::Forget(_)
+            | Op::Sleep(_)
+            | Op::DropNext(_) => None,
         }
     }
 }
@@ -61,6 +71,8 @@ pub enum After {
     Reopen,
     /// A new size in sectors.
     Resize(u64),
+    /// The disk becomes what it was when the so many-th of the internal snapshots, or one after it, was made.
+    GoBack(usize),
 }
 
 /// Guests that work at the same time.
@@ -111,6 +123,7 @@ impl History {
                     after: match rng.random_range(0..10) {
                         0..=2 => After::Reopen,
                         3 => After::Resize(rng.random_range(1..=sectors + sectors / 2)),
+                        4 => After::GoBack(rng.random_range(0..4)),
                         _ => After::Nothing,
                     },
                 }
@@ -128,7 +141,11 @@ impl History {
                 .map(|_| {
                     let (first, count) = random_range(sectors, cluster, rng);
                     match rng.random_range(0..20) {
-                        0..=3 if compacts => Op::Compact,
+                        0..=3 if compacts => match rng.random_range(0..8) {
+                            0 => Op::Snapshot,
+                            1 => Op::Forget(rng.random_range(0..4)),
+                            _ => Op::Compact,
+                        },
                         0..=9 => Op::Write { first, count: count.min(4) },
                         10..=13 => Op::Read { first, count },
                         14..=15 => Op::Discard { first: first / cluster * cluster, count: cluster },
@@ -263,6 +280,8 @@ fn random_op(config: &Config, freeing: f64, rng: &mut SmallRng) -> Op {
         88..=89 => Op::DropNext(rng.random_range(1..12)),
         90 => Op::Compact,
         91 => Op::CompactPart(rng.random_range(1..6)),
+        92 => Op::Snapshot,
+        93 => Op::Forget(rng.random_range(0..4)),
         _ => Op::Sleep(rng.random_range(1..60)),
     }
 }
