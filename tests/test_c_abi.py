@@ -165,9 +165,7 @@ def test_behaviour(installed: Installed, language: str, name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("checked", [[], VALGRIND], ids=["native", "valgrind"])
 @pytest.mark.parametrize("name", ["paths", "snapshots"])
-def test_images_in_files(
-    installed: Installed, language: str, checked: list[str], name: str, tmp_path: Path
-) -> None:
+def test_images_in_files(installed: Installed, language: str, checked: list[str], name: str, tmp_path: Path) -> None:
     program = installed.compile(SOURCES / f"{name}.c", tmp_path / name, language)
     place = tmp_path / "place"
     place.mkdir()

@@ -60,10 +60,12 @@ def test_qemu_reads_ours(image_path: Path, cluster_size: int, refcount_bits: int
             assert image.check().corruptions == 0
         assert_holds(image_path, kept)
         qemu.assert_contents(image_path, disk.bytes)
-    # QEMU goes back to ours, and deletes it; what it relies on is right.
+    # QEMU deletes one and goes back to the other; what it relies on is right. (In the other order two bits have no
+    # room for that: it counts what comes before what goes.)
+    qemu.img("snapshot", "-d", "s1", image_path)
+    del kept["s1"]
     qemu.img("snapshot", "-a", "s0", image_path)
-    qemu.img("snapshot", "-d", "s0", image_path)
-    qemu.assert_contents(image_path, kept.pop("s0"))
+    qemu.assert_contents(image_path, kept["s0"])
     assert_holds(image_path, kept)
 
 

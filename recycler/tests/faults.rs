@@ -66,6 +66,7 @@ fn requests(c: u64) -> Vec<Op> {
         Op::WriteZeroes { first: 16 * c, count: 3 * c + half, may_unmap: true },
         Op::Flush,
         Op::Compact,
+        Op::Snapshot,
         Op::Write { first: 5 * c, count: 2 * c },
         Op::Write { first: 72 * c + half, count: 2 * c },
         Op::Discard { first: 20 * c, count: 8 * c },
@@ -73,6 +74,7 @@ fn requests(c: u64) -> Vec<Op> {
         Op::Write { first: 140 * c, count: 3 * c },
         Op::Discard { first: 71 * c, count: 6 * c },
         Op::Flush,
+        Op::Forget(0),
         Op::Sleep(60),
         Op::Read { first: 0, count: 100 * c },
         Op::Flush,
@@ -213,7 +215,7 @@ fn recovery_with_faults(seed: u64) -> Result<(u64, u64), Failure> {
             left.push(device.contents());
             for image in left {
                 crash_images += 1;
-                verify::crash_image(&image, &model, None, &config, Depth { qemu: false, compact: false })
+                verify::crash_image(&image, &model, &config, Depth { qemu: false, compact: false })
                     .map_err(|e| shared.failure(format!("after {fired:?} during recovery: {e}")))?;
             }
         }

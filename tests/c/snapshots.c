@@ -10,20 +10,20 @@ struct listed {
 
 static void list(void *user, const struct qcr_snapshot *snapshot)
 {
-    struct listed *listed = user;
+    struct listed *listed = (struct listed *)user;
     CHECK(snapshot->struct_size == sizeof(*snapshot));
     listed->count++;
     listed->last = *snapshot;
 }
 
-static void fill(struct qcr_image *image, unsigned char byte)
+static void hold(struct qcr_image *image, unsigned char byte)
 {
     unsigned char data[4096];
     memset(data, byte, sizeof(data));
     EXPECT(0, qcr_write(image, data, sizeof(data), 0, &error));
 }
 
-static void expect(struct qcr_image *image, unsigned char byte)
+static void holds(struct qcr_image *image, unsigned char byte)
 {
     unsigned char data[4096];
     size_t i;
@@ -54,17 +54,17 @@ int main(int argc, char **argv)
     EXPECT(0, qcr_create_path(path, &create, &error));
     EXPECT(0, qcr_open_path(path, NULL, NULL, &image, &error));
 
-    fill(image, 1);
+    hold(image, 1);
     EXPECT(0, qcr_create_snapshot(image, "first", &made, &error));
     CHECK(strcmp(made.id, "1") == 0 && strcmp(made.name, "first") == 0);
     CHECK(made.virtual_size == 16 * MIB && made.vm_state_size == 0 && made.seconds > 1000000000);
-    fill(image, 2);
+    hold(image, 2);
     EXPECT(0, qcr_create_snapshot(image, "second", NULL, &error));
     EXPECT(-EINVAL, qcr_create_snapshot(image, "first", NULL, &error));
     CHECK(strcmp(error.field, "snapshot") == 0);
     EXPECT(-EINVAL, qcr_create_snapshot(image, "2", NULL, &error));
     EXPECT(-EINVAL, qcr_create_snapshot(image, "", NULL, &error));
-    fill(image, 3);
+    hold(image, 3);
 
     memset(&listed, 0, sizeof(listed));
     EXPECT(0, qcr_get_snapshots(image, list, &listed, &error));
@@ -72,18 +72,18 @@ int main(int argc, char **argv)
 
     EXPECT(0, qcr_resize(image, 32 * MIB, 0, &error));
     EXPECT(0, qcr_apply_snapshot(image, "first", &error));
-    expect(image, 1);
+    holds(image, 1);
     EXPECT(0, qcr_get_info(image, &info, &error));
     CHECK(info.virtual_size == 16 * MIB && info.snapshots == 2);
     EXPECT(-EINVAL, qcr_apply_snapshot(image, "third", &error));
     EXPECT(0, qcr_apply_snapshot(image, "2", &error));
-    expect(image, 2);
+    holds(image, 2);
     EXPECT(0, qcr_delete_snapshot(image, "first", &error));
     EXPECT(-EINVAL, qcr_delete_snapshot(image, "first", &error));
     EXPECT(0, qcr_delete_snapshot(image, "second", &error));
-    expect(image, 2);
-    fill(image, 4);
-    expect(image, 4);
+    holds(image, 2);
+    hold(image, 4);
+    holds(image, 4);
     EXPECT(0, qcr_check(image, NULL, NULL, &report, &error));
     CHECK(report.corruptions == 0 && report.leaks == 0);
     EXPECT(0, qcr_close(image, &error));

@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     command("list", _snapshot, "list the snapshots", actions)
     create = command("create", _snapshot, "make a snapshot of the disk", actions)
     create.add_argument("name", metavar="NAME", help="what it is to be called")
-    apply = command("apply", _snapshot, "let the disk be what it was when a snapshot was made; what it is now is lost", actions)
+    apply = command(
+        "apply", _snapshot, "let the disk be what it was when a snapshot was made, and lose what it is", actions
+    )
     delete = command("delete", _snapshot, "delete a snapshot", actions)
     for action in apply, delete:
         action.add_argument("name", metavar="SNAPSHOT", help="its ID or, if none has that, its name")

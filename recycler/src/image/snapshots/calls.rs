@@ -70,6 +70,9 @@ fn next_id(snapshots: &[Snapshot]) -> String {
 /// done or not done. They go on while guests do: reads never wait; what changes the disk waits for a part of each call whose
 /// length depends on how large the tables are, not the data: for 64 KiB clusters about a quarter of a MiB is read and
 /// written for each GiB that the disk has allocated.
+///
+/// A call that is dropped half-way has changed nothing, or everything; if it is dropped while the header is being written,
+/// nobody knows which, and the image takes no changes any more until it is opened again.
 impl<D: BlockDevice> Image<D> {
     /// The internal snapshots, in the order of the image's table.
     ///
