@@ -1138,6 +1138,72 @@ int qcr_next_dirty(struct qcr_image *image, const char *name, uint64_t from, str
                    struct qcr_error *error);
 
 /* ==============================================================================================================
+ * Internal snapshots
+ *
+ * What the disk was at some moment, inside the image. QEMU reads these snapshots, and this library QEMU's. A change is
+ * durable when its call returns; a power cut leaves it done or not done. All calls from any thread, and while the image is
+ * in use: reads go on, what changes the disk waits for a part of the call whose length depends on how large the image's
+ * tables are, not on the data.
+ */
+
+/* An internal snapshot. */
+struct qcr_snapshot {
+    /* sizeof(struct qcr_snapshot): set by the caller, or as the library knows it where the library calls. */
+    uint32_t struct_size;
+    /* When it was made, beyond `seconds`, in nanoseconds. */
+    uint32_t nanoseconds;
+    /* When it was made, in seconds since 1970 (UTC). */
+    uint64_t seconds;
+    /* How long the guest had been running, in nanoseconds, as far as whoever made it said. */
+    uint64_t vm_clock;
+    /* Bytes of VM state; 0: there is none. */
+    uint64_t vm_state_size;
+    /* Size of the virtual disk in bytes when it was made. */
+    uint64_t virtual_size;
+    /* Its ID, which no other snapshot of the image has, UTF-8. */
+    char id[128];
+    /* Its name, UTF-8. */
+    char name[256];
+};
+
+/* Takes a snapshot's description, valid during the call; called on the thread that called qcr_get_snapshots(), with no lock
+ * of the library held. It must return by itself (no longjmp, no C++ exception).
+ */
+typedef void (*qcr_snapshot_fn)(void *user, const struct qcr_snapshot *snapshot);
+
+/* Calls `each` with `user` for every internal snapshot, in the image's order.
+ *
+ * Errors: -EBADF.
+ */
+int qcr_get_snapshots(struct qcr_image *image, qcr_snapshot_fn each, void *user, struct qcr_error *error);
+
+/* Makes a snapshot of the disk: of everything written by requests that had ended before this call, flushed or not; what
+ * a request under way writes is in it or not. `made` may be NULL.
+ *
+ * Errors: -EINVAL for a name that is empty, longer than 255 bytes, or the name or ID of a snapshot that there is;
+ * -EOPNOTSUPP if the image's refcounts are too narrow for one more reference (those of one bit always), or beyond 65,536
+ * snapshots; -EUCLEAN if the image's refcounts are wrong; -EROFS; -EBADF; those of writing. Nothing has changed then.
+ */
+int qcr_create_snapshot(struct qcr_image *image, const char *name, struct qcr_snapshot *made,
+                        struct qcr_error *error);
+
+/* Deletes the snapshot with this ID or, if there is none, this name. What only it used is free then, VM state as well.
+ *
+ * Errors: -EINVAL if there is no such snapshot, or several have the name; otherwise as qcr_create_snapshot().
+ */
+int qcr_delete_snapshot(struct qcr_image *image, const char *id_or_name, struct qcr_error *error);
+
+/* Lets the disk be what it was when a snapshot was made, its size included; the snapshot is told as in
+ * qcr_delete_snapshot(), and stays. What the disk was until now is lost unless another snapshot has it. Bitmaps that mark
+ * what is written mark the whole disk.
+ *
+ * The guest must not be running: what it remembers of the disk is not so any more. Requests under way end first.
+ *
+ * Errors: as qcr_delete_snapshot(); -EOPNOTSUPP also if the disk had another size and the image is of version 2.
+ */
+int qcr_apply_snapshot(struct qcr_image *image, const char *id_or_name, struct qcr_error *error);
+
+/* ==============================================================================================================
  * Images that nobody is using
  *
  * Work on whole files. Nobody may be using them, which their locks see to: -EAGAIN otherwise. Any thread.

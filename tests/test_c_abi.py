@@ -164,8 +164,9 @@ def test_behaviour(installed: Installed, language: str, name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("checked", [[], VALGRIND], ids=["native", "valgrind"])
-def test_images_in_files(installed: Installed, language: str, checked: list[str], tmp_path: Path) -> None:
-    program = installed.compile(SOURCES / "paths.c", tmp_path / "paths", language)
+@pytest.mark.parametrize("name", ["paths", "snapshots"])
+def test_images_in_files(installed: Installed, language: str, checked: list[str], name: str, tmp_path: Path) -> None:
+    program = installed.compile(SOURCES / f"{name}.c", tmp_path / name, language)
     place = tmp_path / "place"
     place.mkdir()
     installed.run(*checked, program, place)

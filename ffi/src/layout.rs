@@ -13,6 +13,7 @@ use crate::offline::qcr_commit_report;
 use crate::options::{qcr_log, qcr_options};
 use crate::queue::{qcr_completion, qcr_queue_info, qcr_queue_options};
 use crate::recycle::{qcr_compact_report, qcr_progress};
+use crate::snapshots::qcr_snapshot;
 
 fn size_of_member<S, M>(_: impl Fn(&S) -> &M) -> usize {
     size_of::<M>()
@@ -61,6 +62,7 @@ fn structs_are_laid_out_as_committed() {
         qcr_compact_report { struct_size reserved file_size_before file_size_after moved cancelled }
         qcr_bitmap { struct_size flags granularity dirty name }
         qcr_range { struct_size reserved offset length }
+        qcr_snapshot { struct_size nanoseconds seconds vm_clock vm_state_size virtual_size id name }
         qcr_commit_report { struct_size reserved written zeroed }
         qcr_stats {
             struct_size reserved virtual_size file_size used freed junk erased available roots copies moves_copying

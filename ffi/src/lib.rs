@@ -29,6 +29,7 @@ pub mod offline;
 pub mod options;
 pub mod queue;
 pub mod recycle;
+pub mod snapshots;
 pub mod submit;
 pub mod version;
 

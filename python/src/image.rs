@@ -204,6 +204,29 @@ impl Image {
         Ok(found.map(|range| (range.start, range.end - range.start)))
     }
 
+    /// The internal snapshots, in the image's order.
+    fn snapshots<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let found = self.call(py, Disk::snapshots)?;
+        let records: PyResult<Vec<_>> = found.into_iter().map(|snapshot| records::snapshot(py, snapshot)).collect();
+        PyTuple::new(py, records?)
+    }
+
+    /// Makes a snapshot of the disk, inside the image, and returns its description; others may go on using the image.
+    fn create_snapshot<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        let made = self.call(py, |disk| disk.create_snapshot(name))?;
+        records::snapshot(py, made)
+    }
+
+    /// Deletes the snapshot with this ID or, if there is none, this name.
+    fn delete_snapshot(&self, py: Python<'_>, id_or_name: &str) -> PyResult<()> {
+        self.call(py, |disk| disk.delete_snapshot(id_or_name))
+    }
+
+    /// Lets the disk be what it was when a snapshot was made, its size included. The guest must not be running.
+    fn apply_snapshot(&self, py: Python<'_>, id_or_name: &str) -> PyResult<()> {
+        self.call(py, |disk| disk.apply_snapshot(id_or_name))
+    }
+
     /// Checks the image while it is open.
     fn check<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let report = self.call(py, Disk::check)?;

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use qcow_recycler::image::CommitReport;
 use qcow_recycler::recycler::{CompactReport, Progress};
-use qcow_recycler::{BitmapInfo, CheckReport, Extent, ExtentKind, Info, Stats};
+use qcow_recycler::{BitmapInfo, CheckReport, Extent, ExtentKind, Info, SnapshotInfo, Stats};
 
 fn class<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
     py.import("qcow_recycler.records")?.getattr(name)
@@ -81,6 +81,19 @@ pub(crate) fn bitmap(py: Python<'_>, bitmap: BitmapInfo) -> PyResult<Bound<'_, P
         recording = bitmap.recording,
         inconsistent = bitmap.inconsistent,
         dirty = bitmap.dirty,
+    )
+}
+
+pub(crate) fn snapshot(py: Python<'_>, snapshot: SnapshotInfo) -> PyResult<Bound<'_, PyAny>> {
+    record!(
+        py,
+        "Snapshot",
+        id = snapshot.id,
+        name = snapshot.name,
+        created = snapshot.created.as_secs_f64(),
+        vm_clock = snapshot.vm_clock.as_secs_f64(),
+        vm_state_size = snapshot.vm_state_size,
+        virtual_size = snapshot.virtual_size,
     )
 }
 

@@ -17,7 +17,7 @@ use crate::buf::{IoBuf, IoBufMut};
 use crate::check::CheckReport;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
-use crate::image::{BitmapInfo, Extent, Image, Info};
+use crate::image::{BitmapInfo, Extent, Image, Info, SnapshotInfo};
 use crate::options::{LogLevel, Options};
 use crate::recycler::{CompactReport, CompressReport, Control, Progress};
 use crate::stats::Stats;
@@ -159,6 +159,38 @@ impl<D: BlockDevice> Disk<D> {
     /// See [`Image::add_bitmap`].
     pub fn add_bitmap(&self, name: &str, granularity: u64, recording: bool) -> Result<()> {
         block_on(self.image.add_bitmap(name, granularity, recording))
+    }
+
+    /// The internal snapshots.
+    ///
+    /// # Errors
+    /// See [`Image::snapshots`].
+    pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        self.image.snapshots()
+    }
+
+    /// Makes a snapshot of the disk.
+    ///
+    /// # Errors
+    /// See [`Image::create_snapshot`].
+    pub fn create_snapshot(&self, name: &str) -> Result<SnapshotInfo> {
+        block_on(self.image.create_snapshot(name))
+    }
+
+    /// Deletes a snapshot, told by its ID or name.
+    ///
+    /// # Errors
+    /// See [`Image::delete_snapshot`].
+    pub fn delete_snapshot(&self, id_or_name: &str) -> Result<()> {
+        block_on(self.image.delete_snapshot(id_or_name))
+    }
+
+    /// Lets the disk be what it was when a snapshot was made, told by its ID or name.
+    ///
+    /// # Errors
+    /// See [`Image::apply_snapshot`].
+    pub fn apply_snapshot(&self, id_or_name: &str) -> Result<()> {
+        block_on(self.image.apply_snapshot(id_or_name))
     }
 
     /// Checks the image while it is open.

@@ -55,6 +55,10 @@ pub enum Mutation {
     GrowBeforeClearing,
     /// What a smaller disk loses is unmapped before its size is durable.
     ForgetBeforeSize,
+    /// The header names tables that make a snapshot, or take one away, and are not durable.
+    HeaderBeforeSnapshot,
+    /// Guests write on while tables are exchanged for a snapshot.
+    SnapshotUnderWrites,
     /// A failed flush of the device has no consequences.
     ForgiveFailedFlush,
     /// What a failed commit did not write counts as written.
@@ -75,7 +79,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// Those that power cuts and random histories must find.
-    pub const ALL: [Mutation; 27] = [
+    pub const ALL: [Mutation; 29] = [
         Mutation::RewriteBeforeFlush,
         Mutation::ReuseFreedAtOnce,
         Mutation::UncountSourceEarly,
@@ -101,6 +105,8 @@ impl Mutation {
         Mutation::WriteOnePlace,
         Mutation::GrowBeforeClearing,
         Mutation::ForgetBeforeSize,
+        Mutation::HeaderBeforeSnapshot,
+        Mutation::SnapshotUnderWrites,
         Mutation::ForgiveFailedFlush,
         Mutation::ForgetFailedCommit,
     ];

@@ -24,7 +24,9 @@ mod types {
     pub(crate) use shuttle_parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 }
 
-pub(crate) use tokio::sync::{MutexGuard as AsyncMutexGuard, RwLockReadGuard as AsyncRwLockReadGuard};
+pub(crate) use tokio::sync::{
+    MutexGuard as AsyncMutexGuard, RwLockReadGuard as AsyncRwLockReadGuard, RwLockWriteGuard as AsyncRwLockWriteGuard,
+};
 pub(crate) use types::*;
 
 /// A small number that is this thread's own as long as there are fewer than `count` threads.

@@ -69,6 +69,7 @@ fn requests(c: u64) -> Vec<Op> {
         Op::Compact,
         Op::Pack { first: 4 * c, count: 2 * c },
         Op::Compress,
+        Op::Snapshot,
         Op::Write { first: 5 * c, count: 2 * c },
         Op::Write { first: 72 * c + half, count: 2 * c },
         Op::Discard { first: 20 * c, count: 8 * c },
@@ -76,6 +77,7 @@ fn requests(c: u64) -> Vec<Op> {
         Op::Write { first: 140 * c, count: 3 * c },
         Op::Discard { first: 71 * c, count: 6 * c },
         Op::Flush,
+        Op::Forget(0),
         Op::Sleep(60),
         Op::Read { first: 0, count: 100 * c },
         Op::Flush,
@@ -223,7 +225,7 @@ fn recovery_with_faults(seed: u64) -> Result<(u64, u64), Failure> {
             left.push(device.contents());
             for image in left {
                 crash_images += 1;
-                verify::crash_image(&image, &model, None, &config, Depth { qemu: false, compact: false })
+                verify::crash_image(&image, &model, &config, Depth { qemu: false, compact: false })
                     .map_err(|e| shared.failure(format!("after {fired:?} during recovery: {e}")))?;
             }
         }

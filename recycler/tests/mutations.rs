@@ -69,6 +69,7 @@ fn sort(mutation: Mutation) -> Sort {
         M::CommitCancelledMove => Sort::Race("writes under slow moves", directed::writes_under_slow_moves),
         M::CopyWithoutGrace => Sort::Race("held writes under moves", directed::held_writes_under_moves),
         M::ReuseWithoutGrace => Sort::Race("held writes", directed::held_writes),
+        M::SnapshotUnderWrites => Sort::Race("held writes under snapshots", directed::held_writes_under_snapshots),
         M::WriteOnePlace => Sort::Race("moving tables", directed::moving_tables),
         M::PromoteLateWork => Sort::Cut("late work", directed::late_work),
         M::HeaderBeforeTable => Sort::Cut("outgrowing", cuts::outgrowing_history),
@@ -80,6 +81,7 @@ fn sort(mutation: Mutation) -> Sort {
         M::GrowBeforeClearing => Sort::Named(PARTIAL, &["shrink", "grow"]),
         M::ShowBeforeZeroes => Sort::Named(PARTIAL, &["zeroes", "flush", "overwrite", "flush"]),
         M::HeaderBeforeL1 => Sort::Named(PLAIN, &["grow"]),
+        M::HeaderBeforeSnapshot => Sort::Named(PLAIN, &["snapshot"]),
         M::ForgiveFailedFlush => Sort::Faults(Some(Kind::Flush)),
         M::ForgetFailedCommit => Sort::Faults(None),
         M::RewriteBeforeFlush

@@ -139,6 +139,10 @@ int main(void)
     REFUSED("image", qcr_record_bitmap(NULL, "b", 1, &error));
     REFUSED("image", qcr_merge_bitmap(NULL, "b", "c", &error));
     REFUSED("image", qcr_next_dirty(NULL, "b", 0, NULL, &error));
+    REFUSED("image", qcr_get_snapshots(NULL, NULL, NULL, &error));
+    REFUSED("image", qcr_create_snapshot(NULL, "s", NULL, &error));
+    REFUSED("image", qcr_delete_snapshot(NULL, "s", &error));
+    REFUSED("image", qcr_apply_snapshot(NULL, "s", &error));
     REFUSED("path", qcr_commit_path(NULL, NULL, NULL, &error));
     REFUSED("path", qcr_upgrade_path(NULL, &error));
     REFUSED("callbacks", qcr_check_callbacks(NULL, QCR_REPAIR_NONE, text, NULL, &check, &error));

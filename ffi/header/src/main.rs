@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// The modules of the interface in the order of the manual.
-const SECTIONS: [&str; 13] = [
+const SECTIONS: [&str; 14] = [
     "version",
     "error",
     "options",
@@ -25,6 +25,7 @@ const SECTIONS: [&str; 13] = [
     "recycle",
     "inspect",
     "bitmaps",
+    "snapshots",
     "offline",
 ];
 

@@ -32,7 +32,7 @@ from .errors import (
 )
 from .options import CreateOptions, OpenOptions
 from .protocol import BlockDevice, FixedBlockDevice, FullBlockDevice
-from .records import Bitmap, CheckReport, CommitReport, CompactReport, Extent, Info, Progress, Stats
+from .records import Bitmap, CheckReport, CommitReport, CompactReport, Extent, Info, Progress, Snapshot, Stats
 from .zeroes import ZeroScan, discard_zeroes
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "PermissionDenied",
     "Progress",
     "ReadOnly",
+    "Snapshot",
     "Stats",
     "Unsupported",
     "ZeroScan",

@@ -25,7 +25,7 @@ from . import _api
 from ._ext import Image, Queue
 from .options import CreateOptions, OpenOptions
 from .protocol import FixedBlockDevice
-from .records import CheckReport, CompactReport, Extent, Info, Progress, Stats
+from .records import CheckReport, CompactReport, Extent, Info, Progress, Snapshot, Stats
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -144,6 +144,22 @@ class AsyncImage:
             if not work.cancelled():
                 work.exception()
             raise
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots, in the image's order."""
+        return self.image.snapshots()
+
+    async def create_snapshot(self, name: str) -> Snapshot:
+        """Make a snapshot of the disk, inside the image, and return its description."""
+        return await asyncio.to_thread(self.image.create_snapshot, name)
+
+    async def delete_snapshot(self, id_or_name: str) -> None:
+        """Delete the snapshot with this ID or, if there is none, this name."""
+        await asyncio.to_thread(self.image.delete_snapshot, id_or_name)
+
+    async def apply_snapshot(self, id_or_name: str) -> None:
+        """Let the disk be what it was when a snapshot was made, its size included. The guest must not be running."""
+        await asyncio.to_thread(self.image.apply_snapshot, id_or_name)
 
     async def check(self) -> CheckReport:
         """Check the image while it is open."""

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from . import _api
 from ._ext import Image, __version__
 from .errors import Error
-from .records import CheckReport, CommitReport, Info, Progress
+from .records import CheckReport, CommitReport, Info, Progress, Snapshot
 from .zeroes import ZeroScan, discard_zeroes
 
 OK = 0
@@ -57,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qcow-recycler {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, among: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = among.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("image", metavar="IMAGE", help="path of the qcow2 file")
         sub.add_argument("--json", action="store_true", help="write JSON to standard output, one object a line")
         sub.set_defaults(run=run)
@@ -79,6 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--disable", action="store_true", help="let it mark nothing any more")
     what.add_argument("--merge", metavar="SOURCE", help="mark in it whatever SOURCE marks")
     bitmap.add_argument("--granularity", type=int, default=65536, help="for --add: bytes that one bit stands for")
+    text = "list, make, delete and apply the internal snapshots of an image"
+    snapshot = commands.add_parser("snapshot", help=text, description=text[0].upper() + text[1:] + ".")
+    actions = snapshot.add_subparsers(dest="action", required=True, metavar="ACTION")
+    command("list", _snapshot, "list the snapshots", actions)
+    create = command("create", _snapshot, "make a snapshot of the disk", actions)
+    create.add_argument("name", metavar="NAME", help="what it is to be called")
+    apply = command(
+        "apply", _snapshot, "let the disk be what it was when a snapshot was made, and lose what it is", actions
+    )
+    delete = command("delete", _snapshot, "delete a snapshot", actions)
+    for action in apply, delete:
+        action.add_argument("name", metavar="SNAPSHOT", help="its ID or, if none has that, its name")
     commit = command("commit", _commit, "write what an image holds into its backing file, and empty the image")
     commit.add_argument(
         "--backing-format", choices=["raw", "qcow2"], help="of backing files whose format is not recorded"
@@ -219,6 +233,27 @@ def _bitmap(args: argparse.Namespace) -> int:
         state = "inconsistent" if bitmap.inconsistent else "recording" if bitmap.recording else "not recording"
         marked = f"{size_text(bitmap.dirty)} marked"
         print(f"{bitmap.name}: {state}, {marked}, in units of {size_text(bitmap.granularity)}")
+    return OK
+
+
+def _snapshot(args: argparse.Namespace) -> int:
+    # Whoever makes one, or goes back to one, has no use for a pool.
+    with _api.open(args.image, read_only=args.action == "list", backing="skip", keep_erased=0) as image:
+        if args.action == "create":
+            shown: tuple[Snapshot, ...] = (image.create_snapshot(args.name),)
+        elif args.action == "list":
+            shown = image.snapshots()
+        else:
+            change = image.apply_snapshot if args.action == "apply" else image.delete_snapshot
+            change(args.name)
+            shown = ()
+    for snapshot in shown:
+        if args.json:
+            _emit(dataclasses.asdict(snapshot))
+            continue
+        made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.created))
+        state = f", with {size_text(snapshot.vm_state_size)} of VM state" if snapshot.vm_state_size else ""
+        print(f"{snapshot.id}: {snapshot.name}, {made}, a disk of {size_text(snapshot.virtual_size)}{state}")
     return OK
 
 

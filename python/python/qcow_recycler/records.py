@@ -54,6 +54,23 @@ class Bitmap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """An internal snapshot."""
+
+    id: str
+    """No other snapshot of the image has it."""
+    name: str
+    created: float
+    """When it was made, in seconds since 1970 (UTC)."""
+    vm_clock: float
+    """How long the guest had been running, in seconds, as far as whoever made it said."""
+    vm_state_size: int
+    """0 if there is no VM state."""
+    virtual_size: int
+    """Of the disk, when it was made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Info:
     """What an image is."""
 
@@ -154,4 +171,4 @@ class Stats:
     """Failures in the recycler's work."""
 
 
-__all__ = ["Bitmap", "CheckReport", "CommitReport", "CompactReport", "Extent", "Info", "Progress", "Stats"]
+__all__ = ["Bitmap", "CheckReport", "CommitReport", "CompactReport", "Extent", "Info", "Progress", "Snapshot", "Stats"]

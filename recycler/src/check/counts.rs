@@ -11,14 +11,14 @@ use roaring::treemap::Iter;
 /// bitmap takes about a bit per cluster; clusters that are never counted take nothing. Counts stop at the highest value
 /// that a refcount of the image can hold.
 #[derive(Clone, Debug)]
-pub(super) struct Counts {
+pub(crate) struct Counts {
     planes: Vec<RoaringTreemap>,
     bits: usize,
 }
 
 impl Counts {
     /// Counters as wide as refcounts of `1 << order` bits.
-    pub(super) fn new(order: u32) -> Self {
+    pub(crate) fn new(order: u32) -> Self {
         Counts { planes: Vec::new(), bits: 1 << order.min(6) }
     }
 
@@ -27,7 +27,7 @@ impl Counts {
     }
 
     /// The count of a cluster.
-    pub(super) fn get(&self, cluster: u64) -> u64 {
+    pub(crate) fn get(&self, cluster: u64) -> u64 {
         self.planes.iter().enumerate().filter(|(_, p)| p.contains(cluster)).fold(0, |n, (k, _)| n | 1 << k)
     }
 
@@ -50,7 +50,7 @@ impl Counts {
     }
 
     /// Counts a cluster `n` times more; returns how many of them the counter could not hold.
-    pub(super) fn add(&mut self, cluster: u64, n: u64) -> u64 {
+    pub(crate) fn add(&mut self, cluster: u64, n: u64) -> u64 {
         // Counted once, and not before: the first plane alone changes.
         if n == 1
             && let Some((first, others)) = self.planes.split_first_mut()
@@ -66,13 +66,13 @@ impl Counts {
     }
 
     /// Counts a cluster once less.
-    pub(super) fn subtract(&mut self, cluster: u64) {
+    pub(crate) fn subtract(&mut self, cluster: u64) {
         let old = self.get(cluster);
         self.set(cluster, old.saturating_sub(1));
     }
 
     /// Counts each of the `length` clusters from `first` on `n` times more; returns how many times a counter was full.
-    pub(super) fn add_run(&mut self, first: u64, length: u64, n: u64) -> u64 {
+    pub(crate) fn add_run(&mut self, first: u64, length: u64, n: u64) -> u64 {
         let range = first..first.saturating_add(length);
         if n == 1 && length > 1 && self.planes.iter().all(|p| p.range_cardinality(range.clone()) == 0) {
             if self.planes.is_empty() {
@@ -87,12 +87,12 @@ impl Counts {
     }
 
     /// The highest cluster that is counted at all.
-    pub(super) fn highest(&self) -> Option<u64> {
+    pub(crate) fn highest(&self) -> Option<u64> {
         self.planes.iter().filter_map(RoaringTreemap::max).max()
     }
 
     /// The clusters in `from..to` that are counted, ascending, each with its count.
-    pub(super) fn range(&self, from: u64, to: u64) -> Walk<'_> {
+    pub(crate) fn range(&self, from: u64, to: u64) -> Walk<'_> {
         let planes = self
             .planes
             .iter()
@@ -107,7 +107,7 @@ impl Counts {
 }
 
 /// Ascending walk over counted clusters.
-pub(super) struct Walk<'a> {
+pub(crate) struct Walk<'a> {
     planes: Vec<Peekable<Iter<'a>>>,
     to: u64,
 }

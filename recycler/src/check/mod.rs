@@ -9,7 +9,7 @@
 
 mod bitmaps;
 mod blocks;
-mod counts;
+pub(crate) mod counts;
 mod exchange;
 mod findings;
 mod flags;

@@ -103,6 +103,13 @@ impl L1Tables {
     }
 }
 
+/// Reads the L1 table of a snapshot.
+pub(crate) async fn read_l1<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, place: L1Place) -> Result<Vec<u64>> {
+    let mut entries = vec![0; place.entries as usize];
+    read_entries(volume, meta, place.offset, &mut entries).await?;
+    Ok(entries)
+}
+
 /// Reads the words of a whole L2 table that a snapshot refers to.
 pub(crate) async fn read_table<D: BlockDevice>(
     volume: &Volume<D>,

@@ -72,7 +72,7 @@ impl<D: BlockDevice> Image<D> {
     pub async fn write_compressed(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len() as u64;
         let cluster_size = self.meta.geometry.cluster_size();
-        let request = self.begin(offset, length, Purpose::Write)?;
+        let request = self.begin_waiting(offset, length, Purpose::Write).await?;
         let whole = (offset + length).is_multiple_of(cluster_size) || offset + length == self.virtual_size();
         if !offset.is_multiple_of(cluster_size) || !whole {
             let reason = format!("{length} bytes at {offset:#x} are not whole clusters of {cluster_size} bytes");

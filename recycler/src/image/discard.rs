@@ -61,10 +61,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     async fn clear_request(&self, offset: u64, length: u64, clear: Clear) -> Result<()> {
-        let request = self.epochs.enter();
-        self.check_request(offset, length)?;
-        self.ensure_writable()?;
-        self.bitmaps.will_change(offset, length);
+        let request = self.begin_waiting(offset, length, Purpose::Write).await?;
         // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
         let end = offset + length;
         let whole_end =

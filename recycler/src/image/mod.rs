@@ -9,6 +9,7 @@ pub mod create;
 mod discard;
 mod extents;
 mod flush;
+mod gate;
 mod info;
 mod length;
 pub(crate) mod mapping;
@@ -30,6 +31,7 @@ pub use commit::{CommitReport, commit};
 pub use create::{CreateOptions, create};
 pub use extents::{Extent, ExtentKind};
 pub use info::Info;
+pub use snapshots::SnapshotInfo;
 pub use upgrade::upgrade;
 
 use crate::check::{CheckReport, Repair};
@@ -74,6 +76,8 @@ pub struct Image<D: BlockDevice> {
     panicked: AtomicBool,
     /// Whether the image is marked as being changed: see `prepare_changes`.
     prepared: AtomicBool,
+    /// Closed while nobody may write.
+    pub(crate) gate: gate::Gate,
     /// Guest clusters that a request is allocating.
     allocating: Turns,
     /// Room for compressed data.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::backing::Backing;
 use super::bitmaps::Bitmaps;
+use super::gate::Gate;
 use super::snapshots::Snapshots;
 use super::turns::Turns;
 use super::{Counters, Image};
@@ -79,6 +80,7 @@ impl<D: BlockDevice> Image<D> {
             closed: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
+            gate: Gate::default(),
             allocating: Turns::default(),
             room: AsyncMutex::default(),
             table_turns: Turns::default(),

@@ -36,19 +36,36 @@ pub(crate) enum Planned {
 }
 
 impl<D: BlockDevice> Image<D> {
-    /// Checks a request, and puts it in flight.
+    /// Checks a request, and puts it in flight. `None`: it is to write, and the [gate](super::gate) is closed. Only the
+    /// asynchronous path waits for that.
     ///
     /// # Errors
     /// As [`read`](Image::read), and as [`write`](Image::write) if that is what it is for.
     #[inline(always)]
-    pub(crate) fn begin(&self, offset: u64, length: u64, purpose: Purpose) -> Result<InFlight<'_>> {
+    pub(crate) fn begin(&self, offset: u64, length: u64, purpose: Purpose) -> Result<Option<InFlight<'_>>> {
         let request = self.epochs.enter();
+        if purpose == Purpose::Write && self.gate.is_closed() {
+            return Ok(None);
+        }
         self.check_request(offset, length)?;
         if purpose == Purpose::Write {
             self.ensure_writable()?;
             self.bitmaps.will_change(offset, length);
         }
-        Ok(request)
+        Ok(Some(request))
+    }
+
+    /// The same, when the gate is open.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) async fn begin_waiting(&self, offset: u64, length: u64, purpose: Purpose) -> Result<InFlight<'_>> {
+        loop {
+            if let Some(request) = self.begin(offset, length, purpose)? {
+                return Ok(request);
+            }
+            self.gate.passed().await;
+        }
     }
 
     /// A request that was [begun](Self::begin) has done what it was to do.

@@ -22,7 +22,7 @@ impl<D: BlockDevice> Image<D> {
     /// entry that cannot be; [`Error::BackingNotAllowed`] where the contents are in a backing file that was skipped.
     pub async fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
         let length = buf.len();
-        let request = self.begin(offset, length as u64, Purpose::Read)?;
+        let request = self.begin_waiting(offset, length as u64, Purpose::Read).await?;
         let done = self.read_at_once(&request, offset, &mut buf)?;
         if done < length {
             self.read_range(offset + done as u64, buf.slice(done..length)).await?;
@@ -39,7 +39,9 @@ impl<D: BlockDevice> Image<D> {
     #[inline]
     pub(crate) fn read_blocking(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
         let length = buf.len();
-        let request = self.begin(offset, length as u64, Purpose::Read)?;
+        let Some(request) = self.begin(offset, length as u64, Purpose::Read)? else {
+            return block_on(self.read(offset, buf));
+        };
         if self.read_mapped(offset, &mut buf)? {
             self.end(request, length as u64, Purpose::Read);
             return Ok(());

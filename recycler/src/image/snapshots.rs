@@ -1,4 +1,11 @@
-//! The internal snapshots of an image.
+//! The internal snapshots of an image: their table, and moving it and the snapshots' L1 tables.
+
+mod calls;
+mod exchange;
+mod references;
+mod room;
+
+pub use calls::SnapshotInfo;
 
 use std::ops::Range;
 
@@ -32,6 +39,11 @@ impl Snapshots {
         let length: usize = self.entries.iter().map(Snapshot::encoded_len).sum();
         let start = geometry.host_cluster(self.table).0;
         start..start + if length == 0 { 0 } else { geometry.clusters_for(length as u64) }
+    }
+
+    /// Another table, at another place.
+    fn exchange(&mut self, other: Snapshots) {
+        *self = Snapshots { generation: self.generation + 1, ..other };
     }
 
     /// The table stands at a new place.

@@ -30,7 +30,7 @@ impl<D: BlockDevice> Image<D> {
     /// [`Error::Failed`](crate::Error::Failed). After an error each sector holds old or new data.
     pub async fn write(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len();
-        let request = self.begin(offset, length as u64, Purpose::Write)?;
+        let request = self.begin_waiting(offset, length as u64, Purpose::Write).await?;
         let done = self.write_at_once(&request, offset, buf)?;
         if done == length {
             self.end(request, length as u64, Purpose::Write);
@@ -49,7 +49,9 @@ impl<D: BlockDevice> Image<D> {
     #[inline]
     pub(crate) fn write_blocking(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len();
-        let request = self.begin(offset, length as u64, Purpose::Write)?;
+        let Some(request) = self.begin(offset, length as u64, Purpose::Write)? else {
+            return block_on(self.write(offset, buf));
+        };
         if self.write_mapped(offset, buf)? {
             self.end(request, length as u64, Purpose::Write);
             return Ok(());

@@ -96,6 +96,16 @@ impl L1Table {
         state.entries.resize(entries as usize, 0);
     }
 
+    /// Another table, at another place, is the active one from now on; it is on disk.
+    pub(crate) fn exchanged(&self, offset: HostOffset, entries: Vec<u64>) {
+        *self.state.write() = State { offset, entries, dirty: BTreeSet::new() };
+    }
+
+    /// The entries.
+    pub(crate) fn entries(&self) -> Vec<u64> {
+        self.state.read().entries.clone()
+    }
+
     /// Copies the changed sectors, or the whole table if it is written to a new place (with so many entries), to be
     /// written; all counts as clean from now on. Returns the entries that had changed.
     pub(super) fn capture(&self, moving: Option<(HostOffset, u64)>) -> (Writes, BTreeSet<u64>) {

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::format::l2::Entry;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{AsyncMutex, Mutex, RwLockWriteGuard};
+use crate::sync::{AsyncMutex, AsyncMutexGuard, Mutex, RwLockWriteGuard};
 use crate::units::{Geometry, GuestCluster, HostOffset};
 
 pub(crate) use super::slices::Slice;
@@ -243,7 +243,18 @@ impl L2Cache {
         }
     }
 
-    /// Forgets slices from guest cluster `from` on: the disk was made smaller. Nobody may be using them.
+    /// Keeps everybody from reading slices into memory. What was read before is there to be forgotten.
+    pub(crate) async fn keep_out(&self) -> Vec<AsyncMutexGuard<'_, ()>> {
+        let mut held = Vec::with_capacity(LOADING);
+        // In the order in which a survey takes them.
+        for lock in &self.loading {
+            held.push(lock.lock().await);
+        }
+        held
+    }
+
+    /// Forgets the slices of these guest clusters: the disk was made smaller, or its tables were exchanged. Nobody may be
+    /// changing them.
     pub(crate) fn forget(&self, guest: Range<u64>) {
         let keys = guest.start / self.per_slice()..guest.end.div_ceil(self.per_slice());
         let mut dirty = self.dirty.lock();

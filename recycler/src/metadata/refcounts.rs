@@ -4,6 +4,8 @@
 //! accounts for is durable. So whatever part of it is written back at whatever moment, no count on disk is lower than the
 //! number of references that a crash could leave.
 
+mod exchange;
+
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;

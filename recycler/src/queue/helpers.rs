@@ -17,6 +17,16 @@ pub(super) trait Work: Send + Sync + 'static {
     fn carry_out(&self, job: Self::Job);
 }
 
+/// Whether a job may wait for a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// It waits until one of the threads has nothing else to do.
+    InOrder,
+    /// It is done before those that wait, by a thread beyond the limit if none is idle: what the others are doing may be to
+    /// wait for the end of this very job's request.
+    AtOnce,
+}
+
 pub(super) struct Helpers<J> {
     state: Mutex<State<J>>,
     news: Condvar,
@@ -33,24 +43,27 @@ struct State<J> {
 }
 
 impl<J: Send> Helpers<J> {
-    /// At most `limit` threads; room for `depth` jobs is made now.
+    /// At most `limit` threads for jobs that may wait; room for `depth` jobs is made now.
     pub(super) fn new(limit: usize, depth: usize) -> Self {
         let jobs = VecDeque::with_capacity(depth);
         let state = State { jobs, idle: 0, alive: 0, stopping: false, threads: Vec::with_capacity(limit) };
         Helpers { state: Mutex::new(state), news: Condvar::new(), limit: limit.max(1) }
     }
 
-    /// Hands a job over. It is done in the call itself if there is no thread and none can be had.
-    pub(super) fn hand_over<W: Work<Job = J>>(worker: &Arc<W>, job: J) {
+    /// Hands a job over. It is done in the call itself if there is no thread for it and none can be had.
+    pub(super) fn hand_over<W: Work<Job = J>>(worker: &Arc<W>, job: J, turn: Turn) {
         let helpers = worker.helpers();
         let mut state = helpers.state.lock();
-        state.jobs.push_back(job);
+        match turn {
+            Turn::InOrder => state.jobs.push_back(job),
+            Turn::AtOnce => state.jobs.push_front(job),
+        }
         if state.idle >= state.jobs.len() {
             drop(state);
             helpers.news.notify_one();
             return;
         }
-        if state.alive < helpers.limit {
+        if state.alive < helpers.limit || turn == Turn::AtOnce {
             state.threads.retain(|thread| !thread.is_finished());
             let thread = worker.clone();
             match Builder::new().name("qcowrecycle-io".to_owned()).spawn(move || Helpers::work(&*thread)) {
@@ -58,8 +71,11 @@ impl<J: Send> Helpers<J> {
                     state.threads.push(handle);
                     state.alive += 1;
                 }
-                Err(_) if state.alive == 0 => {
-                    let own = state.jobs.pop_back();
+                Err(_) if state.alive == 0 || turn == Turn::AtOnce => {
+                    let own = match turn {
+                        Turn::InOrder => state.jobs.pop_back(),
+                        Turn::AtOnce => state.jobs.pop_front(),
+                    };
                     drop(state);
                     if let Some(job) = own {
                         worker.carry_out(job);

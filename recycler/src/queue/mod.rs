@@ -30,7 +30,7 @@ use crate::image::mapping::Purpose;
 use crate::image::plan::Planned;
 use crate::options::LogLevel;
 use crate::units::{GuestOffset, HostOffset};
-use helpers::{Helpers, Work};
+use helpers::{Helpers, Turn, Work};
 use mailbox::{Mailbox, News};
 use ring::Ring;
 
@@ -382,7 +382,7 @@ impl<D: BlockDevice> Shared<D> {
             && let Some(number) = state.free.pop()
         {
             self.set(state, number, Slot::Helped, user_data);
-            Helpers::hand_over(self, Job { number, task: Task::Request(request) });
+            Helpers::hand_over(self, Job { number, task: Task::Request(request) }, Turn::InOrder);
         }
         // Whoever has armed the queue goes to sleep without another look.
         if state.armed {
@@ -413,6 +413,8 @@ impl<D: BlockDevice> Shared<D> {
         let file = self.image.device().host_file();
         let by_ring = state.ring.is_some() && memory.areas().len() <= ring::MAX_AREAS;
         let planned = self.image.begin(offset, length, purpose).and_then(|request| {
+            // Where the gate is closed a helper waits.
+            let Some(request) = request else { return Ok(None) };
             let planned = if length == 0 {
                 Planned::Zeroes { length: 0 }
             } else if let Some(host) = self.image.place_of(GuestOffset(offset), length, purpose) {
@@ -420,14 +422,14 @@ impl<D: BlockDevice> Shared<D> {
             } else {
                 self.image.plan(&request, offset, length, purpose)?
             };
-            Ok((request, planned))
+            Ok(Some((request, planned)))
         });
         match planned {
             Err(e) => {
                 self.ready(state, user_data, Err(e));
                 return None;
             }
-            Ok((request, Planned::Zeroes { length: all })) if all == length => {
+            Ok(Some((request, Planned::Zeroes { length: all }))) if all == length => {
                 if direction == Direction::Read {
                     memory.destination().fill_zero();
                 }
@@ -435,7 +437,7 @@ impl<D: BlockDevice> Shared<D> {
                 self.ready(state, user_data, Ok(()));
                 return None;
             }
-            Ok((request, Planned::Transfer { host, length: all }))
+            Ok(Some((request, Planned::Transfer { host, length: all })))
                 if all == length
                     && if by_ring {
                         file.is_some_and(|file| file.takes(direction, host.0, memory.areas()))
@@ -485,7 +487,8 @@ impl<D: BlockDevice> Shared<D> {
         match std::mem::replace(slot, Slot::Helped) {
             Slot::Transfer(transfer) => {
                 state.transfers -= 1;
-                Helpers::hand_over(self, Job { number, task: Task::Transfer(transfer) });
+                // It is in flight, and the helpers may all be waiting at the gate for requests in flight to end.
+                Helpers::hand_over(self, Job { number, task: Task::Transfer(transfer) }, Turn::AtOnce);
             }
             other => *slot = other,
         }

@@ -33,10 +33,8 @@ use super::verify::{self, Depth};
 pub struct Start {
     /// The image file.
     pub image: Vec<u8>,
-    /// What its disk holds.
+    /// What its disk, and its internal snapshot, hold.
     pub model: Model,
-    /// What its internal snapshot holds, if it has one.
-    pub snapshot: Option<Vec<u8>>,
 }
 
 /// What QEMU does to an image before anything else happens.
@@ -52,7 +50,7 @@ pub enum Made {
 impl Start {
     /// A new image.
     pub fn empty(config: &Config) -> Start {
-        Start { image: config.create(), model: Model::new(config.image.sectors), snapshot: None }
+        Start { image: config.create(), model: Model::new(config.image.sectors) }
     }
 
     /// What a history leaves after it was closed.
@@ -69,7 +67,10 @@ impl Start {
             Made::WithSnapshot => verify::with_snapshot(&image),
             Made::Compressed => verify::compressed(&image, &history.config.image.options()),
         };
-        Ok(Start { image, model, snapshot: (made == Made::WithSnapshot).then_some(disk) })
+        if made == Made::WithSnapshot {
+            model.taken.insert(verify::SNAPSHOT, &disk);
+        }
+        Ok(Start { image, model })
     }
 }
 
@@ -301,7 +302,7 @@ pub fn play_then(
     played();
     counts.work += *shared.work.lock();
     // What led to the moment is told by the trace up to it, not by what came later.
-    cut(&config, start.snapshot.as_deref(), &moments, budget, counts).map_err(|(order, message)| {
+    cut(&config, &moments, budget, counts).map_err(|(order, message)| {
         let mut failure = shared.failure(message);
         let marker = format!("moment {order}:");
         if let Some(at) = failure.trace.iter().position(|line| line.starts_with(&marker)) {
@@ -379,13 +380,7 @@ impl Watch {
 ///
 /// # Errors
 /// The first bad crash image.
-pub fn cut(
-    config: &Config,
-    snapshot: Option<&[u8]>,
-    moments: &[Moment],
-    budget: Budget,
-    counts: &mut Counts,
-) -> Result<(), (usize, String)> {
+pub fn cut(config: &Config, moments: &[Moment], budget: Budget, counts: &mut Counts) -> Result<(), (usize, String)> {
     let mut rng = SmallRng::seed_from_u64(config.seed ^ 0x0063_7574);
     let mut seen = HashSet::new();
     for moment in moments {
@@ -405,8 +400,8 @@ pub fn cut(
             counts.qemu += u64::from(depth.qemu);
             let twice = one_in(budget.twice, counts.images);
             let look = || {
-                verify::crash_image(&image, &moment.model, snapshot, config, depth)?;
-                if twice { cut_again(&image, &moment.model, snapshot, config) } else { Ok(0) }
+                verify::crash_image(&image, &moment.model, config, depth)?;
+                if twice { cut_again(&image, &moment.model, config) } else { Ok(0) }
             };
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(look));
             match result.unwrap_or_else(|_| Err("panicked (see above)".into())) {
@@ -425,7 +420,7 @@ pub fn cut(
 
 /// Opens what a power cut left, compacts and closes it, and cuts the power meanwhile. Returns how many images were looked
 /// at.
-fn cut_again(image: &[u8], model: &Model, snapshot: Option<&[u8]>, config: &Config) -> Result<u64, String> {
+fn cut_again(image: &[u8], model: &Model, config: &Config) -> Result<u64, String> {
     let device = SimDevice::new(image.to_vec(), Settings { features: config.features, ..Settings::new(config.seed) });
     let epochs = Arc::new(Mutex::new(Vec::new()));
     let kept = epochs.clone();
@@ -451,7 +446,7 @@ fn cut_again(image: &[u8], model: &Model, snapshot: Option<&[u8]>, config: &Conf
         for selection in selections {
             let twice = epoch.image(&selection);
             if seen.insert(twice.clone()) {
-                verify::crash_image(&twice, model, snapshot, config, Depth { qemu: false, compact: false })
+                verify::crash_image(&twice, model, config, Depth { qemu: false, compact: false })
                     .map_err(|e| format!("after a second power cut at {:?}, during recovery: {e}", epoch.event))?;
             }
         }

@@ -14,11 +14,12 @@ use super::sim::Delay;
 
 /// Any of these.
 pub fn any(seed: u64) -> (History, Start) {
-    match seed / 8 % 5 {
+    match seed / 8 % 6 {
         0 => held_writes(seed),
         1 => held_writes_under_moves(seed),
         2 => writes_under_slow_moves(seed),
         3 => late_work(seed),
+        4 => held_writes_under_snapshots(seed),
         _ => moving_tables(seed),
     }
 }
@@ -44,6 +45,25 @@ pub fn held_writes(seed: u64) -> (History, Start) {
 /// Writes in place are held by the device while a compaction moves their clusters.
 pub fn held_writes_under_moves(seed: u64) -> (History, Start) {
     under_moves(seed ^ 0x006d_6f76_6531, Delay::SlowGuests { millis: 60 })
+}
+
+/// Writes in place are held by the device while snapshots come and go, and others write to the rest of their clusters: which are
+/// a snapshot's by then, if nobody awaited the first ones, and copied without their data.
+pub fn held_writes_under_snapshots(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x736e_6170);
+    let config = Variant { cluster_bits: 11, sectors: 24, ..PLAIN }.config(seed);
+    let start = full(config);
+    let config = Config { delay: Delay::SlowGuests { millis: 60 }, ..config };
+    let mut guests = vec![Vec::new(); 5];
+    for _ in 0..10 {
+        for writer in &mut guests[0..4] {
+            let first = rng.random_range(0..config.image.sectors);
+            writer.extend([Op::Write { first, count: 1 }, Op::Sleep(rng.random_range(1..30))]);
+        }
+        guests[4].extend([Op::Sleep(rng.random_range(1..50)), Op::Snapshot, Op::Sleep(rng.random_range(1..50))]);
+        guests[4].push(Op::Forget(0));
+    }
+    (concurrently(config, guests, After::Nothing), start)
 }
 
 /// Guests write to what is being moved while the copies are being flushed, which takes long.

@@ -142,7 +142,7 @@ pub fn with_fault(
     let moments = watch.end(&device, &shared);
     lived?;
     let mut counts = Counts::default();
-    cuts::cut(&config, None, &moments, budget(), &mut counts)
+    cuts::cut(&config, &moments, budget(), &mut counts)
         .map_err(|(order, e)| shared.failure(format!("moment {order}: {e}")))?;
     outcome.crash_images += counts.images;
     let broken = device.violations();
@@ -163,14 +163,14 @@ pub fn with_fault(
         let reopened = reopened.unwrap_or_else(|hangs| Err(hangs.to_owned()));
         reopened.map_err(|e| error(format!("reopening: {e}")))?;
     }
-    verify::crash_image(&file, &model, None, &config, Depth { qemu: false, compact: true })
+    verify::crash_image(&file, &model, &config, Depth { qemu: false, compact: true })
         .map_err(|e| error(format!("the file as it was left: {e}")))?;
     let epoch = device.epoch("after the fault");
     let mut rng = SmallRng::seed_from_u64(config.seed);
     let (_, selections) = epoch.selections(Effort { exhaustive: 3, random: 3, singles: 1 }, &mut rng);
     for selection in selections {
         outcome.crash_images += 1;
-        verify::crash_image(&epoch.image(&selection), &model, None, &config, Depth { qemu: false, compact: false })
+        verify::crash_image(&epoch.image(&selection), &model, &config, Depth { qemu: false, compact: false })
             .map_err(|e| error(format!("power cut after the fault, selection {selection:?}: {e}")))?;
     }
     Ok((outcome, operations))
@@ -186,7 +186,7 @@ pub fn random_fault(seed: u64, only: Option<Kind>) -> Result<Option<Outcome>, Fa
     let config = history.config;
     // A device that cannot grow runs full when what was freed cannot be reused any more. Snapshots are QEMU's to judge, which
     // is too slow here, and a version 2 image that has one cannot be resized.
-    if !config.features.resize || start.snapshot.is_some() || start.model.size() < 8 {
+    if !config.features.resize || !start.model.taken.is_empty() || start.model.size() < 8 {
         return Ok(None);
     }
     // Nobody hears of what befalls a request that is dropped.

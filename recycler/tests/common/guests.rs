@@ -116,6 +116,8 @@ pub struct Shared {
     clock: Clock,
     trace: Mutex<Vec<String>>,
     busy: Mutex<Vec<Range<u64>>>,
+    /// One at a time makes or deletes snapshots; how many were made.
+    snapshots: tokio::sync::Mutex<u32>,
     freed: Notify,
 }
 
@@ -149,6 +151,7 @@ impl Shared {
             clock,
             trace: Mutex::default(),
             busy: Mutex::default(),
+            snapshots: tokio::sync::Mutex::default(),
             freed: Notify::new(),
         })
     }
@@ -274,6 +277,8 @@ impl Shared {
                     None => self.note(format!("{what} is dropped")),
                 }
             }
+            Op::Snapshot => self.take_snapshot(&what, image, polls).await?,
+            Op::Forget(number) => self.forget_snapshot(&what, image, number, polls).await?,
             Op::Read { first, count } => {
                 // Alongside whatever else is going on there.
                 self.read_back(&what, image, cut(first, count)).await?;
@@ -378,12 +383,103 @@ impl Shared {
         }
     }
 
+    async fn take_snapshot<D: BlockDevice>(&self, what: &str, image: &Image<D>, polls: u32) -> Result<(), Failure> {
+        let mut number = self.snapshots.lock().await;
+        *number += 1;
+        let name = format!("number {number}");
+        self.model.lock().snapshot_comes(&name);
+        self.note(format!("{what} as {name:?} begins"));
+        let result = at_most(polls, image.create_snapshot(&name)).await;
+        self.snapshot_settled(what, image, &name, result.map(|r| r.map(|_| ())))
+    }
+
+    async fn forget_snapshot<D: BlockDevice>(
+        &self,
+        what: &str,
+        image: &Image<D>,
+        number: usize,
+        polls: u32,
+    ) -> Result<(), Failure> {
+        let _one_at_a_time = self.snapshots.lock().await;
+        let Some(name) = self.choose(number) else { return Ok(()) };
+        self.model.lock().taken.goes(&name);
+        self.note(format!("{what}, of {name:?}, begins"));
+        let result = at_most(polls, image.delete_snapshot(&name)).await;
+        self.snapshot_settled(what, image, &name, result)
+    }
+
+    fn choose(&self, number: usize) -> Option<String> {
+        let names = self.model.lock().taken.names();
+        names.get(number % names.len().max(1)).cloned()
+    }
+
+    /// A snapshot was made or deleted, or not.
+    fn snapshot_settled<D: BlockDevice>(
+        &self,
+        what: &str,
+        image: &Image<D>,
+        name: &str,
+        result: Option<Result<(), Error>>,
+    ) -> Result<(), Failure> {
+        let listed = image.snapshots().is_ok_and(|all| all.iter().any(|s| s.name == name));
+        // A handle that takes no changes any more may have been left in the middle.
+        let there = image.ensure_writable().is_ok().then_some(listed);
+        self.model.lock().taken.settled(name, there);
+        self.note(format!("{what} ends: {there:?}"));
+        match result {
+            Some(Ok(())) => {
+                self.model.lock().tightened += 1;
+                self.tightened();
+                Ok(())
+            }
+            None => Ok(()),
+            // With few bits for a count there may be no room for another reference.
+            Some(Err(Error::Unsupported { .. })) if self.config.image.refcount_bits < 4 => Ok(()),
+            Some(Err(e)) => self.failed(what, e),
+        }
+    }
+
+    /// Goes back to a snapshot, with no guest at work; durable when done.
+    ///
+    /// # Errors
+    /// It fails although no error is expected.
+    pub async fn go_back<D: BlockDevice>(&self, image: &Image<D>, number: usize) -> Result<(), Failure> {
+        let Some(name) = self.choose(number) else { return Ok(()) };
+        self.note(format!("going back to {name:?}"));
+        let before = self.model.lock().size();
+        let request = self.model.lock().snapshot_applies(&name);
+        match image.apply_snapshot(&name).await {
+            Ok(()) => {
+                let mut model = self.model.lock();
+                model.end(request);
+                let now = model.flush_begins();
+                model.flushed(now);
+                model.size_flushed();
+                drop(model);
+                self.tightened();
+                Ok(())
+            }
+            Err(e) => {
+                let mut model = self.model.lock();
+                model.fail(request);
+                model.resize_failed(before);
+                drop(model);
+                let full = matches!(e, Error::Unsupported { .. }) && self.config.image.refcount_bits < 4;
+                if full { Ok(()) } else { self.failed("going back", e) }
+            }
+        }
+    }
+
     /// Changes the disk's size, with no guest at work; durable when done.
     ///
     /// # Errors
     /// The resize fails although no error is expected.
     pub async fn resize<D: BlockDevice>(&self, image: &Image<D>, sectors: u64) -> Result<(), Failure> {
         let before = self.model.lock().size();
+        if self.config.image.version < 3 && !self.model.lock().taken.is_empty() {
+            // Version 2 does not do that.
+            return Ok(());
+        }
         self.note(format!("resize from {before} to {sectors} sectors"));
         self.model.lock().resize(sectors);
         if let Err(e) = image.resize(sectors * SECTOR as u64, sectors < before).await {

@@ -41,6 +41,10 @@ pub enum Op {
     Compress,
     /// A compaction that is cancelled when it reports for the so many-th time.
     CompactPart(u32),
+    /// An internal snapshot is made.
+    Snapshot,
+    /// The so many-th of the internal snapshots, or one after it, is deleted.
+    Forget(usize),
     /// Milliseconds.
     Sleep(u64),
     /// The next request is dropped if it has not ended after so many polls.
@@ -56,7 +60,14 @@ impl Op {
             | Op::WriteZeroes { first, count, .. }
             | Op::Discard { first, count }
             | Op::Read { first, count } => Some((first, count)),
-            Op::Flush | Op::Compact | Op::Compress | Op::CompactPart(_) | Op::Sleep(_) | Op::DropNext(_) => None,
+            Op::Flush
+            | Op::Compact
+            | Op::Compress
+            | Op::CompactPart(_)
+            | Op::Snapshot
+            | Op::Forget(_)
+            | Op::Sleep(_)
+            | Op::DropNext(_) => None,
         }
     }
 }
@@ -69,6 +80,8 @@ pub enum After {
     Reopen,
     /// A new size in sectors.
     Resize(u64),
+    /// The disk becomes what it was when the so many-th of the internal snapshots, or one after it, was made.
+    GoBack(usize),
 }
 
 /// Guests that work at the same time.
@@ -119,6 +132,7 @@ impl History {
                     after: match rng.random_range(0..10) {
                         0..=2 => After::Reopen,
                         3 => After::Resize(rng.random_range(1..=sectors + sectors / 2)),
+                        4 => After::GoBack(rng.random_range(0..4)),
                         _ => After::Nothing,
                     },
                 }
@@ -136,7 +150,11 @@ impl History {
                 .map(|_| {
                     let (first, count) = random_range(sectors, cluster, rng);
                     match rng.random_range(0..20) {
-                        0..=3 if compacts => Op::Compact,
+                        0..=3 if compacts => match rng.random_range(0..8) {
+                            0 => Op::Snapshot,
+                            1 => Op::Forget(rng.random_range(0..4)),
+                            _ => Op::Compact,
+                        },
                         0..=9 => Op::Write { first, count: count.min(4) },
                         10..=13 => Op::Read { first, count },
                         14..=15 => Op::Discard { first: first / cluster * cluster, count: cluster },
@@ -273,6 +291,8 @@ fn random_op(config: &Config, freeing: f64, rng: &mut SmallRng) -> Op {
         91 => Op::CompactPart(rng.random_range(1..6)),
         92 => Op::Compress,
         93 => Op::Pack { first, count },
+        94 => Op::Snapshot,
+        95 => Op::Forget(rng.random_range(0..4)),
         _ => Op::Sleep(rng.random_range(1..60)),
     }
 }

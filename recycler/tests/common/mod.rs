@@ -16,4 +16,5 @@ pub mod sequences;
 pub mod sim;
 pub mod slice;
 pub mod snapshots;
+pub mod taken;
 pub mod verify;

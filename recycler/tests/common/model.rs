@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::content::{Content, SECTOR, recognise};
+use super::taken::TakenAll;
 
 /// The contents that one step allows. Usually one; more where the outcome is open (a failed write, a discard of part
 /// of a cluster).
@@ -79,6 +80,8 @@ pub struct Model {
     clock: u64,
     requests: u64,
     watches: BTreeMap<u64, Watch>,
+    /// The internal snapshots.
+    pub taken: TakenAll,
     /// Rises whenever a flush or resize completes, that is, whenever less is allowed after a power cut than before.
     pub tightened: u64,
 }
@@ -131,6 +134,7 @@ impl Model {
             clock: 0,
             requests: 0,
             watches: BTreeMap::new(),
+            taken: TakenAll::default(),
             tightened: 0,
         }
     }
@@ -158,6 +162,7 @@ impl Model {
                 rivals.extend(&other.allowed);
                 other.rivals.extend(&allowed);
             }
+            self.taken.request(sector, &allowed);
             for watch in self.watches.values_mut() {
                 let index = sector.checked_sub(watch.first).map_or(usize::MAX, |i| i as usize);
                 if let Some(seen) = watch.allowed.get_mut(index) {
@@ -191,6 +196,32 @@ impl Model {
             let rivals = std::mem::take(&mut step.rivals);
             step.allowed.extend(rivals);
         }
+    }
+
+    /// A snapshot is about to be made.
+    pub fn snapshot_comes(&mut self, name: &str) {
+        let may_hold = |cell: &Cell| {
+            let in_flight = cell.steps.iter().filter(|s| s.ended.is_none());
+            cell.current().iter().chain(in_flight.flat_map(|s| &s.allowed)).copied().collect()
+        };
+        let sectors = self.cells.iter().take(self.size as usize).map(may_hold).collect();
+        self.taken.comes(name, sectors);
+    }
+
+    /// The disk is about to become what it was when a snapshot was made; no guest is at work. Returns the request that does
+    /// that, to be ended or failed.
+    pub fn snapshot_applies(&mut self, name: &str) -> Request {
+        let sectors = self.taken.sectors(name).unwrap_or_default().to_vec();
+        let size = sectors.len() as u64;
+        if size != self.size {
+            self.other_sizes.push(self.size);
+        }
+        if self.cells.len() < sectors.len() {
+            self.cells.resize(sectors.len(), Cell::new());
+        }
+        self.size = size;
+        let all = self.cells.len() as u64;
+        self.begin(0, all, |sector, _| sectors.get(sector as usize).cloned().unwrap_or_else(|| vec![Content::Zero]))
     }
 
     /// The moment a flush begins, to be given to [`flushed`](Self::flushed).

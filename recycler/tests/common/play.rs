@@ -63,6 +63,7 @@ pub async fn play<D: BlockDevice + Clone>(
         match round.after {
             After::Nothing => {}
             After::Resize(sectors) => shared.resize(&image, sectors).await?,
+            After::GoBack(number) => shared.go_back(&image, number).await?,
             After::Reopen => {
                 close(image).await?;
                 image = open().await?;

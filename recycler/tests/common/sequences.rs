@@ -69,6 +69,9 @@ pub fn steps(variant: &Variant) -> Vec<(&'static str, Round)> {
         // Not long enough for a flush, nor for a compaction.
         ("erase", round(&[Op::Sleep(3)], true, After::Nothing)),
         ("recycle", round(&[Op::Sleep(100)], true, After::Nothing)),
+        ("snapshot", op(Op::Snapshot)),
+        ("forget", op(Op::Forget(0))),
+        ("go back", round(&[], false, After::GoBack(0))),
         // To a size that ends inside a cluster, if it can.
         ("shrink", round(&[], false, After::Resize(13))),
         ("grow", round(&[], false, After::Resize(variant.sectors * 2))),

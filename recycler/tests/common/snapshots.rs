@@ -9,6 +9,9 @@ use qcow_recycler::format::refcount;
 use qcow_recycler::format::snapshot::{Snapshot, parse_entry};
 use qcow_recycler::format::subclusters::{Part, Subclusters};
 
+use super::content::SECTOR;
+use super::taken::TakenAll;
+
 /// What a snapshot holds: the clusters that are not zero, by number; those past the disk's size are VM state.
 pub type Held = BTreeMap<u64, Vec<u8>>;
 
@@ -134,6 +137,14 @@ impl<'a> Anatomy<'a> {
         Ok(held)
     }
 
+    fn is_compressed(&self, snapshot: &Snapshot) -> Result<bool, String> {
+        let mut found = false;
+        self.each(snapshot.l1_offset.0, snapshot.l1_entries.into(), |_, _, mapping| {
+            found |= matches!(mapping, Mapping::Compressed { .. });
+        })?;
+        Ok(found)
+    }
+
     /// What every snapshot holds, by ID and name.
     ///
     /// # Errors
@@ -156,21 +167,37 @@ pub fn all(image: &[u8]) -> Result<BTreeMap<(String, String), Held>, String> {
     Anatomy::of(image)?.all()
 }
 
-/// Whether the image has one snapshot, of a disk that held `expected`.
+/// Whether the image has the snapshots that it must have, and each holds what it may.
 ///
 /// # Errors
-/// It has not.
-pub fn only_one_holds(image: &[u8], expected: &[u8]) -> Result<(), String> {
+/// One is missing, unknown, or holds something else.
+pub fn stand(image: &[u8], taken: &TakenAll) -> Result<(), String> {
     let anatomy = Anatomy::of(image)?;
-    let [snapshot] = &anatomy.entries[..] else { return Err(format!("there are {} snapshots", anatomy.entries.len())) };
+    let names: Vec<String> = anatomy.entries.iter().map(|s| s.name.clone()).collect();
+    taken.all_there(&names)?;
     let cluster_size = anatomy.header.geometry.cluster_size() as usize;
-    let held = anatomy.held(snapshot)?;
-    let zeroes = vec![0; cluster_size];
-    for (guest, bytes) in expected.chunks(cluster_size).enumerate() {
-        let found = held.get(&(guest as u64)).unwrap_or(&zeroes);
-        if found[..bytes.len()] != *bytes {
-            return Err(format!("the snapshot's cluster {guest} differs from what it was"));
+    for snapshot in &anatomy.entries {
+        let size = snapshot.virtual_size.unwrap_or(anatomy.header.virtual_size) as usize;
+        if anatomy.is_compressed(snapshot)? {
+            // For QEMU to read.
+            continue;
         }
+        let mut disk = vec![0; size.next_multiple_of(cluster_size.max(SECTOR))];
+        for (guest, bytes) in anatomy.held(snapshot)? {
+            if let Some(cluster) = disk.get_mut(guest as usize * cluster_size..(guest as usize + 1) * cluster_size) {
+                cluster.copy_from_slice(&bytes);
+            }
+        }
+        disk.truncate(size);
+        taken.survived(&snapshot.name, &disk)?;
     }
     Ok(())
+}
+
+/// The IDs and names of an image's snapshots.
+///
+/// # Errors
+/// They cannot be read.
+pub fn names(image: &[u8]) -> Result<Vec<(String, String)>, String> {
+    Ok(Anatomy::of(image)?.entries.iter().map(|s| (s.id.clone(), s.name.clone())).collect())
 }
