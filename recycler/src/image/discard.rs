@@ -64,6 +64,7 @@ impl<D: BlockDevice> Image<D> {
         let request = self.epochs.enter();
         self.check_request(offset, length)?;
         self.ensure_writable()?;
+        self.ensure_data()?;
         self.bitmaps.will_change(offset, length);
         // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
         let end = offset + length;
@@ -127,7 +128,9 @@ impl<D: BlockDevice> Image<D> {
         let mut at = clusters.start;
         while at < clusters.end {
             let end = clusters.end.min((at / per_slice + 1) * per_slice);
-            if self.meta.version < 3 && clear != Clear::Forget && !self.can_unmap_v2(clear) {
+            if clear != Clear::Forget && self.header.has_raw_data_file() {
+                self.clear_raw(at..end, clear).await?;
+            } else if self.meta.version < 3 && clear != Clear::Forget && !self.can_unmap_v2(clear) {
                 // Version 2 has no zero flag: only real zeroes read as zeroes.
                 let bits = self.meta.geometry.cluster_bits;
                 self.zero_piece(at << bits..end << bits, access).await?;
@@ -147,13 +150,17 @@ impl<D: BlockDevice> Image<D> {
     /// Clears clusters that one slice maps.
     async fn clear_in_slice(&self, clusters: Range<u64>, clear: Clear, access: Access) -> Result<()> {
         let first = GuestCluster(clusters.start);
+        // The first cluster of an external data file is like any other; but with the zero flag nothing would name it.
+        let names = |entry: u64| !self.meta.external || entry & l2::OFFSET != 0;
         let cleared = |mapping: Mapping, entry: u64, at: u64| -> u64 {
             // Version 3 marks what was discarded, as QEMU does: should the image get a backing file, it must not show.
             let zero = if self.meta.version >= 3 { l2::ZERO } else { 0 };
             match (mapping, clear) {
                 (_, Clear::Forget) => 0,
                 (Mapping::Unallocated, _) if self.backing.is_zero_from(at) => entry,
-                (Mapping::Data { copied: true, .. } | Mapping::Zero { .. }, Clear::Keep) => entry | zero,
+                (Mapping::Data { copied: true, .. } | Mapping::Zero { .. }, Clear::Keep) if names(entry) => {
+                    entry | zero
+                }
                 _ => zero,
             }
         };
@@ -182,6 +189,9 @@ impl<D: BlockDevice> Image<D> {
         self.prepare_changes().await?;
         let (slice, index) = self.slice_for_change(first).await?;
         self.check_targets(&slice, first, index, clusters.end - clusters.start).await?;
+        if self.meta.external && clear == Clear::Unmap {
+            self.punch_outside(&slice, index, clusters.clone()).await?;
+        }
         let mut entries = self.meta.l2.modify(&slice);
         for (i, guest) in clusters.enumerate() {
             let entry = entries.get(index + i);
@@ -194,7 +204,7 @@ impl<D: BlockDevice> Image<D> {
             entries.set(index + i, new);
             match mapping {
                 // The host cluster stays, but what is in it is not shown any more.
-                Mapping::Data { host, copied: true } if new & l2::OFFSET == host.0 => {
+                Mapping::Data { host, copied: true } if new & l2::OFFSET == host.0 && !self.meta.external => {
                     self.moves.cancel(self.meta.geometry.host_cluster(host), 1);
                 }
                 other => self.unlink(other),

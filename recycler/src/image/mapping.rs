@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Image;
 use crate::device::BlockDevice;
+use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Mapping};
 use crate::metadata::slices::{Entries, Slice};
@@ -88,7 +89,7 @@ impl<D: BlockDevice> Image<D> {
         if run.length < max {
             self.look_on(at, max, purpose, &mut run);
         }
-        if purpose == Purpose::Write
+        if self.may_move(purpose)
             && let RunKind::Data { host, copied: true } = run.kind
         {
             let (first, count) = self.hosts_of(host, run.length);
@@ -100,11 +101,11 @@ impl<D: BlockDevice> Image<D> {
         Ok(Some(run))
     }
 
-    /// Where in the file a request goes that lies within one cluster of data, as most do. `None` if it does not, or if the
+    /// Where, in which file, a request goes that lies within one cluster of data, as most do. `None` if it does not, or if the
     /// answer is not that simple, for whatever reason: then ask [`lookup_cached`](Self::lookup_cached), which is longer and
     /// says the same.
     #[inline(always)]
-    pub(crate) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<HostOffset> {
+    pub(crate) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<(&Volume<D>, HostOffset)> {
         // Before the entry is looked at.
         let moving = self.moves.bounds();
         let cluster_size = self.meta.geometry.cluster_size();
@@ -113,6 +114,9 @@ impl<D: BlockDevice> Image<D> {
             return None;
         }
         let (view, index) = self.meta.l2.view(self.meta.geometry.guest_cluster(at))?;
+        if self.meta.external {
+            return self.place_outside(&view, index, at, length);
+        }
         if purpose == Purpose::Write && !view.targets_checked(index, 1) {
             return None;
         }
@@ -125,7 +129,7 @@ impl<D: BlockDevice> Image<D> {
         if purpose == Purpose::Write && (!copied || moving.touch(self.meta.geometry.host_cluster(host), 1)) {
             return None;
         }
-        Some(HostOffset(host.0 + within))
+        Some((&self.volume, HostOffset(host.0 + within)))
     }
 
     /// Looks at one slice.
@@ -191,7 +195,7 @@ impl<D: BlockDevice> Image<D> {
     ) -> Result<Run> {
         let entries = slice.read();
         let run = self.run_in(&entries, index, at, max)?;
-        if purpose == Purpose::Write
+        if self.may_move(purpose)
             && let RunKind::Data { host, copied: true } = run.kind
         {
             // Still under the slice's lock: the reference cannot be rewritten between this and our write, whatever state
@@ -207,10 +211,11 @@ impl<D: BlockDevice> Image<D> {
     fn run_in(&self, entries: &impl Entries, index: usize, at: GuestOffset, max: u64) -> Result<Run> {
         let cluster_size = self.meta.geometry.cluster_size();
         let within = at.0 & (cluster_size - 1);
+        let guest = self.meta.geometry.guest_cluster(at);
         let entry = entries.get(index);
-        let first = match Mapping::decode(entry, self.meta.version, cluster_size) {
+        let first = match self.meta.decode(guest, entry) {
             Ok(first) => first,
-            Err(reason) => return Err(self.invalid_entry(self.meta.geometry.guest_cluster(at), entry, reason)),
+            Err(reason) => return Err(self.invalid_entry(guest, entry, reason)),
         };
         let kind = match first {
             Mapping::Data { host, copied } => RunKind::Data { host: HostOffset(host.0 + within), copied },
@@ -220,11 +225,11 @@ impl<D: BlockDevice> Image<D> {
         };
         let mut length = cluster_size - within;
         if length < max {
-            length += self.followers(entries, index, max - length, first);
+            length += self.followers(entries, guest, index, max - length, first);
         }
         let length = length.min(max);
         if let RunKind::Data { host, .. } = kind
-            && host.0 + length > self.volume.length()
+            && (self.meta.external || host.0 + length > self.volume.length())
         {
             self.check_end(at, entry, host, length)?;
         }
@@ -232,12 +237,13 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// How many bytes of clusters after that at `index` are stored as it is, in one run with it, in at most about `max` bytes.
-    fn followers(&self, entries: &impl Entries, index: usize, max: u64, first: Mapping) -> u64 {
+    fn followers(&self, entries: &impl Entries, guest: GuestCluster, index: usize, max: u64, first: Mapping) -> u64 {
         let cluster_size = self.meta.geometry.cluster_size();
         let (mut length, mut next) = (0, index + 1);
         while length < max && next < entries.len() {
             // Decoding errors of later entries are left to the request that needs them.
-            let Ok(mapping) = Mapping::decode(entries.get(next), self.meta.version, cluster_size) else { break };
+            let guest = GuestCluster(guest.0 + (next - index) as u64);
+            let Ok(mapping) = self.meta.decode(guest, entries.get(next)) else { break };
             let follows = match (first, mapping) {
                 (Mapping::Data { host, copied }, Mapping::Data { host: h, copied: c }) => {
                     h.0 == host.0 + length + cluster_size && c == copied
@@ -255,9 +261,13 @@ impl<D: BlockDevice> Image<D> {
         length
     }
 
-    /// Refuses data that lies outside the file; the last cluster may be cut short.
+    /// Refuses data that lies outside the file; the last cluster may be cut short. What an external data file lacks reads as
+    /// zeroes, but it must be open.
     #[cold]
     fn check_end(&self, at: GuestOffset, entry: u64, host: HostOffset, length: u64) -> Result<()> {
+        if self.meta.external {
+            return self.ensure_data();
+        }
         let end = self.volume.length();
         if host.0 + length > end.next_multiple_of(self.meta.geometry.cluster_size()) {
             let reason = format!("a data cluster lies outside the file of {end} bytes");
@@ -268,8 +278,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// Decodes an entry, with an error that names its place.
     pub(crate) fn decode(&self, guest: GuestCluster, entry: u64) -> Result<Mapping> {
-        Mapping::decode(entry, self.meta.version, self.meta.geometry.cluster_size())
-            .map_err(|reason| self.invalid_entry(guest, entry, reason))
+        self.meta.decode(guest, entry).map_err(|reason| self.invalid_entry(guest, entry, reason))
     }
 
     pub(crate) fn invalid_entry(&self, guest: GuestCluster, entry: u64, reason: &str) -> Error {
@@ -345,10 +354,13 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// The host clusters that an entry names, and whether they are the guest cluster's own, not compressed; `None` if it names
-    /// none, or cannot be decoded, which is reported to the request that needs it.
+    /// The clusters of the image that an entry names, and whether they are the guest cluster's own, not compressed; `None` if it
+    /// names none, or cannot be decoded, which is reported to the request that needs it.
     fn targets(&self, entry: u64) -> Option<(Range<u64>, bool)> {
         let geometry = self.meta.geometry;
+        if self.meta.external {
+            return None;
+        }
         let mapping = Mapping::decode(entry, self.meta.version, geometry.cluster_size()).ok()?;
         Some((mapping.host_clusters(geometry)?, !matches!(mapping, Mapping::Compressed { .. })))
     }
