@@ -65,7 +65,7 @@ fn acceptable(what: &str, error: &Error) -> Result<(), String> {
     match error {
         Error::Invalid { field, reason, .. } if !field.is_empty() && !reason.is_empty() => Ok(()),
         Error::Unsupported { what } if !what.is_empty() => Ok(()),
-        Error::BackingNotAllowed { .. } => Ok(()),
+        Error::BackingNotAllowed { .. } | Error::DataFileNotAllowed { .. } => Ok(()),
         other => Err(format!("{what}: {other:?}")),
     }
 }

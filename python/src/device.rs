@@ -1,11 +1,12 @@
 //! The devices that Python can open an image on.
 
 use std::io;
+use std::path::Path;
 
-use qcow_recycler::BlockDevice;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::device::Features;
 use qcow_recycler::device::host::HostFile;
+use qcow_recycler::{BlockDevice, Result};
 
 use crate::object::PyDevice;
 
@@ -26,6 +27,13 @@ impl BlockDevice for Device {
     fn host_file(&self) -> Option<&HostFile> {
         match self {
             Device::File(file) => Some(file),
+            Device::Object(_) => None,
+        }
+    }
+
+    fn beside(&self, path: &Path, read_only: bool) -> Option<Result<Self>> {
+        match self {
+            Device::File(file) => Some(file.beside(path, read_only)?.map(Device::File)),
             Device::Object(_) => None,
         }
     }

@@ -23,10 +23,12 @@ fn class_name(error: &Error) -> &'static str {
         Error::Misaligned { .. } => "Misaligned",
         Error::Locked { .. } => "Locked",
         Error::BackingNotAllowed { .. } => "BackingNotAllowed",
+        Error::DataFileNotAllowed { .. } => "DataFileNotAllowed",
         Error::BadOption { .. } => "BadOption",
         Error::Closed => "Closed",
         Error::Cancelled => "Cancelled",
         Error::Backing { .. } => "BackingError",
+        Error::DataFile { .. } => "DataFileError",
         _ => "Error",
     }
 }

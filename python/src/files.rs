@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::device::host::HostFile;
-use qcow_recycler::{BlockDevice, CreateOptions, Disk, Options, Repair, Result};
+use qcow_recycler::{BlockDevice, CreateOptions, Disk, Error, Options, Repair, Result};
 
 use crate::device::Device;
 use crate::image::Image;
@@ -40,18 +40,42 @@ pub(crate) fn open_path(py: Python<'_>, path: PathBuf, options: &Bound<'_, PyDic
     finish(py, opened, filename, id)
 }
 
-/// Opens the image on the block device `device`.
+/// Opens the image on the block device `device`; `data` is the block device of its external data file, or None.
 #[pyfunction]
-pub(crate) fn open_device(py: Python<'_>, device: &Bound<'_, PyAny>, options: &Bound<'_, PyDict>) -> PyResult<Image> {
+pub(crate) fn open_device(
+    py: Python<'_>,
+    device: &Bound<'_, PyAny>,
+    data: &Bound<'_, PyAny>,
+    options: &Bound<'_, PyDict>,
+) -> PyResult<Image> {
     let options = options::open_options(options, None)?;
     let id = options.id.clone();
     let device = Device::Object(PyDevice::new(device)?);
-    let opened = py.detach(move || Disk::open(device, options));
+    let data = data_device(data)?;
+    let opened = py.detach(move || match data {
+        None => Disk::open(device, options),
+        Some(data) => Disk::open_with_data(device, data, options),
+    });
     finish(py, opened, None, id)
+}
+
+fn data_device(object: &Bound<'_, PyAny>) -> PyResult<Option<Device>> {
+    if object.is_none() { Ok(None) } else { Ok(Some(Device::Object(PyDevice::new(object)?))) }
 }
 
 fn create<D: BlockDevice>(device: &D, options: &CreateOptions) -> Result<()> {
     block_on(qcow_recycler::image::create(device, options))
+}
+
+/// Makes the data file at `path`, which must not exist either, too.
+fn create_both(file: &HostFile, path: &Path, options: &CreateOptions) -> Result<()> {
+    let failed = |source| Error::DataFile { path: display(path), source: Box::new(source) };
+    let data = HostFile::create(path).map_err(failed)?;
+    let result = block_on(qcow_recycler::image::create_with_data(file, &data, options));
+    if result.is_err() {
+        let _ = std::fs::remove_file(path);
+    }
+    result
 }
 
 /// Creates the image file `path`, which must not exist; the options are those of qcow_recycler.CreateOptions.
@@ -61,7 +85,10 @@ pub(crate) fn create_path(py: Python<'_>, path: PathBuf, size: u64, options: &Bo
     let filename = display(&path);
     py.detach(move || {
         let file = HostFile::create(&path)?;
-        let result = create(&file, &options);
+        let result = match &options.data_file {
+            None => create(&file, &options),
+            Some(data_file) => create_both(&file, &path.with_file_name(&data_file.name), &options),
+        };
         if result.is_err() {
             // Nobody can want half an image; the reason for the failure matters more than one of removing it.
             let _ = std::fs::remove_file(&path);
@@ -71,17 +98,23 @@ pub(crate) fn create_path(py: Python<'_>, path: PathBuf, size: u64, options: &Bo
     .map_err(|e| errors::to_python(py, e, Some(&filename)))
 }
 
-/// Creates an image on the block device `device`, whatever it held before.
+/// Creates an image on the block device `device`, with its data file on `data` if that is not None, whatever they held before.
 #[pyfunction]
 pub(crate) fn create_device(
     py: Python<'_>,
     device: &Bound<'_, PyAny>,
+    data: &Bound<'_, PyAny>,
     size: u64,
     options: &Bound<'_, PyDict>,
 ) -> PyResult<()> {
     let options = options::create_options(size, options)?;
-    let device = PyDevice::new(device)?;
-    py.detach(move || create(&Device::Object(device), &options)).map_err(|e| errors::to_python(py, e, None))
+    let device = Device::Object(PyDevice::new(device)?);
+    let data = data_device(data)?;
+    py.detach(move || match data {
+        None => create(&device, &options),
+        Some(data) => block_on(qcow_recycler::image::create_with_data(&device, &data, &options)),
+    })
+    .map_err(|e| errors::to_python(py, e, None))
 }
 
 /// Checks, and with repair="leaks" or "all" repairs, the image file `path`, which nobody may be using.

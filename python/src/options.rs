@@ -6,7 +6,9 @@ use std::time::Duration;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use qcow_recycler::{BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, Options, Repair};
+use qcow_recycler::{
+    BackingFormat, BackingPolicy, CreateOptions, DataFileOptions, DataFilePolicy, LogLevel, Logger, Options, Repair,
+};
 
 /// What `qcow_recycler.OpenOptions` says, on top of the library's defaults; `None` stands for the default. `home` is the
 /// image's own directory, from where relative names of backing files start.
@@ -22,6 +24,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
     let mut backing = None;
     let mut directory = home.map(Path::to_path_buf);
     let mut unrecorded = None;
+    let mut data_file = None;
     for (key, item) in given {
         let key: String = key.extract()?;
         if item.is_none() {
@@ -45,11 +48,26 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
             "backing" => backing = Some(item.extract::<String>()?),
             "backing_directory" => directory = Some(item.extract::<PathBuf>()?),
             "backing_format" => unrecorded = Some(backing_format(&item.extract::<String>()?)?),
+            "data_file" => data_file = Some(item.extract::<String>()?),
             "id" => options.id = item.extract()?,
             "log" => options.logger = logger(&item)?,
             _ => return Err(PyTypeError::new_err(format!("unknown option {key:?}"))),
         }
     }
+    options.data_file = match data_file.as_deref() {
+        None | Some("refuse") => DataFilePolicy::Refuse,
+        Some("skip") => DataFilePolicy::Skip,
+        Some("allow") => DataFilePolicy::Allow {
+            directory: directory.clone().ok_or_else(|| {
+                PyValueError::new_err(
+                    "data_file='allow' is for images that are opened by their path: give data= instead",
+                )
+            })?,
+        },
+        Some(other) => {
+            return Err(PyValueError::new_err(format!("data_file must be 'refuse', 'skip' or 'allow', not {other:?}")));
+        }
+    };
     options.backing = match backing.as_deref() {
         None | Some("refuse") => BackingPolicy::Refuse,
         Some("skip") => BackingPolicy::Skip,
@@ -75,6 +93,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
 pub(crate) fn create_options(size: u64, given: &Bound<'_, PyDict>) -> PyResult<CreateOptions> {
     let mut options = CreateOptions::new(size);
     let (mut file, mut format) = (None, None);
+    let (mut data_file, mut raw) = (None, false);
     for (key, item) in given {
         let key: String = key.extract()?;
         if item.is_none() {
@@ -88,6 +107,8 @@ pub(crate) fn create_options(size: u64, given: &Bound<'_, PyDict>) -> PyResult<C
             }
             "lazy_refcounts" => options.lazy_refcounts = item.extract()?,
             "extended_l2" => options.extended_l2 = item.extract()?,
+            "data_file" => data_file = Some(item.extract::<String>()?),
+            "data_file_raw" => raw = item.extract()?,
             "backing_file" => file = Some(item.extract::<String>()?),
             "backing_format" => format = Some(item.extract::<String>()?),
             _ => return Err(PyTypeError::new_err(format!("unknown option {key:?}"))),
@@ -98,6 +119,10 @@ pub(crate) fn create_options(size: u64, given: &Bound<'_, PyDict>) -> PyResult<C
         (Some(file), Some(format)) => Some((file, format)),
         _ => return Err(PyValueError::new_err("backing_file and backing_format go together")),
     };
+    if raw && data_file.is_none() {
+        return Err(PyValueError::new_err("data_file_raw needs a data_file"));
+    }
+    options.data_file = data_file.map(|name| DataFileOptions { name, raw });
     Ok(options)
 }
 

@@ -32,6 +32,8 @@ pub(crate) fn info(py: Python<'_>, info: Info) -> PyResult<Bound<'_, PyAny>> {
         snapshots = info.snapshots,
         backing_file = info.backing_file,
         backing_format = info.backing_format,
+        data_file = info.data_file,
+        data_file_raw = info.data_file_raw,
         read_only = info.read_only,
         pinned = PyTuple::new(py, info.pinned)?,
     )

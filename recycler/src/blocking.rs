@@ -67,6 +67,15 @@ impl<D: BlockDevice> Disk<D> {
         Ok(Disk { image, worker: Mutex::new(None) })
     }
 
+    /// Opens the image on `device` whose external data file is on `data`.
+    ///
+    /// # Errors
+    /// See [`Image::open_with_data`].
+    pub fn open_with_data(device: D, data: D, options: Options) -> Result<Self> {
+        let image = Arc::new(block_on(Image::open_with_data(device, data, options))?);
+        Ok(Disk { image, worker: Mutex::new(None) })
+    }
+
     /// The image itself, for its asynchronous calls.
     #[must_use]
     pub fn image(&self) -> &Arc<Image<D>> {

@@ -84,6 +84,22 @@ pub enum Error {
         /// What went wrong with it.
         source: Box<Error>,
     },
+    /// An external data file that the caller did not allow to be opened.
+    #[error("the image has the external data file {path:?}, and opening it is not allowed ({reason})")]
+    DataFileNotAllowed {
+        /// The name as the image gives it.
+        path: String,
+        /// Which permission is missing.
+        reason: String,
+    },
+    /// The external data file could not be opened.
+    #[error("the external data file {path:?}: {source}")]
+    DataFile {
+        /// Its path.
+        path: String,
+        /// What went wrong with it.
+        source: Box<Error>,
+    },
     /// An option with an unknown name or an unusable value.
     #[error("option {name}: {reason}")]
     BadOption {
@@ -119,8 +135,8 @@ impl Error {
             Error::ReadOnly | Error::Failed { .. } => libc::EROFS,
             Error::OutOfRange { .. } | Error::Misaligned { .. } | Error::BadOption { .. } => libc::EINVAL,
             Error::Locked { .. } => libc::EAGAIN,
-            Error::BackingNotAllowed { .. } => libc::EPERM,
-            Error::Backing { source, .. } => source.errno(),
+            Error::BackingNotAllowed { .. } | Error::DataFileNotAllowed { .. } => libc::EPERM,
+            Error::Backing { source, .. } | Error::DataFile { source, .. } => source.errno(),
             Error::Closed => libc::EBADF,
             Error::Cancelled => libc::ECANCELED,
         }

@@ -26,6 +26,6 @@ pub use blocking::Disk;
 pub use check::{CheckReport, Repair};
 pub use device::BlockDevice;
 pub use error::{Error, Result};
-pub use image::{BitmapInfo, CreateOptions, Extent, ExtentKind, Image, Info, SnapshotInfo};
-pub use options::{BackingFormat, BackingPolicy, LogLevel, Logger, Options};
+pub use image::{BitmapInfo, CreateOptions, DataFileOptions, Extent, ExtentKind, Image, Info, SnapshotInfo};
+pub use options::{BackingFormat, BackingPolicy, DataFilePolicy, LogLevel, Logger, Options};
 pub use stats::Stats;

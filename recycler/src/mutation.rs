@@ -63,6 +63,10 @@ pub enum Mutation {
     ForgiveFailedFlush,
     /// What a failed commit did not write counts as written.
     ForgetFailedCommit,
+    /// L2 entries are written before what they show in an external data file is durable.
+    EntryBeforeDataFile,
+    /// A cluster of an external data file is taken into use with what it held before around the data.
+    KeepStaleAround,
     /// A request does not look whether the epoch advanced while it entered.
     EnterUnchecked,
     /// A request leaves its epoch without waking up who waits for that.
@@ -110,6 +114,9 @@ impl Mutation {
         Mutation::ForgiveFailedFlush,
         Mutation::ForgetFailedCommit,
     ];
+
+    /// Those that power cuts over an image and its external data file must find.
+    pub const DATA_FILE: [Mutation; 2] = [Mutation::EntryBeforeDataFile, Mutation::KeepStaleAround];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
     pub const INTERLEAVINGS: [Mutation; 6] = [

@@ -25,6 +25,23 @@ pub enum BackingPolicy {
     },
 }
 
+/// Whether, and from where, an external data file may be opened: the file that holds an image's guest data, if the image names
+/// one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DataFilePolicy {
+    /// Opening an image that has an external data file fails.
+    #[default]
+    Refuse,
+    /// The image is opened without its data file: requests of guests fail, everything else works, compacting included.
+    Skip,
+    /// The data file is opened relative to this directory, for writing too, unless the image is opened read-only. So are
+    /// those of backing files, read-only and each relative to its own image.
+    Allow {
+        /// The directory relative names start from: normally the image's own.
+        directory: PathBuf,
+    },
+}
+
 /// The format of a backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackingFormat {
@@ -115,6 +132,8 @@ pub struct Options {
     pub runtime_asserts: bool,
     /// Backing files.
     pub backing: BackingPolicy,
+    /// An external data file. Not asked where the program gives the device that holds the guest data itself.
+    pub data_file: DataFilePolicy,
     /// A name for statistics and messages.
     pub id: String,
     /// Where messages go.
@@ -137,6 +156,7 @@ impl Default for Options {
             check_on_connect: false,
             runtime_asserts: false,
             backing: BackingPolicy::Refuse,
+            data_file: DataFilePolicy::Refuse,
             id: String::new(),
             logger: Logger::default(),
         }

@@ -281,8 +281,11 @@ fn compression_type_and_bit_must_agree() {
 #[test]
 fn features_that_are_not_supported_are_named() {
     let h = new().u64(72, incompatible::DATA_FILE).extension(kind::DATA_FILE, b"d.raw").parse().unwrap();
-    assert_eq!(h.unsupported_for_reading().as_deref(), Some("external data file"));
+    assert!(h.has_data_file() && !h.has_raw_data_file() && h.unsupported_for_writing().is_none());
     assert_eq!(h.data_file.as_deref(), Some("d.raw"));
+    new().extension(kind::DATA_FILE, b"d.raw").refused("incompatible_features", 72);
+    let h = new().u64(72, incompatible::DATA_FILE).parse().unwrap();
+    assert_eq!((h.has_data_file(), h.data_file), (true, None));
     let h = new().u64(72, incompatible::EXTENDED_L2).u32(36, 4).parse().unwrap();
     assert_eq!(h.unsupported_for_reading(), None);
     assert!(h.geometry.extended_l2);

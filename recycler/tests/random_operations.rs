@@ -17,8 +17,8 @@ use common::play as player;
 use common::sim::{Delay, SimDevice};
 use common::slice::{Slice, replay_seed, tell};
 
-use qcow_recycler::{Disk, Error};
 use qcow_recycler::blocking::block_on;
+use qcow_recycler::{Disk, Error};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 

@@ -38,21 +38,31 @@ def open(path: str | PathLike[str], **options: Unpack[OpenOptions]) -> Image:
     return image
 
 
-def open_device(device: FixedBlockDevice, **options: Unpack[OpenOptions]) -> Image:
-    """Open the image that lives on `device`, a Python object: see :mod:`qcow_recycler.protocol`."""
-    image = _ext.open_device(device, options)
+def open_device(
+    device: FixedBlockDevice, data: FixedBlockDevice | None = None, **options: Unpack[OpenOptions]
+) -> Image:
+    """Open the image that lives on `device`, a Python object: see :mod:`qcow_recycler.protocol`.
+
+    If the guest's data is in an external data file, `data` is the device of that.
+    """
+    image = _ext.open_device(device, data, options)
     _open_images.add(image)
     return image
 
 
 def create(path: str | PathLike[str], size: int, **options: Unpack[CreateOptions]) -> None:
-    """Create the image file `path`, which must not exist, for a disk of `size` bytes: see :class:`CreateOptions`."""
+    """Create the image file `path`, which must not exist, for a disk of `size` bytes: see :class:`CreateOptions`.
+
+    An external data file that the options name is created with it.
+    """
     _ext.create_path(path, size, options)
 
 
-def create_device(device: FixedBlockDevice, size: int, **options: Unpack[CreateOptions]) -> None:
-    """Create an image on `device`, whatever it held before."""
-    _ext.create_device(device, size, options)
+def create_device(
+    device: FixedBlockDevice, size: int, data: FixedBlockDevice | None = None, **options: Unpack[CreateOptions]
+) -> None:
+    """Create an image on `device`, with its external data file on `data` if it has one, whatever they held before."""
+    _ext.create_device(device, data, size, options)
 
 
 def check(path: str | PathLike[str], repair: Literal["no", "leaks", "all"] = "no") -> CheckReport:

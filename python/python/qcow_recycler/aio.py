@@ -225,9 +225,11 @@ async def open(path: str | PathLike[str], **options: Unpack[OpenOptions]) -> Asy
     return AsyncImage(await asyncio.to_thread(lambda: _api.open(path, **options)))
 
 
-async def open_device(device: FixedBlockDevice, **options: Unpack[OpenOptions]) -> AsyncImage:
+async def open_device(
+    device: FixedBlockDevice, data: FixedBlockDevice | None = None, **options: Unpack[OpenOptions]
+) -> AsyncImage:
     """Open the image that lives on `device`, whose methods are called on other threads than the event loop's."""
-    return AsyncImage(await asyncio.to_thread(lambda: _api.open_device(device, **options)))
+    return AsyncImage(await asyncio.to_thread(lambda: _api.open_device(device, data, **options)))
 
 
 async def create(path: str | PathLike[str], size: int, **options: Unpack[CreateOptions]) -> None:

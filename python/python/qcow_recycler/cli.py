@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from . import _api
 from ._ext import Image, __version__
@@ -36,7 +36,8 @@ exit codes:
   {USAGE}   the command line was not understood
   {INTERRUPTED}  cancelled with Ctrl-C; the image is consistent
 
-Backing files are opened by commit only. An image that a running virtual machine uses is refused.
+Backing files are opened by commit only, external data files with --data-file only: the image names them. An image
+that a running virtual machine uses is refused.
 """
 
 
@@ -97,8 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     commit.add_argument(
         "--backing-format", choices=["raw", "qcow2"], help="of backing files whose format is not recorded"
     )
+    commit.add_argument("--data-file", action="store_true", help="open the external data files that images name")
     command("upgrade", _upgrade, "make an image of version 2 of the format one of version 3")
-    command("discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact")
+    zeroes = command(
+        "discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact"
+    )
+    zeroes.add_argument("--data-file", action="store_true", help="open the external data file that the image names")
     return parser
 
 
@@ -145,8 +150,12 @@ def size_text(size: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def _data_file(args: argparse.Namespace) -> Literal["refuse", "allow"]:
+    return "allow" if args.data_file else "refuse"
+
+
 def _info(args: argparse.Namespace) -> int:
-    with _api.open(args.image, read_only=True, backing="skip") as image:
+    with _api.open(args.image, read_only=True, backing="skip", data_file="skip") as image:
         info: Info = image.info
     if args.json:
         _emit(dataclasses.asdict(info))
@@ -163,6 +172,8 @@ def _info(args: argparse.Namespace) -> int:
     ]
     if info.backing_file is not None:
         rows.append(("backing file", f"{info.backing_file} ({info.backing_format or 'format not recorded'})"))
+    if info.data_file is not None:
+        rows.append(("data file", f"{info.data_file or 'not named'}{' (raw)' if info.data_file_raw else ''}"))
     rows += [("pinned", reason) for reason in info.pinned]
     for name, text in rows:
         print(f"{name + ':':16}{text}")
@@ -193,7 +204,7 @@ def _compact(args: argparse.Namespace) -> int:
         meter.show(now.done, now.total, f"the file has {size_text(now.file_size)}", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip", keep_erased=0) as image:
+        with _api.open(args.image, backing="skip", data_file="skip", keep_erased=0) as image:
             before = image.info.file_size
             if args.compress:
                 image.compress(show)
@@ -222,7 +233,7 @@ def _bitmap(args: argparse.Namespace) -> int:
     if bool(wanted) != (args.name is not None):
         print("qcow-recycler: bitmap: a NAME goes with what is to be done with it", file=sys.stderr)
         return USAGE
-    with _api.open(args.image, read_only=not wanted, backing="skip", keep_erased=0) as image:
+    with _api.open(args.image, read_only=not wanted, backing="skip", data_file="skip", keep_erased=0) as image:
         for change in wanted:
             change(image)
         found = image.bitmaps()
@@ -264,7 +275,7 @@ def _commit(args: argparse.Namespace) -> int:
         meter.show(now.done, now.total, f"{size_text(now.written)} written", now._asdict())
 
     try:
-        report = _api.commit(args.image, show, backing_format=args.backing_format)
+        report = _api.commit(args.image, show, backing_format=args.backing_format, data_file=_data_file(args))
     finally:
         meter.clear()
     if args.json:
@@ -288,7 +299,7 @@ def _discard_zeroes(args: argparse.Namespace) -> int:
         meter.show(now.scanned, now.total, f"{size_text(now.discarded)} were zeroes", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip", keep_erased=0) as image:
+        with _api.open(args.image, backing="skip", data_file=_data_file(args), keep_erased=0) as image:
             result = discard_zeroes(image, show)
     finally:
         meter.clear()

@@ -80,6 +80,10 @@ class BackingNotAllowed(Error):
     """The image has a backing file, and opening it was not allowed."""
 
 
+class DataFileNotAllowed(Error):
+    """The image has an external data file, and opening it was not allowed."""
+
+
 class BadOption(Error, ValueError):
     """An option with an unknown name or an unusable value; ``field`` is its name."""
 
@@ -96,6 +100,10 @@ class BackingError(Error):
     """The backing file could not be opened, or is no image that can be."""
 
 
+class DataFileError(Error):
+    """The external data file could not be opened or created."""
+
+
 __all__ = [
     "AlreadyExists",
     "BackingError",
@@ -103,6 +111,8 @@ __all__ = [
     "BadOption",
     "Cancelled",
     "Closed",
+    "DataFileError",
+    "DataFileNotAllowed",
     "DeviceError",
     "Error",
     "Failed",

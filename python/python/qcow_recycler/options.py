@@ -42,9 +42,11 @@ class OpenOptions(TypedDict, total=False):
     backing: Literal["refuse", "skip", "allow"] | None
     """Refuse an image with a backing file (the default); fail only the requests that need it; or open it read-only."""
     backing_directory: str | PathLike[str] | None
-    """Where relative names of backing files start. Default: the image's own directory."""
+    """Where relative names of backing files and of the data file start. Default: the image's own directory."""
     backing_format: Literal["raw", "qcow2"] | None
     """Of backing files whose images do not record one. Default: they are refused, since formats are never guessed."""
+    data_file: Literal["refuse", "skip", "allow"] | None
+    """Refuse an image with an external data file (the default); fail all requests; or open it, for writing too."""
     id: str | None
     """A name for statistics and messages. Default: the path."""
     log: LogFunction | None
@@ -68,6 +70,12 @@ class CreateOptions(TypedDict, total=False):
     """Name of a backing file, as it is to be recorded; it is not opened."""
     backing_format: str | None
     """Format of the backing file, such as ``raw`` or ``qcow2``; needed with one."""
+    data_file: str | None
+    """Name of an external data file, relative to the image: the guest's data is kept there (version 3 only).
+
+    QEMU takes a relative name from its own working directory."""
+    data_file_raw: bool | None
+    """The data file is to read as the disk does, without the image. Not with a backing file. Default: False."""
 
 
 __all__ = ["CreateOptions", "LogFunction", "OpenOptions"]

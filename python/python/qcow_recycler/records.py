@@ -14,7 +14,7 @@ class Extent(NamedTuple):
     kind: Literal["data", "compressed", "zero", "unallocated"]
     """In the file; there, compressed; reading as zeroes; or as the backing file does (as zeroes without one)."""
     host_offset: int | None
-    """Where in the image file it is, in one piece; for data only."""
+    """Where in the image file, or its external data file, it is, in one piece; for data only."""
 
 
 class Progress(NamedTuple):
@@ -85,6 +85,10 @@ class Info:
     snapshots: int
     backing_file: str | None
     backing_format: str | None
+    data_file: str | None
+    """The external data file's name; empty if there is one that the image does not name."""
+    data_file_raw: bool
+    """Whether it reads as the disk does, without the image."""
     read_only: bool
     pinned: tuple[str, ...]
     """What keeps parts of the image where they are: one reason each."""

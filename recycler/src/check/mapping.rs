@@ -1,5 +1,7 @@
 //! The walk over L1 and L2 tables: which clusters they refer to, and what is wrong with their entries.
 
+use std::collections::BTreeMap;
+
 use roaring::RoaringTreemap;
 
 use super::counts::Counts;
@@ -103,12 +105,16 @@ pub(super) struct Tables {
     all: Counts,
     /// L1 entries of the active L1 table.
     pub(super) active: Counts,
+    /// With an external data file: the first L1 entry of each table of the active L1 table, by the table's cluster. It says
+    /// where on the disk, and so in the data file, the table's clusters are.
+    first: BTreeMap<u64, u64>,
 }
 
 impl Tables {
     /// Walks the L1 tables and claims the L2 tables they refer to.
     pub(super) async fn find<D: BlockDevice>(
         source: &Source<'_, D>,
+        layout: Layout,
         l1_tables: &[L1],
         ones: &RoaringTreemap,
         regions: &mut Regions,
@@ -116,7 +122,7 @@ impl Tables {
         findings: &mut Findings,
     ) -> Result<Self> {
         // An L1 table has at most 2^22 entries, and 2^16 snapshots have one each: 64 bits hold every sum.
-        let mut this = Tables { all: Counts::new(6), active: Counts::new(6) };
+        let mut this = Tables { all: Counts::new(6), active: Counts::new(6), first: BTreeMap::new() };
         let mut tables = RoaringTreemap::new();
         let mut bytes = Vec::new();
         for l1 in l1_tables {
@@ -125,7 +131,7 @@ impl Tables {
                 bytes.resize(RUN.min(l1.entries * 8 - done) as usize, 0);
                 source.read("reading an L1 table", l1.offset + done, &mut bytes).await?;
                 for (index, entry) in (done / 8..).zip(entries(&bytes)).filter(|&(_, e)| e != 0) {
-                    this.l1_entry(source, l1, (index, entry), ones, regions, &mut tables, counts, findings);
+                    this.l1_entry(source, layout, l1, (index, entry), ones, regions, &mut tables, counts, findings);
                 }
                 done += bytes.len() as u64;
             }
@@ -138,6 +144,7 @@ impl Tables {
     fn l1_entry<D: BlockDevice>(
         &mut self,
         source: &Source<'_, D>,
+        layout: Layout,
         l1: &L1,
         (index, entry): (u64, u64),
         ones: &RoaringTreemap,
@@ -179,6 +186,9 @@ impl Tables {
         self.all.add(cluster, 1);
         if l1.active {
             self.active.add(cluster, 1);
+            if layout.data_file {
+                self.first.entry(cluster).or_insert(index);
+            }
         }
     }
 
@@ -211,8 +221,9 @@ impl Tables {
             for ((cluster, &shares), table) in (first..).zip(&run).zip(bytes.chunks(cluster_size as usize)) {
                 let active = self.active.get(cluster);
                 let shares = Shares { all: shares, active };
+                let first = self.first.get(&cluster).copied();
                 let mut table_walk =
-                    Table { source, layout, ones, regions, counts, findings, cluster, shares, run: None };
+                    Table { source, layout, ones, regions, counts, findings, cluster, shares, first, run: None };
                 table_walk.walk(table);
             }
         }
@@ -251,6 +262,8 @@ struct Table<'a, 'b, D> {
     /// The table's own cluster.
     cluster: u64,
     shares: Shares,
+    /// See [`Tables::first`].
+    first: Option<u64>,
     run: Option<Run>,
 }
 
@@ -320,6 +333,11 @@ impl<D: BlockDevice> Table<'_, '_, D> {
         let cluster = offset >> geometry.cluster_bits;
         if self.layout.data_file {
             self.check_flag(cluster, copied);
+            let per_table = geometry.cluster_size() / self.layout.entry_size() as u64;
+            let on_disk = self.first.map(|l1_index| (l1_index * per_table + index as u64) << geometry.cluster_bits);
+            if on_disk.is_some_and(|on_disk| on_disk != offset) {
+                self.wrong(index, entry, "has another offset in the external data file than on the disk");
+            }
             return;
         }
         if !self.source.holds(offset, geometry.cluster_size()) {

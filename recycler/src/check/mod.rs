@@ -105,7 +105,7 @@ pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckRe
     let l1_tables = regions.claim_header(&source, &header, &mut counts, &mut findings).await?;
     let mut refcounts = Refcounts::load(&source, &header, &mut regions, &mut counts, &mut findings).await?;
     let ones = &refcounts.ones;
-    let tables = Tables::find(&source, &l1_tables, ones, &mut regions, &mut counts, &mut findings).await?;
+    let tables = Tables::find(&source, layout, &l1_tables, ones, &mut regions, &mut counts, &mut findings).await?;
     tables.walk(&source, layout, ones, &regions, &mut counts, &mut findings).await?;
     drop(regions);
     let mut differences = refcounts.compare(&source, &counts).await?;

@@ -73,6 +73,9 @@ pub(crate) async fn scan<D: BlockDevice>(
             continue;
         }
         search.offer(host, Seen::Sole(Reference::L1Entry(l1_index)));
+        if meta.external {
+            continue;
+        }
         meta.l2.survey(volume, table.host, l1_index, &mut words).await?;
         for (i, entry) in l2::entries(&words, geometry).enumerate() {
             if entry.is_empty() {
@@ -380,6 +383,9 @@ async fn remove_named<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, set: 
         // An entry that cannot be is reported to the request that needs it.
         let Ok(Some(table)) = meta.l1.get(l1_index, volume.length()) else { continue };
         set.remove(geometry.host_cluster(table.host));
+        if meta.external {
+            continue;
+        }
         meta.l2.survey(volume, table.host, l1_index, &mut words).await?;
         for entry in l2::entries(&words, geometry).filter(|e| !e.is_empty()) {
             if let Ok(mapping) = Mapping::of(entry, meta.version, geometry)

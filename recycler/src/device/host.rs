@@ -1,10 +1,10 @@
 //! Image files on the host: regular files and block devices.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
@@ -173,6 +173,16 @@ impl HostFile {
         &self.file
     }
 
+    /// Whether the file at `path` is this one, by whatever name.
+    #[must_use]
+    pub fn is_at(&self, path: &Path) -> bool {
+        let same = |ours: &Metadata, theirs: &Metadata| match self.kind {
+            Kind::Regular => (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()),
+            Kind::BlockDevice => theirs.file_type().is_block_device() && ours.rdev() == theirs.rdev(),
+        };
+        matches!((self.file.metadata(), std::fs::metadata(path)), (Ok(ours), Ok(theirs)) if same(&ours, &theirs))
+    }
+
     fn allocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
         if length == 0 {
             return Ok(());
@@ -216,6 +226,11 @@ impl BlockDevice for HostFile {
 
     fn host_file(&self) -> Option<&HostFile> {
         Some(self)
+    }
+
+    fn beside(&self, path: &Path, read_only: bool) -> Option<Result<Self>> {
+        let opened = Self::open(path, read_only);
+        Some(if self.direct.is_some() { opened.and_then(Self::into_direct) } else { opened })
     }
 
     async fn length(&self) -> io::Result<u64> {

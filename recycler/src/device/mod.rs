@@ -9,8 +9,10 @@ pub(crate) mod volume;
 
 use std::future::Future;
 use std::io;
+use std::path::Path;
 
 use crate::buf::{Held, IoBuf, IoBufMut, IoVec};
+use crate::error::Result;
 
 pub(crate) use done::Addressee;
 pub use done::{Done, Ended, Ending, ending};
@@ -84,6 +86,16 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// The host's file behind the device, if transfers may be done by whatever means directly on it: a queue then has them
     /// done by the kernel.
     fn host_file(&self) -> Option<&host::HostFile> {
+        None
+    }
+
+    /// Another file of the host, opened as this one is, but for writing or not: for an image whose guest data is in a file of
+    /// its own. The caller has made sure that it may be opened. `None`: this device is no file of the host.
+    fn beside(&self, path: &Path, read_only: bool) -> Option<Result<Self>>
+    where
+        Self: Sized,
+    {
+        let _ = (path, read_only);
         None
     }
 

@@ -184,15 +184,22 @@ impl<D: BlockDevice> Volume<D> {
     pub(crate) async fn erase(&self, offset: u64, length: u64) -> Result<()> {
         self.ensure_sound()?;
         // What lies past the end of the file is zero already, and must not be made to exist.
-        let length = length.min(self.length().saturating_sub(offset));
-        if length == 0 {
-            return Ok(());
-        }
-        if self.can_punch.load(Ordering::Relaxed) {
-            match self.device.punch_hole(offset, length).await {
+        let there = length.min(self.length().saturating_sub(offset));
+        if there > 0 && self.can_punch.load(Ordering::Relaxed) {
+            match self.device.punch_hole(offset, there).await {
                 Err(e) if e.kind() == std::io::ErrorKind::Unsupported => self.can_punch.store(false, Ordering::Relaxed),
                 other => return other.map_err(Error::io("punching a hole", offset)),
             }
+        }
+        self.zero(offset, length).await
+    }
+
+    /// The same, keeping its space.
+    pub(crate) async fn zero(&self, offset: u64, length: u64) -> Result<()> {
+        self.ensure_sound()?;
+        let length = length.min(self.length().saturating_sub(offset));
+        if length == 0 {
+            return Ok(());
         }
         if self.can_zero.load(Ordering::Relaxed) {
             match self.device.write_zeroes(offset, length).await {

@@ -35,7 +35,7 @@ const MIN_BITMAP_ENTRY: u64 = 32;
 /// The longest backing format name that QEMU accepts, in bytes.
 pub const MAX_BACKING_FORMAT: usize = 15;
 /// The longest external data file name that is accepted, in bytes: a path.
-const MAX_DATA_FILE: usize = 4096;
+pub const MAX_DATA_FILE: usize = 4096;
 
 #[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -181,6 +181,7 @@ impl Extensions {
         }
         // An empty name is no name.
         all.backing_format = all.backing_format.filter(|f| !f.is_empty());
+        all.data_file = all.data_file.filter(|f| !f.is_empty());
         Ok(all)
     }
 }

@@ -291,7 +291,12 @@ impl Header {
         let what = match (self.incompatible, self.crypt_method) {
             (_, crypt::AES) => "encryption (AES)",
             (_, crypt::LUKS) => "encryption (LUKS)",
-            (bits, _) if bits & incompatible::DATA_FILE != 0 => "external data file",
+            (bits, _) if bits & incompatible::DATA_FILE != 0 && bits & incompatible::EXTENDED_L2 != 0 => {
+                "extended L2 entries in an image with an external data file"
+            }
+            _ if self.has_raw_data_file() && self.backing_file.is_some() => {
+                "a backing file behind a raw external data file"
+            }
             _ => return None,
         };
         Some(what.to_owned())
@@ -303,11 +308,25 @@ impl Header {
         self.unsupported_for_reading().or_else(|| {
             let what = if self.incompatible & incompatible::CORRUPT != 0 {
                 "the corrupt bit is set"
+            } else if self.has_data_file() && self.snapshot_count > 0 {
+                "internal snapshots of an image with an external data file"
             } else {
                 return None;
             };
             Some(what.to_owned())
         })
+    }
+
+    /// Whether guest data is in an external data file.
+    #[must_use]
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & incompatible::DATA_FILE != 0
+    }
+
+    /// Whether there is an external data file that reads as the disk does, without this image.
+    #[must_use]
+    pub fn has_raw_data_file(&self) -> bool {
+        self.has_data_file() && self.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0
     }
 
     /// Whether the bitmaps extension is there and its data consistent.
@@ -364,9 +383,14 @@ impl Header {
             let reason = "the bitmaps extension bit is set, but there is no bitmaps extension";
             return Err(Error::invalid("autoclear_features", at::AUTOCLEAR_FEATURES, reason));
         }
-        if self.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0 && self.incompatible & incompatible::DATA_FILE == 0 {
+        if self.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0 && !self.has_data_file() {
             let reason = "the raw external data bit is set, but there is no external data file";
             return Err(Error::invalid("autoclear_features", at::AUTOCLEAR_FEATURES, reason));
+        }
+        if self.data_file.is_some() && !self.has_data_file() {
+            // Whoever made it meant the data to be in that file; here it would be looked for in this one.
+            let reason = "an external data file is named, but the external data file bit is not set";
+            return Err(Error::invalid("incompatible_features", at::INCOMPATIBLE_FEATURES, reason));
         }
         Ok(())
     }

@@ -166,6 +166,31 @@ impl Mapping {
         }
     }
 
+    /// Decodes an entry of an image whose guest data is in an external data file, for the guest cluster that starts at byte
+    /// `guest` of the disk. There it lies at the same offset, and has one owner, whatever COPIED says: nothing counts it.
+    ///
+    /// # Errors
+    /// As for [`decode`](Self::decode); a compressed cluster; any other offset.
+    pub fn decode_external(entry: u64, guest: u64) -> Result<Mapping, &'static str> {
+        if entry & COMPRESSED != 0 {
+            return Err("the cluster is compressed, in an image with an external data file");
+        }
+        if entry & !(COPIED | OFFSET | ZERO) != 0 {
+            return Err("reserved bits are set");
+        }
+        let (offset, zero) = (entry & OFFSET, entry & ZERO != 0);
+        // Where the file starts, COPIED alone tells data from nothing.
+        let named = offset != 0 || entry & COPIED != 0 && !zero;
+        if named && offset != guest {
+            return Err("the offset in the external data file is not that of the guest cluster");
+        }
+        Ok(match (zero, named) {
+            (true, named) => Mapping::Zero { preallocated: named.then_some((HostOffset(offset), true)) },
+            (false, true) => Mapping::Data { host: HostOffset(offset), copied: true },
+            (false, false) => Mapping::Unallocated,
+        })
+    }
+
     /// The host clusters that the entry names, in clusters of the file; `None` if it names none.
     #[must_use]
     pub fn host_clusters(&self, geometry: Geometry) -> Option<Range<u64>> {
@@ -293,6 +318,26 @@ mod tests {
         let words = [0x50000, 7, COMPRESSED, 0];
         assert_eq!(entries(&words, geometry).map(|e| e.subclusters.0).collect::<Vec<_>>(), [7, 0]);
         assert_eq!(entries(&words, Geometry { extended_l2: false, ..geometry }).count(), 4);
+    }
+
+    #[test]
+    fn entries_of_an_external_data_file_name_their_own_offset() {
+        let external = Mapping::decode_external;
+        let data = |at| Ok(Mapping::Data { host: HostOffset(at), copied: true });
+        assert_eq!(external(0x50000 | COPIED, 0x50000), data(0x50000));
+        assert_eq!(external(0x50000, 0x50000), data(0x50000));
+        assert_eq!(external(COPIED, 0), data(0));
+        assert_eq!(external(0, 0), Ok(Mapping::Unallocated));
+        assert_eq!(external(0, 0x50000), Ok(Mapping::Unallocated));
+        for zero in [ZERO, COPIED | ZERO] {
+            assert_eq!(external(zero, 0), Ok(Mapping::Zero { preallocated: None }));
+            assert_eq!(external(zero, 0x50000), Ok(Mapping::Zero { preallocated: None }));
+        }
+        let kept = Some((HostOffset(0x50000), true));
+        assert_eq!(external(0x50001 | COPIED, 0x50000), Ok(Mapping::Zero { preallocated: kept }));
+        for wrong in [0x40000 | COPIED, 0x40001 | COPIED, 0x40000, COPIED, COMPRESSED | 0x50000, 0x50002, 1 << 56] {
+            assert!(external(wrong, 0x50000).is_err(), "{wrong:#x}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::device::host::HostFile;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
-use crate::options::{BackingFormat, BackingPolicy, Options};
+use crate::options::{BackingFormat, BackingPolicy, DataFilePolicy, Options};
 
 /// A chain of backing files may be this long.
 const MAX_DEPTH: usize = 64;
@@ -45,9 +45,7 @@ impl Located {
         above: &[PathBuf],
     ) -> Result<Located> {
         let refused = |reason: &str| Error::BackingNotAllowed { path: name.to_owned(), reason: reason.to_owned() };
-        // The name is a path and nothing else: not `json:{...}`, not `nbd://...`. A colon before the first slash would be a
-        // protocol to QEMU.
-        if name.split('/').next().is_some_and(|first| first.contains(':')) {
+        if !is_plain_path(name) {
             return Err(refused("the name is not a plain path"));
         }
         let format = match &header.backing_format {
@@ -71,8 +69,19 @@ impl Located {
     /// Options for an image that is behind one opened with `options`.
     pub(super) fn options(&self, options: &Options, unrecorded: Option<BackingFormat>) -> Options {
         let directory = self.path.parent().unwrap_or(Path::new("/")).to_owned();
-        Options { check_on_connect: false, backing: BackingPolicy::Allow { directory, unrecorded }, ..options.clone() }
+        let data_file = match &options.data_file {
+            DataFilePolicy::Allow { .. } => DataFilePolicy::Allow { directory: directory.clone() },
+            other => other.clone(),
+        };
+        let backing = BackingPolicy::Allow { directory, unrecorded };
+        Options { check_on_connect: false, backing, data_file, ..options.clone() }
     }
+}
+
+/// Whether a name in an image is a path and nothing else: not `json:{...}`, not `nbd://...`. A colon before the first slash would
+/// be a protocol to QEMU.
+pub(super) fn is_plain_path(name: &str) -> bool {
+    !name.split('/').next().is_some_and(|first| first.contains(':'))
 }
 
 /// An error of the backing file at `path`.
@@ -152,7 +161,7 @@ type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 // An image may have an image behind it, so its futures are recursive: these two are boxed.
 
 fn open_boxed(file: HostFile, options: Options, above: Vec<PathBuf>) -> Boxed<'static, Image<HostFile>> {
-    Box::pin(async move { Image::open_above(file, options, &above).await })
+    Box::pin(async move { Image::open_above(file, None, options, &above).await })
 }
 
 fn read_boxed<'a>(image: &'a Image<HostFile>, at: u64, buf: IoBufMut<'a>) -> Boxed<'a, ()> {

@@ -32,6 +32,7 @@ impl<D: BlockDevice> Image<D> {
         let bitmaps = self.store_bitmaps().await;
         if !self.prepared.load(Ordering::Acquire) {
             // No table was changed; data may have been overwritten in place.
+            self.flush_data().await?;
             return self.volume.flush().await.and(bitmaps);
         }
         let features = self.incompatible & !incompatible::DIRTY;

@@ -127,7 +127,7 @@ impl Target {
             BackingFormat::Qcow2 => {
                 let options = Options { discard: true, ..located.options(options, unrecorded) };
                 let above = [above, std::slice::from_ref(&located.path)].concat();
-                Ok(Target::Image(Box::new(Image::open_above(file, options, &above).await?)))
+                Ok(Target::Image(Box::new(Image::open_above(file, None, options, &above).await?)))
             }
         }
     }
@@ -173,6 +173,8 @@ impl<D: BlockDevice> Image<D> {
         self.prepare_changes().await?;
         self.forget_past(0).await?;
         self.commit().await?;
+        // Not before: what the overlay showed would be lost where an entry is not cleared durably.
+        self.punch_data().await?;
         // Closing cuts off what is free at the end, as far as it is known.
         self.find_junk().await
     }

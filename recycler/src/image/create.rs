@@ -13,8 +13,8 @@ use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::extension::{self, kind};
 use crate::format::header::{
-    COMPATIBLE_LAZY_REFCOUNTS, MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, RawHeader, RawVersion3,
-    V2_LENGTH, V3_LENGTH, incompatible,
+    AUTOCLEAR_RAW_DATA_FILE, COMPATIBLE_LAZY_REFCOUNTS, MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, RawHeader, RawVersion3, V2_LENGTH, V3_LENGTH, incompatible,
 };
 use crate::format::refcount;
 use crate::units::{Geometry, HostCluster};
@@ -41,6 +41,17 @@ pub struct CreateOptions {
     pub extended_l2: bool,
     /// Name and format of a backing file.
     pub backing: Option<(String, String)>,
+    /// An external data file, which holds the guest's data (version 3 only).
+    pub data_file: Option<DataFileOptions>,
+}
+
+/// The external data file of a new image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFileOptions {
+    /// Its name as it is to be recorded, relative to the image.
+    pub name: String,
+    /// It is to read as the disk does, without the image, at any time: discards make it zero there. Not with a backing file.
+    pub raw: bool,
 }
 
 impl CreateOptions {
@@ -55,6 +66,7 @@ impl CreateOptions {
             lazy_refcounts: false,
             extended_l2: false,
             backing: None,
+            data_file: None,
         }
     }
 
@@ -71,6 +83,10 @@ impl CreateOptions {
             2 if self.extended_l2 => Err(bad("extended_l2", "needs version 3".to_owned())),
             _ if self.extended_l2 && self.cluster_size < 16384 => {
                 Err(bad("extended_l2", format!("needs clusters of 16 KiB at least, not {}", self.cluster_size)))
+            }
+            2 if self.data_file.is_some() => Err(bad("data_file", "needs version 3".to_owned())),
+            _ if self.extended_l2 && self.data_file.is_some() => {
+                Err(bad("extended_l2", "goes with no external data file".to_owned()))
             }
             2 | 3 => Ok(Geometry {
                 cluster_bits: self.cluster_size.trailing_zeros(),
@@ -92,6 +108,45 @@ fn bad(name: &str, reason: String) -> Error {
 /// [`Error::BadOption`] names the unusable option, and nothing has changed; [`Error::Unsupported`] if the device is too
 /// short and cannot grow. After [`Error::Io`] the device holds what it held before, or no image, or the new one.
 pub async fn create<D: BlockDevice>(device: &D, options: &CreateOptions) -> Result<()> {
+    if options.data_file.is_some() {
+        return Err(bad("data_file", "needs the device that is to hold the data".to_owned()));
+    }
+    write_image(device, options).await
+}
+
+/// Writes an empty image to `device`, and makes `data` its external data file: as long as the disk, and empty, whatever the two
+/// held before.
+///
+/// # Errors
+/// As [`create`]; [`Error::BadOption`] without [`CreateOptions::data_file`]; [`Error::Unsupported`] if the data file is too
+/// short and cannot grow.
+pub async fn create_with_data<D: BlockDevice>(device: &D, data: &D, options: &CreateOptions) -> Result<()> {
+    let Some(file) = &options.data_file else { return Err(bad("data_file", "needs a name".to_owned())) };
+    // Everything that can be refused is, before anything changes.
+    let geometry = options.geometry()?;
+    header_cluster(options, geometry, &Layout::new(geometry, options)?)?;
+    // An image that was here may have its data there.
+    remove_header(device).await?;
+    clear_data(data, options.virtual_size, file.raw).await?;
+    write_image(device, options).await
+}
+
+/// Makes a data file as long as the disk. What it holds matters only if it is raw: otherwise no entry shows it.
+async fn clear_data<D: BlockDevice>(data: &D, size: u64, raw: bool) -> Result<()> {
+    let old = data.length().await.map_err(Error::io("asking for the length", 0))?;
+    if data.features().resize {
+        for length in [0, size] {
+            data.truncate(length).await.map_err(Error::io("changing the length", length))?;
+        }
+    } else if old < size {
+        return Err(Error::unsupported(format!("a data file of {old} bytes that cannot grow, for a disk of {size}")));
+    } else if raw {
+        zero(data, 0, size).await?;
+    }
+    flush(data).await
+}
+
+async fn write_image<D: BlockDevice>(device: &D, options: &CreateOptions) -> Result<()> {
     let geometry = options.geometry()?;
     let layout = Layout::new(geometry, options)?;
     let header = header_cluster(options, geometry, &layout)?;
@@ -197,10 +252,25 @@ fn header_cluster(options: &CreateOptions, geometry: Geometry, layout: &Layout) 
             return Err(bad("backing", reason));
         }
     }
+    if let Some(file) = &options.data_file {
+        let most = extension::MAX_DATA_FILE;
+        if file.name.is_empty() || file.name.len() > most || file.name.contains('\0') {
+            return Err(bad("data_file", format!("needs a name of 1 to {most} bytes, without NUL")));
+        }
+        if file.raw && backing.is_some() {
+            return Err(bad(
+                "data_file",
+                "cannot be raw with a backing file: it would not read as the disk does".to_owned(),
+            ));
+        }
+    }
     let fixed = if options.version == 2 { V2_LENGTH } else { V3_LENGTH } as usize;
     let mut extensions = Vec::new();
     if let Some((_, format)) = backing {
         extension::append(&mut extensions, kind::BACKING_FORMAT, format.as_bytes());
+    }
+    if let Some(file) = &options.data_file {
+        extension::append(&mut extensions, kind::DATA_FILE, file.name.as_bytes());
     }
     let mut end = Vec::new();
     extension::append(&mut end, kind::END, &[]);
@@ -217,8 +287,8 @@ fn header_cluster(options: &CreateOptions, geometry: Geometry, layout: &Layout) 
     let name_at = fixed + extensions.len();
     let length = name_at + name.len();
     if length as u64 > geometry.cluster_size() {
-        let reason = format!("the name does not fit into the first cluster ({} bytes)", geometry.cluster_size());
-        return Err(bad("backing", reason));
+        let reason = format!("the names do not fit into the first cluster ({} bytes)", geometry.cluster_size());
+        return Err(bad(if backing.is_some() { "backing" } else { "data_file" }, reason));
     }
 
     let mut bytes = vec![0; length.next_multiple_of(SECTOR)];
@@ -245,9 +315,15 @@ fn header_cluster(options: &CreateOptions, geometry: Geometry, layout: &Layout) 
     put(0, raw.as_bytes());
     if options.version == 3 {
         let v3 = RawVersion3 {
-            incompatible_features: U64::new(if options.extended_l2 { incompatible::EXTENDED_L2 } else { 0 }),
+            incompatible_features: U64::new(
+                options.data_file.as_ref().map_or(0, |_| incompatible::DATA_FILE)
+                    | if options.extended_l2 { incompatible::EXTENDED_L2 } else { 0 },
+            ),
             compatible_features: U64::new(if options.lazy_refcounts { COMPATIBLE_LAZY_REFCOUNTS } else { 0 }),
-            autoclear_features: U64::ZERO,
+            autoclear_features: U64::new(match &options.data_file {
+                Some(file) if file.raw => AUTOCLEAR_RAW_DATA_FILE,
+                _ => 0,
+            }),
             refcount_order: U32::new(geometry.refcount_order),
             header_length: U32::new(V3_LENGTH),
         };
@@ -266,12 +342,7 @@ async fn clear<D: BlockDevice>(device: &D, layout: &Layout, length: u64, cluster
         let what = format!("a device of {old} bytes that cannot grow: an empty image of this kind takes {length}");
         return Err(Error::unsupported(what));
     }
-    if old > 0 {
-        let sector = [0; SECTOR];
-        let there = sector.get(..old.min(SECTOR as u64) as usize).unwrap_or(&sector);
-        write(device, "removing the old header", 0, there).await?;
-        flush(device).await?;
-    }
+    remove_header(device).await?;
     if can_resize {
         let action = "changing the length";
         device.truncate(0).await.map_err(Error::io(action, 0))?;
@@ -279,6 +350,18 @@ async fn clear<D: BlockDevice>(device: &D, layout: &Layout, length: u64, cluster
     }
     zero(device, 0, cluster_size).await?;
     zero(device, layout.l1 * cluster_size, length).await
+}
+
+/// Makes sure that there is no image on the device, durably.
+async fn remove_header<D: BlockDevice>(device: &D) -> Result<()> {
+    let length = device.length().await.map_err(Error::io("asking for the length", 0))?;
+    let sector = [0; SECTOR];
+    let there = sector.get(..length.min(SECTOR as u64) as usize).unwrap_or(&sector);
+    if there.is_empty() {
+        return Ok(());
+    }
+    write(device, "removing the old header", 0, there).await?;
+    flush(device).await
 }
 
 async fn zero<D: BlockDevice>(device: &D, from: u64, to: u64) -> Result<()> {

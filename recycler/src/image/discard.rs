@@ -62,6 +62,7 @@ impl<D: BlockDevice> Image<D> {
 
     async fn clear_request(&self, offset: u64, length: u64, clear: Clear) -> Result<()> {
         let request = self.begin_waiting(offset, length, Purpose::Write).await?;
+        self.ensure_data()?;
         // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
         let end = offset + length;
         let whole_end =
@@ -133,7 +134,9 @@ impl<D: BlockDevice> Image<D> {
         let mut at = clusters.start;
         while at < clusters.end {
             let end = clusters.end.min((at / per_slice + 1) * per_slice);
-            if self.meta.version < 3 && clear != Clear::Forget && !self.can_unmap_v2(clear) {
+            if clear != Clear::Forget && self.header.has_raw_data_file() {
+                self.clear_raw(at..end, clear).await?;
+            } else if self.meta.version < 3 && clear != Clear::Forget && !self.can_unmap_v2(clear) {
                 // Version 2 has no zero flag: only real zeroes read as zeroes.
                 let bits = self.meta.geometry.cluster_bits;
                 self.zero_piece(at << bits..end << bits, access).await?;
@@ -154,6 +157,8 @@ impl<D: BlockDevice> Image<D> {
     async fn clear_in_slice(&self, clusters: Range<u64>, clear: Clear, access: Access) -> Result<()> {
         let first = GuestCluster(clusters.start);
         let geometry = self.meta.geometry;
+        // The first cluster of an external data file is like any other; but with the zero flag nothing would name it.
+        let names = |entry: Entry| !self.meta.external || entry.word & l2::OFFSET != 0;
         let cleared = |mapping: Mapping, entry: Entry, at: u64| {
             // Version 3 marks what was discarded, as QEMU does: should the image get a backing file, it must not show.
             let zero = |word| if self.meta.version >= 3 { Entry::zero(word, geometry) } else { Entry::default() };
@@ -161,7 +166,7 @@ impl<D: BlockDevice> Image<D> {
                 (_, Clear::Forget) => Entry::default(),
                 (Mapping::Unallocated, _) if self.backing.is_zero_from(at) => entry,
                 (Mapping::Zero { .. }, Clear::Keep) => entry,
-                (_, Clear::Keep) if matches!(mapping.host(), Some((_, true))) => zero(entry.word),
+                (_, Clear::Keep) if matches!(mapping.host(), Some((_, true))) && names(entry) => zero(entry.word),
                 _ => zero(0),
             }
         };
@@ -190,6 +195,9 @@ impl<D: BlockDevice> Image<D> {
         self.prepare_changes().await?;
         let (slice, index) = self.slice_for_change(first).await?;
         self.check_targets(&slice, first, index, clusters.end - clusters.start).await?;
+        if self.meta.external && clear == Clear::Unmap {
+            self.punch_outside(&slice, index, clusters.clone()).await?;
+        }
         let mut entries = self.meta.l2.modify(&slice);
         for (i, guest) in clusters.enumerate() {
             let entry = entries.get(index + i);
@@ -202,7 +210,7 @@ impl<D: BlockDevice> Image<D> {
             entries.set(index + i, new);
             match mapping.host() {
                 // The host cluster stays, but what is in it is not shown any more.
-                Some((host, true)) if new.word & l2::OFFSET == host.0 => {
+                Some((host, true)) if new.word & l2::OFFSET == host.0 && !self.meta.external => {
                     self.moves.cancel(geometry.host_cluster(host), 1);
                 }
                 _ => self.unlink(mapping),

@@ -18,9 +18,9 @@ pub struct Extent {
 /// How bytes of the virtual disk are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
-    /// In the image file, in one piece, from this byte on.
+    /// In the image file, or in its external data file, in one piece, from this byte on.
     Data {
-        /// Offset in the image file.
+        /// Offset in that file.
         host_offset: u64,
     },
     /// In the image file, compressed.

@@ -72,7 +72,7 @@ impl<D: BlockDevice> Image<D> {
         if broken(Mutation::UncountSourceEarly) {
             self.uncount(|states| &mut states.committing).await?;
         }
-        let committed = turn.write_back(&self.volume, l1_move).await?;
+        let committed = turn.write_back(&self.volume, self.data.volume(), l1_move).await?;
         // Referenced → done: the new references are durable.
         for m in self.moves.promote(&committed.token) {
             self.finish_move(&m);

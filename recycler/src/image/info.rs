@@ -31,6 +31,10 @@ pub struct Info {
     pub backing_file: Option<String>,
     /// The backing file's format as the image records it.
     pub backing_format: Option<String>,
+    /// The name of the external data file as the image records it; empty if there is one that it does not name.
+    pub data_file: Option<String>,
+    /// Whether the external data file reads as the disk does, without the image.
+    pub data_file_raw: bool,
     /// Whether the handle refuses changes.
     pub read_only: bool,
     /// What keeps parts of the image where they are when it is compacted: one reason each.
@@ -44,6 +48,9 @@ impl<D: BlockDevice> Image<D> {
         if !self.header.unknown_extensions.is_empty() {
             pinned.push("unknown header extensions: clusters without a known owner stay where they are".to_owned());
         }
+        if self.meta.external {
+            pinned.push("an external data file: guest data stays where it is in that file".to_owned());
+        }
         Info {
             version: self.header.version,
             virtual_size: self.virtual_size(),
@@ -55,6 +62,8 @@ impl<D: BlockDevice> Image<D> {
             snapshots: self.snapshot_count(),
             backing_file: self.header.backing_file.clone(),
             backing_format: self.header.backing_format.clone(),
+            data_file: self.meta.external.then(|| self.header.data_file.clone().unwrap_or_default()),
+            data_file_raw: self.header.has_raw_data_file(),
             read_only: self.options.read_only,
             pinned,
         }
@@ -89,7 +98,8 @@ impl<D: BlockDevice> Image<D> {
             guest_discards: total(Counter::Discards),
             guest_discard_bytes: total(Counter::DiscardBytes),
             guest_flushes: self.counters.guest_flushes.load(Relaxed),
-            device_flushes: self.volume.flushes.load(Relaxed),
+            device_flushes: self.volume.flushes.load(Relaxed)
+                + self.data.volume().map_or(0, |data| data.flushes.load(Relaxed)),
             metadata_read_bytes: self.meta.l2.read_bytes.load(Relaxed),
             metadata_write_bytes: self.meta.written.load(Relaxed),
             moved_bytes: self.moves.completed.load(Relaxed) << bits,

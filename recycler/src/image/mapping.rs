@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Image;
 use crate::device::BlockDevice;
+use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Entry, Mapping};
 use crate::format::subclusters::Part;
@@ -89,7 +90,7 @@ impl<D: BlockDevice> Image<D> {
         if run.length < max {
             self.look_on(at, max, purpose, &mut run);
         }
-        if purpose == Purpose::Write
+        if self.may_move(purpose)
             && let RunKind::Data { host, copied: true } = run.kind
         {
             let (first, count) = self.hosts_of(host, run.length);
@@ -101,11 +102,11 @@ impl<D: BlockDevice> Image<D> {
         Ok(Some(run))
     }
 
-    /// Where in the file a request goes that lies within one cluster of data, as most do. `None` if it does not, or if the
+    /// Where, in which file, a request goes that lies within one cluster of data, as most do. `None` if it does not, or if the
     /// answer is not that simple, for whatever reason: then ask [`lookup_cached`](Self::lookup_cached), which is longer and
     /// says the same.
     #[inline(always)]
-    pub(crate) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<HostOffset> {
+    pub(crate) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<(&Volume<D>, HostOffset)> {
         // Before the entry is looked at.
         let moving = self.moves.bounds();
         let cluster_size = self.meta.geometry.cluster_size();
@@ -114,6 +115,9 @@ impl<D: BlockDevice> Image<D> {
             return None;
         }
         let (view, index) = self.meta.l2.view(self.meta.geometry.guest_cluster(at))?;
+        if self.meta.external {
+            return self.place_outside(&view, index, at, length);
+        }
         if purpose == Purpose::Write && !view.targets_checked(index, 1) {
             return None;
         }
@@ -126,7 +130,7 @@ impl<D: BlockDevice> Image<D> {
         if purpose == Purpose::Write && (!copied || moving.touch(self.meta.geometry.host_cluster(host), 1)) {
             return None;
         }
-        Some(HostOffset(host.0 + within))
+        Some((&self.volume, HostOffset(host.0 + within)))
     }
 
     /// Looks at one slice.
@@ -204,7 +208,7 @@ impl<D: BlockDevice> Image<D> {
     ) -> Result<Run> {
         let entries = slice.read();
         let run = self.run_in(&entries, index, at, max)?;
-        if purpose == Purpose::Write
+        if self.may_move(purpose)
             && let RunKind::Data { host, copied: true } = run.kind
         {
             // Still under the slice's lock: the reference cannot be rewritten between this and our write, whatever state
@@ -220,10 +224,11 @@ impl<D: BlockDevice> Image<D> {
     fn run_in(&self, entries: &impl Entries, index: usize, at: GuestOffset, max: u64) -> Result<Run> {
         let cluster_size = self.meta.geometry.cluster_size();
         let within = at.0 & (cluster_size - 1);
+        let guest = self.meta.geometry.guest_cluster(at);
         let entry = entries.get(index);
-        let first = match Mapping::of(entry, self.meta.version, self.meta.geometry) {
+        let first = match self.meta.decode(guest, entry) {
             Ok(first) => first,
-            Err(reason) => return Err(self.invalid_entry(self.meta.geometry.guest_cluster(at), entry, reason)),
+            Err(reason) => return Err(self.invalid_entry(guest, entry, reason)),
         };
         let mut part_length = cluster_size - within;
         let kind = match first {
@@ -245,11 +250,11 @@ impl<D: BlockDevice> Image<D> {
         };
         let mut length = part_length;
         if length < max && !matches!(first, Mapping::Parts { .. }) {
-            length += self.followers(entries, index, max - length, first);
+            length += self.followers(entries, guest, index, max - length, first);
         }
         let length = length.min(max);
         if let RunKind::Data { host, .. } = kind
-            && host.0 + length > self.volume.length()
+            && (self.meta.external || host.0 + length > self.volume.length())
         {
             self.check_end(at, entry, host, length)?;
         }
@@ -257,12 +262,13 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// How many bytes of clusters after that at `index` are stored as it is, in one run with it, in at most about `max` bytes.
-    fn followers(&self, entries: &impl Entries, index: usize, max: u64, first: Mapping) -> u64 {
+    fn followers(&self, entries: &impl Entries, guest: GuestCluster, index: usize, max: u64, first: Mapping) -> u64 {
         let cluster_size = self.meta.geometry.cluster_size();
         let (mut length, mut next) = (0, index + 1);
         while length < max && next < entries.len() {
             // Decoding errors of later entries are left to the request that needs them.
-            let Ok(mapping) = Mapping::of(entries.get(next), self.meta.version, self.meta.geometry) else { break };
+            let guest = GuestCluster(guest.0 + (next - index) as u64);
+            let Ok(mapping) = self.meta.decode(guest, entries.get(next)) else { break };
             let follows = match (first, mapping) {
                 (Mapping::Data { host, copied }, Mapping::Data { host: h, copied: c }) => {
                     h.0 == host.0 + length + cluster_size && c == copied
@@ -280,9 +286,13 @@ impl<D: BlockDevice> Image<D> {
         length
     }
 
-    /// Refuses data that lies outside the file; the last cluster may be cut short.
+    /// Refuses data that lies outside the file; the last cluster may be cut short. What an external data file lacks reads as
+    /// zeroes, but it must be open.
     #[cold]
     fn check_end(&self, at: GuestOffset, entry: Entry, host: HostOffset, length: u64) -> Result<()> {
+        if self.meta.external {
+            return self.ensure_data();
+        }
         let end = self.volume.length();
         if host.0 + length > end.next_multiple_of(self.meta.geometry.cluster_size()) {
             let reason = format!("a data cluster lies outside the file of {end} bytes");
@@ -293,8 +303,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// Decodes an entry, with an error that names its place.
     pub(crate) fn decode(&self, guest: GuestCluster, entry: Entry) -> Result<Mapping> {
-        Mapping::of(entry, self.meta.version, self.meta.geometry)
-            .map_err(|reason| self.invalid_entry(guest, entry, reason))
+        self.meta.decode(guest, entry).map_err(|reason| self.invalid_entry(guest, entry, reason))
     }
 
     pub(crate) fn invalid_entry(&self, guest: GuestCluster, entry: Entry, reason: &str) -> Error {
@@ -370,10 +379,13 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// The host clusters that an entry names, and whether they are the guest cluster's own, not compressed; `None` if it names
-    /// none, or cannot be decoded, which is reported to the request that needs it.
+    /// The clusters of the image that an entry names, and whether they are the guest cluster's own, not compressed; `None` if it
+    /// names none, or cannot be decoded, which is reported to the request that needs it.
     fn targets(&self, entry: Entry) -> Option<(Range<u64>, bool)> {
         let geometry = self.meta.geometry;
+        if self.meta.external {
+            return None;
+        }
         let mapping = Mapping::of(entry, self.meta.version, geometry).ok()?;
         Some((mapping.host_clusters(geometry)?, !matches!(mapping, Mapping::Compressed { .. })))
     }

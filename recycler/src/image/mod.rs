@@ -6,6 +6,7 @@ mod close;
 mod commit;
 pub(crate) mod compress;
 pub mod create;
+pub(crate) mod data_file;
 mod discard;
 mod extents;
 mod flush;
@@ -14,6 +15,7 @@ mod info;
 mod length;
 pub(crate) mod mapping;
 mod open;
+mod outside;
 pub(crate) mod packed;
 pub(crate) mod plan;
 mod read;
@@ -28,7 +30,7 @@ mod write;
 
 pub use bitmaps::BitmapInfo;
 pub use commit::{CommitReport, commit};
-pub use create::{CreateOptions, create};
+pub use create::{CreateOptions, DataFileOptions, create, create_with_data};
 pub use extents::{Extent, ExtentKind};
 pub use info::Info;
 pub use snapshots::SnapshotInfo;
@@ -48,6 +50,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, AsyncRwLock, Mutex, Notify};
 use backing::Backing;
 use bitmaps::Bitmaps;
+use data_file::DataFile;
 use turns::Turns;
 
 /// An open image on a device of type `D`. All calls take `&self`; any number of tasks and threads may make them at once.
@@ -71,6 +74,8 @@ pub struct Image<D: BlockDevice> {
     snapshots: Mutex<snapshots::Snapshots>,
     virtual_size: AtomicU64,
     backing: Backing,
+    /// Where guest data is, if not in the image.
+    pub(crate) data: DataFile<D>,
     pub(crate) bitmaps: Bitmaps,
     closed: AtomicBool,
     panicked: AtomicBool,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::backing::Backing;
 use super::bitmaps::Bitmaps;
+use super::data_file::DataFile;
 use super::gate::Gate;
 use super::snapshots::Snapshots;
 use super::turns::Turns;
@@ -16,7 +17,7 @@ use crate::clusters::moves::ActiveMoves;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
-use crate::format::header::{self, AUTOCLEAR_BITMAPS, Header, incompatible};
+use crate::format::header::{self, AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Header, incompatible};
 use crate::format::snapshot::{self, Snapshot};
 use crate::metadata::Metadata;
 use crate::options::{LogLevel, Options};
@@ -30,13 +31,22 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// [`Error::Invalid`] names the field and its offset; [`Error::Unsupported`] names the feature, and nothing was
-    /// changed; [`Error::BackingNotAllowed`]; [`Error::Io`].
+    /// changed; [`Error::BackingNotAllowed`]; [`Error::DataFileNotAllowed`]; [`Error::Io`].
     pub async fn open(device: D, options: Options) -> Result<Self> {
-        Self::open_above(device, options, &[]).await
+        Self::open_above(device, None, options, &[]).await
+    }
+
+    /// Opens the image on `device` whose guest data is in an external data file, which is on `data`, whatever the image calls
+    /// it. The option for data files is not asked.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); [`Error::BadOption`] if the image has no external data file.
+    pub async fn open_with_data(device: D, data: D, options: Options) -> Result<Self> {
+        Self::open_above(device, Some(data), options, &[]).await
     }
 
     /// Opens an image that is behind those at the given paths.
-    pub(super) async fn open_above(device: D, options: Options, above: &[PathBuf]) -> Result<Self> {
+    pub(super) async fn open_above(device: D, data: Option<D>, options: Options, above: &[PathBuf]) -> Result<Self> {
         let volume = Volume::new(device).await?;
         let (mut header, mut sector) = read_header(&volume).await?;
         let refusal =
@@ -53,6 +63,7 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         let (snapshots, snapshots_end) = read_snapshots(&volume, &header).await?;
+        let data = DataFile::open(&header, volume.device(), data, &options, above).await?;
         if !options.read_only && (header.version < 3 || header.incompatible & incompatible::DIRTY != 0) {
             recover(&volume, &header, &options).await?;
             // A repair may have made tables anew at the end of the file.
@@ -76,6 +87,7 @@ impl<D: BlockDevice> Image<D> {
             virtual_size: AtomicU64::new(header.virtual_size),
             header,
             backing,
+            data,
             bitmaps: Bitmaps::default(),
             closed: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
@@ -99,7 +111,8 @@ impl<D: BlockDevice> Image<D> {
             image.note_end().await?;
             // Reads all of them before it writes: an image that is refused is left as it was.
             image.load_bitmaps().await?;
-            let kept = image.header.autoclear & AUTOCLEAR_BITMAPS;
+            image.data.reach(image.header.virtual_size).await?;
+            let kept = image.header.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE);
             if image.header.autoclear != kept {
                 // Features that we do not keep up to date must not be believed any more once we write.
                 let turn = image.meta.exclusive_turn().await;

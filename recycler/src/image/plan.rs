@@ -27,7 +27,7 @@ use crate::units::{GuestOffset, HostOffset};
 /// What to do with the next bytes of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Planned {
-    /// Read or write this many bytes of the file, which it has.
+    /// Read or write this many bytes of the file with guest data, which it has.
     Transfer { host: HostOffset, length: u64 },
     /// Only for reads: this many bytes are zero.
     Zeroes { length: u64 },
@@ -89,7 +89,7 @@ impl<D: BlockDevice> Image<D> {
         Ok(match (run.kind, purpose) {
             // The last cluster of the file may be cut short: that is for the asynchronous path to handle.
             (RunKind::Data { host, copied }, _)
-                if (copied || purpose == Purpose::Read) && host.0 + length <= self.volume.length() =>
+                if (copied || purpose == Purpose::Read) && host.0 + length <= self.guest_volume().length() =>
             {
                 Planned::Transfer { host, length }
             }
@@ -103,8 +103,9 @@ impl<D: BlockDevice> Image<D> {
     #[inline]
     pub(super) fn read_mapped(&self, offset: u64, buf: &mut IoBufMut<'_>) -> Result<bool> {
         let length = buf.len() as u64;
-        let Some(host) = self.place_of(GuestOffset(offset), length, Purpose::Read) else { return Ok(false) };
-        match self.volume.read_now("reading guest data", host.0, buf.reborrow()) {
+        let place = self.place_of(GuestOffset(offset), length, Purpose::Read);
+        let Some((volume, host)) = place else { return Ok(false) };
+        match volume.read_now("reading guest data", host.0, buf.reborrow()) {
             None => Ok(false),
             Some(Ok(())) => Ok(true),
             Some(Err(e)) => Err(e),
@@ -114,8 +115,9 @@ impl<D: BlockDevice> Image<D> {
     /// Writes a request of the commonest kind at once: `false` if it is not of that kind.
     #[inline]
     pub(super) fn write_mapped(&self, offset: u64, buf: IoBuf<'_>) -> Result<bool> {
-        let Some(host) = self.place_of(GuestOffset(offset), buf.len() as u64, Purpose::Write) else { return Ok(false) };
-        match self.volume.write_now("writing guest data", host.0, buf) {
+        let place = self.place_of(GuestOffset(offset), buf.len() as u64, Purpose::Write);
+        let Some((volume, host)) = place else { return Ok(false) };
+        match volume.write_now("writing guest data", host.0, buf) {
             None => Ok(false),
             Some(Ok(())) => Ok(true),
             Some(Err(e)) => Err(e),
@@ -130,7 +132,7 @@ impl<D: BlockDevice> Image<D> {
             match self.plan(request, offset + done as u64, max, Purpose::Read)? {
                 Planned::Transfer { host, length } => {
                     let end = done + length as usize;
-                    match self.volume.read_now("reading guest data", host.0, buf.slice(done..end)) {
+                    match self.guest_volume().read_now("reading guest data", host.0, buf.slice(done..end)) {
                         None => break,
                         Some(result) => result?,
                     }
@@ -179,7 +181,7 @@ impl<D: BlockDevice> Image<D> {
                 break;
             };
             let end = done + length as usize;
-            match self.volume.write_now("writing guest data", host.0, buf.slice(done..end)) {
+            match self.guest_volume().write_now("writing guest data", host.0, buf.slice(done..end)) {
                 None => break,
                 Some(result) => result?,
             }

@@ -63,7 +63,7 @@ impl<D: BlockDevice> Image<D> {
             let end = done + run.length as usize;
             let mut part = buf.slice(done..end);
             match run.kind {
-                RunKind::Data { host, .. } => self.volume.read("reading guest data", host.0, part).await?,
+                RunKind::Data { host, .. } => self.guest_volume().read("reading guest data", host.0, part).await?,
                 RunKind::Zero => part.fill_zero(),
                 RunKind::Unallocated => self.backing.read(at, part).await?,
                 RunKind::Compressed { descriptor } => {

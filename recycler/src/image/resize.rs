@@ -27,6 +27,7 @@ impl<D: BlockDevice> Image<D> {
             return Err(Error::Closed);
         }
         self.ensure_writable()?;
+        self.ensure_data()?;
         if !size.is_multiple_of(512) {
             return Err(bad(format!("{size} is not a multiple of 512 bytes")));
         }
@@ -68,7 +69,8 @@ impl<D: BlockDevice> Image<D> {
             return Err(e);
         }
         self.forget_past(size).await?;
-        self.commit().await.map(|_| ())
+        self.commit().await?;
+        self.cut_data(size, old).await
     }
 
     /// Makes a smaller size durable.
@@ -131,7 +133,8 @@ impl<D: BlockDevice> Image<D> {
             let turn = self.meta.exclusive_turn().await;
             turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await?;
         }
-        self.clear_new(old, end).await?;
+        self.grow_data(size, old).await?;
+        self.clear_new(old, size, end).await?;
         let mut turn = self.meta.exclusive_turn().await;
         self.commit_in_turn(&mut turn, None).await?;
         // Cut before: the disk has its old size. After: its new one, and everything new is zero.
@@ -140,8 +143,13 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// Makes `from..to` read as zeroes, skipping what has no L2 table unless a backing file shows there.
-    async fn clear_new(&self, from: u64, to: u64) -> Result<()> {
+    /// Makes `from..to` read as zeroes, skipping what has no L2 table unless a backing file shows there. The disk will end at
+    /// `size`, in the last of these clusters.
+    async fn clear_new(&self, from: u64, size: u64, to: u64) -> Result<()> {
+        if self.header.has_raw_data_file() {
+            // What is new in the data file is zero, and so is what reads as zeroes by its entry.
+            return Ok(());
+        }
         let geometry = self.meta.geometry;
         let table_bytes = geometry.l2_entries() << geometry.cluster_bits;
         let mut at = from;
@@ -149,7 +157,9 @@ impl<D: BlockDevice> Image<D> {
             let end = to.min((at / table_bytes + 1) * table_bytes);
             let mapped = self.meta.l1.get(at / table_bytes, self.volume.length())?.is_some();
             if mapped || !self.backing.is_zero_from(at) {
-                self.clear_range(at, end, end, Clear::Unmap, Access::Frozen).await?;
+                // An external data file ends with the disk, wherever in a cluster that is.
+                let visible = if self.meta.external { end.min(size) } else { end };
+                self.clear_range(at, visible, end, Clear::Unmap, Access::Frozen).await?;
             }
             at = end;
         }

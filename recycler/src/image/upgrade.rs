@@ -6,7 +6,7 @@ use crate::buf::{IoBuf, IoBufMut};
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::upgrade as format;
-use crate::options::{BackingPolicy, Options};
+use crate::options::{BackingPolicy, DataFilePolicy, Options};
 
 /// Makes an image of version 2 one of version 3, as `qemu-img amend -o compat=1.1` does; nobody may be using it. An image of
 /// version 3 stays as it is. Leaked clusters are reclaimed first.
@@ -17,7 +17,8 @@ use crate::options::{BackingPolicy, Options};
 pub async fn upgrade<D: BlockDevice>(device: D, options: &Options) -> Result<()> {
     // No contents are needed. Opening an image of version 2 for writing, and closing it, leaves nothing leaked: version 3
     // would not look for that again.
-    let own = Options { backing: BackingPolicy::Skip, read_only: false, ..options.clone() };
+    let own =
+        Options { backing: BackingPolicy::Skip, data_file: DataFilePolicy::Skip, read_only: false, ..options.clone() };
     let image = Image::open(device, own).await?;
     image.close().await?;
     if image.meta.version == 2 { image.become_version_3().await } else { Ok(()) }

@@ -76,7 +76,8 @@ impl<D: BlockDevice> Image<D> {
             let rest = buf.slice(done..buf.len());
             let run = self.lookup(at, rest.len() as u64, Purpose::Write).await?;
             done += if let RunKind::Data { host, copied: true } = run.kind {
-                self.volume.write("writing guest data", host.0, rest.slice(0..run.length as usize)).await?;
+                let rest = rest.slice(0..run.length as usize);
+                self.guest_volume().write("writing guest data", host.0, rest).await?;
                 run.length as usize
             } else {
                 self.write_allocating(at, rest.slice(0..run.length.min(STEP) as usize), access).await?
@@ -92,10 +93,13 @@ impl<D: BlockDevice> Image<D> {
         let cluster_size = geometry.cluster_size();
         let first = geometry.guest_cluster(at);
         let count = (at.0 + buf.len() as u64).div_ceil(cluster_size) - first.0;
-        let _turn = self.allocating.take(first.0..first.0 + count).await;
+        let _turn = self.allocating.take(self.turn_for(first.0..first.0 + count)).await;
         let _unfrozen = self.unfrozen(access).await;
         self.prepare_changes().await?;
         let (slice, index) = self.slice_for_change(first).await?;
+        if self.meta.external {
+            return self.write_outside(&slice, index, at, buf).await;
+        }
         self.check_targets(&slice, first, index, count).await?;
 
         // What the clusters are now. Of these, a discard or a move may still change them before we link ours.
@@ -233,7 +237,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Whether a cluster that is mapped so reads as zeroes from byte `at` of the disk to its end.
-    fn reads_as_zero(&self, mapping: Mapping, at: u64) -> bool {
+    pub(super) fn reads_as_zero(&self, mapping: Mapping, at: u64) -> bool {
         match mapping {
             Mapping::Zero { .. } => true,
             Mapping::Unallocated => self.backing.is_zero_from(at),
@@ -241,8 +245,11 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// A mapping was replaced: its clusters lose a reference. To be called under the slice's lock.
+    /// A mapping was replaced: its clusters of the image lose a reference. To be called under the slice's lock.
     pub(super) fn unlink(&self, mapping: Mapping) {
+        if self.meta.external {
+            return;
+        }
         let geometry = self.meta.geometry;
         let mut states = self.clusters.lock();
         match mapping {

@@ -120,10 +120,12 @@ impl CommitTurn<'_> {
     ///
     /// What was freed must be taken note of *before* this call: its unlinking is then in the copy taken here.
     ///
-    /// With `l1_move` the L1 table moves too; its old place is not referred to any more when this returns.
+    /// With `l1_move` the L1 table moves too; its old place is not referred to any more when this returns. `data` is where guest
+    /// data is, if that is not `volume`.
     pub(crate) async fn write_back<D: BlockDevice>(
         &mut self,
         volume: &Volume<D>,
+        data: Option<&Volume<D>>,
         l1_move: Option<L1Move<'_>>,
     ) -> Result<Committed> {
         let meta = self.metadata;
@@ -163,6 +165,16 @@ impl CommitTurn<'_> {
 
         let mut header_in_doubt = HeaderInDoubt { volume, settled: true };
         let written = async {
+            if let Some(data) = data.filter(|_| !broken(Mutation::EntryBeforeDataFile)) {
+                // An entry is set when all of its cluster has been written to the data file. So this flush, which begins after
+                // the entries were copied, covers what any of them shows. Cut before it: no entry was written, so the old
+                // ones stand, and none of them shows what was written to clusters of the data file that were not in use.
+                // Cut after it: whichever entries become durable, their clusters hold what they must hold.
+                if let Err(e) = data.flush().await {
+                    volume.fail(|| e.to_string());
+                    return Err(e);
+                }
+            }
             if broken(Mutation::TablesBeforeCounts) {
                 l2_writes.submit(volume, "writing an L2 table").await?;
                 l1_writes.submit(volume, "writing the L1 table").await?;

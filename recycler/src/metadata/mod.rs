@@ -18,10 +18,11 @@ use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, Volume};
 use crate::error::Result;
-use crate::format::header::Header;
+use crate::format::header::{Header, incompatible};
+use crate::format::l2::{Entry, Mapping};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{AsyncMutex, Mutex};
-use crate::units::{Geometry, HostOffset};
+use crate::units::{Geometry, GuestCluster, HostOffset};
 use commit::{Stamp, Unfinished};
 use l1::L1Table;
 use l2::L2Cache;
@@ -33,6 +34,8 @@ use refcounts::Refcounts;
 pub(crate) struct Metadata {
     pub(crate) geometry: Geometry,
     pub(crate) version: u32,
+    /// Whether guest data is in an external data file: then L2 entries name no cluster of this one.
+    pub(crate) external: bool,
     /// The header's first sector as it is on disk. It is always written whole: a sector write is atomic.
     header: Mutex<[u8; 512]>,
     pub(crate) l1: L1Table,
@@ -70,6 +73,7 @@ impl Metadata {
         Ok(Metadata {
             geometry,
             version: header.version,
+            external: header.incompatible & incompatible::DATA_FILE != 0,
             header: Mutex::new(sector),
             l1: L1Table::open(volume, geometry, header.l1_offset, header.l1_entries).await?,
             l2: L2Cache::new(geometry, l2_cache_size, patches.clone()),
@@ -83,6 +87,15 @@ impl Metadata {
             completed: Mutex::default(),
             written: AtomicU64::new(0),
         })
+    }
+
+    /// What an L2 entry of a guest cluster says; the error is the reason why it cannot be.
+    #[inline]
+    pub(crate) fn decode(&self, guest: GuestCluster, entry: Entry) -> std::result::Result<Mapping, &'static str> {
+        if self.external {
+            return Mapping::decode_external(entry.word, guest.0 << self.geometry.cluster_bits);
+        }
+        Mapping::of(entry, self.version, self.geometry)
     }
 }
 

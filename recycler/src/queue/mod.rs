@@ -183,7 +183,7 @@ impl<D: BlockDevice> Queue<D> {
             let reason = format!("{depth} is not from 1 to {MAX_DEPTH}");
             return Err(Error::BadOption { name: "depth".to_owned(), reason });
         }
-        let file = image.device().host_file().filter(|_| transfers == Transfers::Auto);
+        let file = image.guest_volume().device().host_file().filter(|_| transfers == Transfers::Auto);
         let ring = file.and_then(|file| match file.for_kernel().and_then(|file| Ring::new(depth, &file)) {
             Ok(ring) => Some(ring),
             Err(e) => {
@@ -410,14 +410,14 @@ impl<D: BlockDevice> Shared<D> {
     ) -> Option<Request> {
         let length = memory.len() as u64;
         let purpose = direction.purpose();
-        let file = self.image.device().host_file();
+        let file = self.image.guest_volume().device().host_file();
         let by_ring = state.ring.is_some() && memory.areas().len() <= ring::MAX_AREAS;
         let planned = self.image.begin(offset, length, purpose).and_then(|request| {
             // Where the gate is closed a helper waits.
             let Some(request) = request else { return Ok(None) };
             let planned = if length == 0 {
                 Planned::Zeroes { length: 0 }
-            } else if let Some(host) = self.image.place_of(GuestOffset(offset), length, purpose) {
+            } else if let Some((_, host)) = self.image.place_of(GuestOffset(offset), length, purpose) {
                 Planned::Transfer { host, length }
             } else {
                 self.image.plan(&request, offset, length, purpose)?
@@ -442,7 +442,7 @@ impl<D: BlockDevice> Shared<D> {
                     && if by_ring {
                         file.is_some_and(|file| file.takes(direction, host.0, memory.areas()))
                     } else {
-                        self.image.device().begins(direction, memory.areas())
+                        self.image.guest_volume().device().begins(direction, memory.areas())
                     } =>
             {
                 if let Some(number) = state.free.pop() {
@@ -472,7 +472,7 @@ impl<D: BlockDevice> Shared<D> {
                 self.again(state, number);
             }
         } else if let Some(end) = self.ends.get(number as usize) {
-            let begin = || self.image.device().begin(*direction, host.0, memory, end.done());
+            let begin = || self.image.guest_volume().device().begin(*direction, host.0, memory, end.done());
             // The transfer has failed then, or the device knows of it and tells of its end.
             if catch_unwind(AssertUnwindSafe(begin)).is_err() {
                 self.image.panicked("the beginning of a transfer");
@@ -575,8 +575,8 @@ impl<D: BlockDevice> Shared<D> {
                 let request = image.epochs.attach(request);
                 let action = direction.action();
                 match direction {
-                    Direction::Read => block_on(image.volume.read(action, host.0, memory.destination()))?,
-                    Direction::Write => block_on(image.volume.write(action, host.0, memory.source()))?,
+                    Direction::Read => block_on(image.guest_volume().read(action, host.0, memory.destination()))?,
+                    Direction::Write => block_on(image.guest_volume().write(action, host.0, memory.source()))?,
                 }
                 image.end(request, memory.len() as u64, direction.purpose());
                 Ok(())

@@ -234,7 +234,7 @@ pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model) -> 
 ///
 /// # Errors
 /// It waits.
-fn at_once<T>(future: impl Future<Output = T>) -> Result<T, &'static str> {
+pub fn at_once<T>(future: impl Future<Output = T>) -> Result<T, &'static str> {
     let mut future = std::pin::pin!(future);
     let mut context = Context::from_waker(Waker::noop());
     for _ in 0..1_000_000 {

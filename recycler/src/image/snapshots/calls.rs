@@ -199,6 +199,9 @@ impl<D: BlockDevice> Image<D> {
             return Err(Error::Closed);
         }
         self.ensure_writable()?;
+        if self.meta.external {
+            return Err(Error::unsupported("internal snapshots of an image with an external data file"));
+        }
         let turn = self.recycler_turn().await?;
         self.leave_room().await;
         Ok(turn)
