@@ -94,6 +94,8 @@ pub struct Stored {
     pub l2: Option<(u64, Range<u64>)>,
     /// Where its data is.
     pub data: Option<Range<u64>>,
+    /// Whether that is compressed.
+    pub compressed: bool,
 }
 
 /// How often something refers to a host cluster.
@@ -286,11 +288,13 @@ impl<'a> Anatomy<'a> {
             let l1_entry = self.l1.at.checked_add(guest / per_table * 8)?;
             let table = number(self.bytes, l1_entry, 8)? & OFFSET;
             if table == 0 {
-                return Some(Stored { l1_entry, l2: None, data: None });
+                return Some(Stored { l1_entry, l2: None, data: None, compressed: false });
             }
             let at = table.checked_add(guest % per_table * self.l2_width())?;
             let entry = number(self.bytes, at, 8)?;
-            Some(Stored { l1_entry, l2: Some((table, at..at.saturating_add(self.l2_width()))), data: self.data(entry) })
+            Some(Stored { l1_entry, l2: Some((table, at..at.saturating_add(self.l2_width()))), data: self.data(entry),
+                compressed: entry & COMPRESSED != 0,
+            })
         };
         (0..clusters).map_while(one).collect()
     }

@@ -151,8 +151,11 @@ impl Original {
         };
         let Some(anatomy) = Anatomy::of(&file.bytes) else { return Disk::default() };
         // What gives entries their meaning (the version, and whether they are extended), the geometry, and where the L1 table is.
-        let extended = |bytes: &[u8]| bytes.get(79).map(|features| features & 16);
-        let readable = same(4..8) && same(20..24) && same(40..48) && extended(&self.bytes) == extended(&file.bytes);
+        let features = |bytes: &[u8], bits: u8| bytes.get(79).map(|features| features & bits);
+        let same_bits = |bits| features(&self.bytes, bits) == features(&file.bytes, bits);
+        let readable = same(4..8) && same(20..24) && same(40..48) && same_bits(16);
+        // What is compressed needs the way in which it is, too.
+        let unpackable = same_bits(8) && same(104..105);
         let backing_is_same = same(8..20);
         let mut disk = self.disk.clone();
         for (guest, stored) in (0..).zip(&self.stored) {
@@ -160,6 +163,7 @@ impl Original {
             let entries = std::iter::once(stored.l1_entry..stored.l1_entry + 8).chain(l2_entry);
             let mut untouched = readable && entries.into_iter().all(same);
             untouched &= match &stored.data {
+                Some(data) if stored.compressed => unpackable && same(data.clone()),
                 Some(data) => same(data.clone()),
                 None => backing_is_same,
             };

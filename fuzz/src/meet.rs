@@ -170,14 +170,15 @@ async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> 
     };
     met.writable = true;
     // Opening may have repaired the image.
-    let opened = device.contents(64 << 20);
-    met.followed = is_accounted_for(&opened);
-    let sound = met.followed && !is_shared_with_itself(&opened) && is_sound(&device).await;
+    let opened = Opened::of(&device);
+    met.followed = is_accounted_for(&opened.file);
+    let sound = met.followed && !is_shared_with_itself(&opened.file) && is_sound(&device).await;
     let trust = match met.followed {
         true => Trust::All,
-        false if choices.chance(60) => Trust::Part(bystanders(&opened, image.virtual_size().min(MOST_BYTES))),
+        false if choices.chance(60) => Trust::Part(bystanders(&opened.file, image.virtual_size().min(MOST_BYTES))),
         false => Trust::Nothing,
     };
+    drop(opened);
     let mut guest = Guest { image: &image, disk, trust, version: 0, met };
     guest.disk_follows_size();
     if let Trust::Part(bystanders) = &guest.trust {
@@ -214,6 +215,25 @@ async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> 
         reopen(&device, &disk, sound).await?;
     }
     unbroken(&device)
+}
+
+/// What the file holds, in memory that nobody counts: it may be long.
+struct Opened {
+    file: File,
+}
+
+impl Opened {
+    fn of(device: &Sparse) -> Self {
+        let _unmetered = meter::pause();
+        Opened { file: device.contents(64 << 20) }
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let _unmetered = meter::pause();
+        self.file = File::new(Vec::new());
+    }
 }
 
 /// Who refuses to open an image to write leaves it as it was. One that was not closed may have been repaired in part,

@@ -348,10 +348,10 @@ impl<D: BlockDevice> Image<D> {
                     let entry = entries.get(i);
                     match self.targets(entry) {
                         // One such entry is reason enough to trust none of the slice.
-                        Some((hosts, true)) if tables.contains(HostCluster(hosts.start)) => {
+                        Some(hosts) if tables.count_in(hosts.clone()) > 0 => {
                             return Err(invalid(i, entry, "it points at one of the image's own tables"));
                         }
-                        Some((hosts, _)) if range.contains(&i) && next.is_none() => next = Some(hosts),
+                        Some(hosts) if range.contains(&i) && next.is_none() => next = Some(hosts),
                         Some(_) => {}
                         None => slice.targets.set_checked(i),
                     }
@@ -369,7 +369,7 @@ impl<D: BlockDevice> Image<D> {
             let states = self.clusters.lock();
             for i in (0..entries.len()).filter(|&i| !slice.targets.is_checked(i)) {
                 let entry = entries.get(i);
-                let Some((hosts, _)) = self.targets(entry) else { continue };
+                let Some(hosts) = self.targets(entry) else { continue };
                 match refcounts.all_counted(&hosts) {
                     Some(true) if !states.any_free(&hosts) => slice.targets.set_checked(i),
                     Some(_) if range.contains(&i) => return Err(invalid(i, entry, "it points at a free cluster")),
@@ -379,14 +379,14 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// The clusters of the image that an entry names, and whether they are the guest cluster's own, not compressed; `None` if it
-    /// names none, or cannot be decoded, which is reported to the request that needs it.
-    fn targets(&self, entry: Entry) -> Option<(Range<u64>, bool)> {
+    /// The clusters of the image that an entry names: a guest may write to them, or give up a reference to them. `None` if it names
+    /// none, or cannot be decoded, which is reported to the request that needs it.
+    fn targets(&self, entry: Entry) -> Option<Range<u64>> {
         let geometry = self.meta.geometry;
         if self.meta.external {
             return None;
         }
         let mapping = Mapping::of(entry, self.meta.version, geometry).ok()?;
-        Some((mapping.host_clusters(geometry)?, !matches!(mapping, Mapping::Compressed { .. })))
+        mapping.host_clusters(geometry)
     }
 }

@@ -110,61 +110,69 @@ impl<D: BlockDevice> Drop for Repack<'_, D> {
 }
 
 impl<D: BlockDevice> Image<D> {
-    /// Of these clusters, those that nobody but the disk's compressed clusters uses: they are counted as often as those refer
-    /// to them, and nothing else does. In a damaged image the count may be right by chance, one reference too many of one
+    /// Of these clusters, and their neighbours, into which their extents may reach, those that nobody but the disk's compressed
+    /// clusters uses: they are counted as often as those refer to them, and nothing else does. In a damaged image the count may be right by chance, one reference too many of one
     /// kind and one too few of another, so every other reference is looked for, in the snapshots' tables, too.
     pub(crate) async fn sole_packed(
         &self,
         packed: &Packed,
-        mut chosen: ClusterSet,
+        chosen: &ClusterSet,
         snapshots: &mut L1Tables,
     ) -> Result<ClusterSet> {
+        let mut sole = ClusterSet::default();
         {
             let mut refcounts = self.meta.refcounts.lock().await;
             for (&c, used) in &packed.clusters {
-                if chosen.contains(c) && refcounts.count(&self.volume, c).await? != used.extents {
-                    chosen.remove(c);
+                let near = chosen.count_in(c.0.saturating_sub(1)..c.0 + 2) > 0;
+                if near && refcounts.count(&self.volume, c).await? == used.extents {
+                    sole.insert(c);
                 }
             }
         }
-        chosen.remove_all(&self.meta.tables.lock());
+        sole.remove_all(&self.meta.tables.lock());
         let mut words = Vec::new();
         for l1_index in 0..self.meta.l1.len().max(snapshots.len()) {
-            if chosen.is_empty() {
+            if sole.is_empty() {
                 break;
             }
             for table in snapshots.at(&self.volume, &self.meta, l1_index).await? {
                 read_table(&self.volume, &self.meta, table.host, &mut words).await?;
-                self.leave_out(&mut chosen, table.host, &words, |_| true);
+                self.leave_out(&mut sole, table.host, &words, |_| true);
             }
             if let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? {
                 self.meta.l2.survey(&self.volume, table.host, l1_index, &mut words).await?;
                 // The compressed clusters of such a table are what the choice is about.
                 let other = |m: &Mapping| !table.copied || !matches!(m, Mapping::Compressed { .. });
-                self.leave_out(&mut chosen, table.host, &words, other);
+                self.leave_out(&mut sole, table.host, &words, other);
             }
             // Walking the tables of a large image must not keep other work from this thread.
             tokio::task::yield_now().await;
         }
-        Ok(chosen)
+        Ok(sole)
     }
 
-    /// Takes a table out of `chosen`, and what those of its entries name that `other` says.
-    fn leave_out(&self, chosen: &mut ClusterSet, table: HostOffset, words: &[u64], other: impl Fn(&Mapping) -> bool) {
+    /// Takes a table out of `sole`, and what those of its entries name that `other` says.
+    fn leave_out(&self, sole: &mut ClusterSet, table: HostOffset, words: &[u64], other: impl Fn(&Mapping) -> bool) {
         let geometry = self.meta.geometry;
-        chosen.remove(geometry.host_cluster(table));
+        sole.remove(geometry.host_cluster(table));
         for entry in l2::entries(words, geometry).filter(|e| !e.is_empty()) {
             if let Ok(mapping) = Mapping::of(entry, self.meta.version, geometry)
                 && other(&mapping)
                 && let Some(clusters) = mapping.host_clusters(geometry)
             {
-                chosen.remove_range(clusters);
+                sole.remove_range(clusters);
             }
         }
     }
 
-    /// The compressed clusters of one L2 table whose data touches one of these host clusters.
-    pub(crate) async fn packed_in(&self, l1_index: u64, clusters: &ClusterSet) -> Result<Vec<Extent>> {
+    /// The compressed clusters of one L2 table whose data touches one of the clusters `chosen`, and no other than `sole` ones:
+    /// all of them lose a reference when it moves.
+    pub(crate) async fn packed_in(
+        &self,
+        l1_index: u64,
+        chosen: &ClusterSet,
+        sole: &ClusterSet,
+    ) -> Result<Vec<Extent>> {
         let geometry = self.meta.geometry;
         let mut found = Vec::new();
         let Some(table) = self.meta.l1.get(l1_index, self.volume.length())?.filter(|t| t.copied) else {
@@ -175,7 +183,8 @@ impl<D: BlockDevice> Image<D> {
         for (guest, entry) in (l1_index * geometry.l2_entries()..).zip(l2::entries(&words, geometry)) {
             if let Ok(Mapping::Compressed { descriptor }) = Mapping::of(entry, self.meta.version, geometry) {
                 let (first, count) = l2::compressed_clusters(descriptor, geometry);
-                if (first.0..first.0 + count).any(|c| clusters.contains(HostCluster(c))) {
+                let touched = first.0..first.0 + count;
+                if chosen.count_in(touched.clone()) > 0 && sole.count_in(touched) == count {
                     found.push(Extent { guest: GuestCluster(guest), descriptor, to: 0 });
                 }
             }

@@ -33,16 +33,16 @@ impl<D: BlockDevice> Compaction<'_, D> {
         if !std::mem::replace(&mut self.gathered, true) {
             chosen.add_all(&packed.sparse(geometry));
         }
-        let chosen = image.sole_packed(packed, chosen, snapshots).await?;
+        let sole = image.sole_packed(packed, &chosen, snapshots).await?;
         let mut waiting: VecDeque<Extent> = VecDeque::new();
-        let mut tables = packed.tables.iter().filter(|_| !chosen.is_empty());
+        let mut tables = packed.tables.iter().filter(|_| !sole.is_empty());
         // Whether something was moved since what was moved before was made Junk.
         let mut emptied = false;
         loop {
             while waiting.iter().map(|e| length(e, geometry)).sum::<u64>() < BATCH_BYTES
                 && let Some(&l1_index) = tables.next()
             {
-                waiting.extend(image.packed_in(l1_index, &chosen).await?);
+                waiting.extend(image.packed_in(l1_index, &chosen, &sole).await?);
             }
             if waiting.is_empty() {
                 break;
