@@ -72,8 +72,9 @@ def test_queue_on_a_file(how: str, image_path: Path, tmp_path: Path) -> None:
     run("qemu-img", "check", "-q", image_path)
 
 
-def test_images_in_files(tmp_path: Path) -> None:
-    program = build(SOURCES / "paths.c", tmp_path / "paths")
+@pytest.mark.parametrize("name", ["paths", "data_file"])
+def test_images_in_files(name: str, tmp_path: Path) -> None:
+    program = build(SOURCES / f"{name}.c", tmp_path / name)
     place = tmp_path / "place"
     place.mkdir()
     execute(tmp_path / "suppressions", program, place)
