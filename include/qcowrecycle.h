@@ -163,6 +163,17 @@ struct qcr_error {
  */
 #define QCR_BACKING_ALLOW 2
 
+/* External data file (which holds the guest's data): an image that has one is refused with -EPERM. The default. */
+#define QCR_DATA_FILE_REFUSE 0
+
+/* External data file: not opened. Requests of guests fail, everything else works, compacting included. */
+#define QCR_DATA_FILE_SKIP 1
+
+/* External data file: opened, for writing too unless QCR_READ_ONLY is set, and locked as the image is. For images from
+ * a source you trust: the image names the file.
+ */
+#define QCR_DATA_FILE_ALLOW 2
+
 /* Format of a backing file: none is assumed; where an image records none, it is refused. The default. */
 #define QCR_FORMAT_RECORDED 0
 
@@ -208,12 +219,18 @@ struct qcr_options {
      * QCR_FORMAT_QCOW2.
      */
     uint32_t backing_format;
-    /* Where relative names of backing files start. NULL: in the directory of the image's own path; an image on
-     * block callbacks has none, and must be given one if backing files are allowed.
+    /* Where relative names of backing files and of the data file start. NULL: in the directory of the image's own
+     * path; an image on block callbacks has none, and must be given one if backing files are allowed.
      */
     const char *backing_directory;
     /* The image's name in statistics and messages, UTF-8. */
     char id[64];
+    /* QCR_DATA_FILE_REFUSE, QCR_DATA_FILE_SKIP or QCR_DATA_FILE_ALLOW. Not asked by
+     * qcr_open_callbacks_with_data().
+     */
+    uint32_t data_file;
+    /* 0. */
+    uint32_t reserved;
 };
 
 /* Takes a message. It is called from any thread, also from several at once, never under a lock of the library. It
@@ -354,12 +371,17 @@ struct qcr_block_callbacks {
  * least).
  */
 #define QCR_CREATE_EXTENDED_L2 4
+/* Creation flag: the external data file is to read as the disk does, without the image, at any time: discards make it
+ * zero. Not with a backing file.
+ */
+#define QCR_CREATE_DATA_FILE_RAW 4
 
 /* What a new image is to be like. All zeroes but struct_size and virtual_size: as QEMU makes them by default. */
 struct qcr_create_options {
     /* sizeof(struct qcr_create_options), set by the caller. */
     uint32_t struct_size;
     /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_EXTENDED_L2. */
+    /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_DATA_FILE_RAW. */
     uint32_t flags;
     /* Size of the virtual disk in bytes, a multiple of 512. */
     uint64_t virtual_size;
@@ -375,6 +397,11 @@ struct qcr_create_options {
     const char *backing_file;
     /* See backing_file. */
     const char *backing_format;
+    /* The name of an external data file to record, UTF-8, relative to the image, or NULL: the guest's data is kept
+     * there, not in the image (version 3 only). qcr_create_path() makes it as it makes the image. QEMU takes a relative
+     * name from its own working directory.
+     */
+    const char *data_file;
 };
 
 /* Makes a new image in the file `path` and closes it. Any thread.
@@ -391,6 +418,15 @@ int qcr_create_path(const char *path, const struct qcr_create_options *options, 
  */
 int qcr_create_callbacks(const struct qcr_block_callbacks *callbacks,
                          const struct qcr_create_options *options, struct qcr_error *error);
+
+/* Writes a new image with an external data file to block callbacks, whatever they held before: the data file to those of
+ * `data`; then `destroy` of both is called. Any thread.
+ *
+ * Errors: as qcr_create_callbacks(); -EINVAL without a name for the data file.
+ */
+int qcr_create_callbacks_with_data(const struct qcr_block_callbacks *callbacks,
+                                   const struct qcr_block_callbacks *data,
+                                   const struct qcr_create_options *options, struct qcr_error *error);
 
 /* ==============================================================================================================
  * Opening and closing images
@@ -413,7 +449,7 @@ struct qcr_image;
  * qcr_free().
  *
  * Errors: -EUCLEAN if the image contradicts its format; -EOPNOTSUPP names the feature that is not supported;
- * -EPERM if it has a backing file that the options do not allow; -EAGAIN if another process uses it; those of
+ * -EPERM if it has a backing file or an external data file that the options do not allow; -EAGAIN if another process uses it; those of
  * open(2) and read(2). An image that is refused is not changed. `log->destroy` has been called when this fails.
  */
 int qcr_open_path(const char *path, const struct qcr_options *options, const struct qcr_log *log,
@@ -429,6 +465,20 @@ int qcr_open_path(const char *path, const struct qcr_options *options, const str
  */
 int qcr_open_callbacks(const struct qcr_block_callbacks *callbacks, const struct qcr_options *options,
                        const struct qcr_log *log, struct qcr_image **image, struct qcr_error *error);
+
+/* Opens the image on block callbacks whose external data file is on the block callbacks `data`. Any thread; the
+ * callbacks are first called by this very call.
+ *
+ * `options` and `log` may be NULL: the defaults, and no messages. On success `*image` is the caller's to
+ * qcr_free().
+ *
+ * Errors: as qcr_open_callbacks(); -EINVAL if the image has no external data file. `destroy` of `callbacks`, of `data`
+ * and of `log` have been called when this fails.
+ */
+int qcr_open_callbacks_with_data(const struct qcr_block_callbacks *callbacks,
+                                 const struct qcr_block_callbacks *data, const struct qcr_options *options,
+                                 const struct qcr_log *log, struct qcr_image **image,
+                                 struct qcr_error *error);
 
 /* Stops the recycler, waits for the calls under way, makes everything durable and closes the image. Any thread,
  * also while others use the image: their later calls fail with -EBADF. Closing twice does nothing. Not from a
@@ -857,6 +907,11 @@ int qcr_compact(struct qcr_image *image, qcr_progress_fn progress, void *user,
 
 /* Image flag: L2 entries are extended, so that clusters are allocated in 32 parts. */
 #define QCR_INFO_EXTENDED_L2 4
+/* Image flag: the guest's data is in an external data file. */
+#define QCR_INFO_DATA_FILE 4
+
+/* Image flag: the external data file reads as the disk does, without the image. */
+#define QCR_INFO_RAW_DATA_FILE 8
 
 /* Repair: nothing, only look. */
 #define QCR_REPAIR_NONE 0
@@ -952,6 +1007,7 @@ struct qcr_info {
     /* Width of a refcount in bits. */
     uint32_t refcount_bits;
     /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2. */
+    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE. */
     uint32_t flags;
     /* How many internal snapshots there are. */
     uint32_t snapshots;
@@ -961,6 +1017,8 @@ struct qcr_info {
     char backing_file[1024];
     /* The backing file's format as the image records it, or "". */
     char backing_format[64];
+    /* The external data file's name as the image records it, or "". */
+    char data_file[1024];
 };
 
 /* Takes one line of UTF-8, valid during the call; called on the thread of the call it was given to, with no lock

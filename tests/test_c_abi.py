@@ -172,6 +172,16 @@ def test_images_in_files(installed: Installed, language: str, checked: list[str]
     installed.run(*checked, program, place)
 
 
+@pytest.mark.parametrize("checked", [[], VALGRIND], ids=["native", "valgrind"])
+def test_data_files(installed: Installed, language: str, checked: list[str], tmp_path: Path) -> None:
+    program = installed.compile(SOURCES / "data_file.c", tmp_path / "data_file", language)
+    place = tmp_path / "place"
+    place.mkdir()
+    installed.run(*checked, program, place)
+    # QEMU takes the data file's name relative to its own working directory.
+    run("env", f"--chdir={place}", "qemu-img", "check", "-q", "image.qcow2")
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_behaviour_under_valgrind(installed: Installed, name: str, tmp_path: Path) -> None:
     program = installed.compile(SOURCES / f"{name}.c", tmp_path / name)

@@ -72,7 +72,7 @@ def test_queue_on_a_file(how: str, image_path: Path, tmp_path: Path) -> None:
     run("qemu-img", "check", "-q", image_path)
 
 
-@pytest.mark.parametrize("name", ["paths", "snapshots"])
+@pytest.mark.parametrize("name", ["paths", "snapshots", "data_file"])
 def test_images_in_files(name: str, tmp_path: Path) -> None:
     program = build(SOURCES / f"{name}.c", tmp_path / name)
     place = tmp_path / "place"

@@ -1,9 +1,10 @@
 //! Creating images
 
 use std::ffi::{c_char, c_int};
+use std::path::Path;
 
-use qcow_recycler::CreateOptions;
 use qcow_recycler::blocking::block_on;
+use qcow_recycler::{BlockDevice, CreateOptions, DataFileOptions};
 
 use crate::abi::{self, Shared, copy_in};
 use crate::boundary::call;
@@ -19,6 +20,9 @@ pub const QCR_CREATE_REPLACE: u32 = 0x2;
 /// Creation flag: extended L2 entries, so that clusters are allocated in 32 parts (version 3 only, clusters of 16 KiB at
 /// least).
 pub const QCR_CREATE_EXTENDED_L2: u32 = 0x4;
+/// Creation flag: the external data file is to read as the disk does, without the image, at any time: discards make it
+/// zero. Not with a backing file.
+pub const QCR_CREATE_DATA_FILE_RAW: u32 = 0x8;
 
 /// What a new image is to be like. All zeroes but struct_size and virtual_size: as QEMU makes them by default.
 #[derive(Clone, Copy)]
@@ -26,7 +30,7 @@ pub const QCR_CREATE_EXTENDED_L2: u32 = 0x4;
 pub struct qcr_create_options {
     /// sizeof(struct qcr_create_options), set by the caller.
     pub struct_size: u32,
-    /// QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_EXTENDED_L2.
+    /// QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_EXTENDED_L2, QCR_CREATE_DATA_FILE_RAW.
     pub flags: u32,
     /// Size of the virtual disk in bytes, a multiple of 512.
     pub virtual_size: u64,
@@ -41,6 +45,10 @@ pub struct qcr_create_options {
     pub backing_file: *const c_char,
     /// See backing_file.
     pub backing_format: *const c_char,
+    /// The name of an external data file to record, UTF-8, relative to the image, or NULL: the guest's data is kept
+    /// there, not in the image (version 3 only). qcr_create_path() makes it as it makes the image. QEMU takes a relative
+    /// name from its own working directory.
+    pub data_file: *const c_char,
 }
 
 // SAFETY: integers, and pointers that may be NULL; no padding.
@@ -65,17 +73,35 @@ pub unsafe extern "C" fn qcr_create_path(
             let (wanted, flags) = wanted(options)?;
             (path, wanted, flags)
         };
-        let (device, made) = Device::create(&path, flags & QCR_CREATE_REPLACE != 0)?;
-        block_on(qcow_recycler::image::create(&device, &wanted)).inspect_err(|_| {
+        let replace = flags & QCR_CREATE_REPLACE != 0;
+        let (device, made) = Device::create(&path, replace)?;
+        let written = match &wanted.data_file {
+            None => block_on(qcow_recycler::image::create(&device, &wanted)).map_err(Fault::from),
+            Some(file) => create_both(&device, &path.with_file_name(&file.name), &wanted, replace),
+        };
+        written.inspect_err(|_| {
             if made {
                 // Half an image is of no use; and the first error is the one to report.
                 let _ = std::fs::remove_file(&path);
             }
-        })?;
-        Ok(())
+        })
     };
     // SAFETY: the header's rule for errors.
     unsafe { call(error, body) }
+}
+
+/// Makes the data file at `path`, too.
+fn create_both(device: &Device, path: &Path, wanted: &CreateOptions, replace: bool) -> Result<(), Fault> {
+    if device.host_file().is_some_and(|file| file.is_at(path)) {
+        return Err(Fault::argument("data_file", "is the image itself"));
+    }
+    let (data, made) = Device::create(path, replace)?;
+    block_on(qcow_recycler::image::create_with_data(device, &data, wanted)).inspect_err(|_| {
+        if made {
+            let _ = std::fs::remove_file(path);
+        }
+    })?;
+    Ok(())
 }
 
 /// Writes a new image to block callbacks, whatever they held before; then `destroy` is called. Any thread.
@@ -105,10 +131,41 @@ pub unsafe extern "C" fn qcr_create_callbacks(
     unsafe { call(error, body) }
 }
 
+/// Writes a new image with an external data file to block callbacks, whatever they held before: the data file to those of
+/// `data`; then `destroy` of both is called. Any thread.
+///
+/// Errors: as qcr_create_callbacks(); -EINVAL without a name for the data file.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcr_create_callbacks_with_data(
+    callbacks: *const qcr_block_callbacks,
+    data: *const qcr_block_callbacks,
+    options: *const qcr_create_options,
+    error: *mut qcr_error,
+) -> c_int {
+    // Before anything can fail: `destroy` of both must run even then.
+    // SAFETY: the header's rules for structs and callbacks.
+    let (callbacks, data) = unsafe { (Callbacks::adopt(callbacks), Callbacks::adopt(data)) };
+    let body = || {
+        let (device, data) = (Device::on(callbacks?, false)?, Device::on(data?, false)?);
+        // SAFETY: the header's rules for strings and structs.
+        let (wanted, flags) = unsafe { wanted(options)? };
+        if flags & QCR_CREATE_REPLACE != 0 {
+            return Err(Fault::argument("flags", "QCR_CREATE_REPLACE is for files only"));
+        }
+        block_on(qcow_recycler::image::create_with_data(&device, &data, &wanted))?;
+        Ok(())
+    };
+    // SAFETY: the header's rule for errors.
+    unsafe { call(error, body) }
+}
+
 unsafe fn wanted(options: *const qcr_create_options) -> Result<(CreateOptions, u32), Fault> {
     // SAFETY: the header's rule for structs.
     let c = unsafe { copy_in(options)? };
-    abi::known_flags(c.flags, QCR_CREATE_LAZY_REFCOUNTS | QCR_CREATE_REPLACE | QCR_CREATE_EXTENDED_L2)?;
+    let raw = c.flags & QCR_CREATE_DATA_FILE_RAW != 0;
+    let known =
+        QCR_CREATE_LAZY_REFCOUNTS | QCR_CREATE_REPLACE | QCR_CREATE_EXTENDED_L2 | QCR_CREATE_DATA_FILE_RAW;
+    abi::known_flags(c.flags, known)?;
     let mut wanted = CreateOptions::new(c.virtual_size);
     if c.cluster_size != 0 {
         wanted.cluster_size = c.cluster_size;
@@ -126,6 +183,13 @@ unsafe fn wanted(options: *const qcr_create_options) -> Result<(CreateOptions, u
         let (name, format) =
             unsafe { (abi::text("backing_file", c.backing_file)?, abi::text("backing_format", c.backing_format)?) };
         wanted.backing = Some((name.to_owned(), format.to_owned()));
+    }
+    if !c.data_file.is_null() {
+        // SAFETY: the header's rule for strings.
+        let name = unsafe { abi::text("data_file", c.data_file)? }.to_owned();
+        wanted.data_file = Some(DataFileOptions { name, raw });
+    } else if raw {
+        return Err(Fault::argument("data_file", "is NULL, and QCR_CREATE_DATA_FILE_RAW is set"));
     }
     Ok((wanted, c.flags))
 }

@@ -4,10 +4,10 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow_recycler::Options;
 use qcow_recycler::buf::{Held, IoBuf, IoBufMut, IoVec};
 use qcow_recycler::device::host::HostFile;
 use qcow_recycler::device::{BlockDevice, Direction, Done, Features};
+use qcow_recycler::{Error, Options};
 
 use crate::boundary::Fuse;
 use crate::callbacks::{Callbacks, qcr_block_callbacks};
@@ -49,6 +49,11 @@ impl Device {
         Ok(Device { fuse: Arc::default(), bytes: Bytes::Callbacks(Box::new(callbacks)) })
     }
 
+    /// The same callbacks' or file's bytes, behind the fuse of the image whose data file it is.
+    pub(crate) fn behind(self, fuse: Arc<Fuse>) -> Self {
+        Device { fuse, ..self }
+    }
+
     /// What stops every use of the device.
     pub(crate) fn fuse(&self) -> Arc<Fuse> {
         self.fuse.clone()
@@ -85,6 +90,12 @@ impl BlockDevice for Device {
             Bytes::File(file) => Some(file),
             Bytes::Callbacks(_) => None,
         }
+    }
+
+    fn beside(&self, path: &Path, read_only: bool) -> Option<Result<Self, Error>> {
+        let Bytes::File(file) = &self.bytes else { return None };
+        let opened = file.beside(path, read_only)?;
+        Some(opened.map(|file| Device { fuse: self.fuse.clone(), bytes: Bytes::File(file) }))
     }
 
     fn begins(&self, direction: Direction, areas: &[IoVec]) -> bool {

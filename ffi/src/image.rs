@@ -33,13 +33,17 @@ impl qcr_image {
         options: *const qcr_options,
         path: Option<&Path>,
         log: Option<Log>,
-        device: impl FnOnce(&Options) -> Result<Device, Fault>,
+        device: impl FnOnce(&Options) -> Result<(Device, Option<Device>), Fault>,
     ) -> Result<Box<Self>, Fault> {
         // SAFETY: the header's rules for structs and strings, on which every caller relies.
         let options = unsafe { options_for_open(options, path, log)? };
-        let device = device(&options)?;
+        let (device, data) = device(&options)?;
         let (fuse, id) = (device.fuse(), options.id.clone());
-        Ok(Box::new(qcr_image { disk: Disk::open(device, options)?, fuse, id }))
+        let disk = match data {
+            None => Disk::open(device, options)?,
+            Some(data) => Disk::open_with_data(device, data.behind(fuse.clone()), options)?,
+        };
+        Ok(Box::new(qcr_image { disk, fuse, id }))
     }
 
     pub(crate) fn disk(&self) -> &Disk<Device> {
@@ -61,7 +65,7 @@ impl qcr_image {
 /// qcr_free().
 ///
 /// Errors: -EUCLEAN if the image contradicts its format; -EOPNOTSUPP names the feature that is not supported;
-/// -EPERM if it has a backing file that the options do not allow; -EAGAIN if another process uses it; those of
+/// -EPERM if it has a backing file or an external data file that the options do not allow; -EAGAIN if another process uses it; those of
 /// open(2) and read(2). An image that is refused is not changed. `log->destroy` has been called when this fails.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcr_open_path(
@@ -79,7 +83,7 @@ pub unsafe extern "C" fn qcr_open_path(
         let out = not_null(image)?;
         // SAFETY: the header's rule for strings.
         let path = path_of(unsafe { abi::string("path", path)? });
-        let opened = qcr_image::open(options, Some(&path), log, |options| Device::open(&path, options))?;
+        let opened = qcr_image::open(options, Some(&path), log, |options| Ok((Device::open(&path, options)?, None)))?;
         // SAFETY: not NULL, and the caller has room for a pointer there.
         unsafe { out.write(Box::into_raw(opened)) };
         Ok(())
@@ -109,7 +113,44 @@ pub unsafe extern "C" fn qcr_open_callbacks(
     let body = || {
         let (callbacks, log) = (callbacks?, log?);
         let out = not_null(image)?;
-        let opened = qcr_image::open(options, None, log, |options| Device::on(callbacks, options.read_only))?;
+        let device = |options: &Options| Ok((Device::on(callbacks, options.read_only)?, None));
+        let opened = qcr_image::open(options, None, log, device)?;
+        // SAFETY: not NULL, and the caller has room for a pointer there.
+        unsafe { out.write(Box::into_raw(opened)) };
+        Ok(())
+    };
+    // SAFETY: the header's rule for errors.
+    unsafe { call(error, body) }
+}
+
+/// Opens the image on block callbacks whose external data file is on the block callbacks `data`. Any thread; the
+/// callbacks are first called by this very call.
+///
+/// `options` and `log` may be NULL: the defaults, and no messages. On success `*image` is the caller's to
+/// qcr_free().
+///
+/// Errors: as qcr_open_callbacks(); -EINVAL if the image has no external data file. `destroy` of `callbacks`, of `data`
+/// and of `log` have been called when this fails.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcr_open_callbacks_with_data(
+    callbacks: *const qcr_block_callbacks,
+    data: *const qcr_block_callbacks,
+    options: *const qcr_options,
+    log: *const qcr_log,
+    image: *mut *mut qcr_image,
+    error: *mut qcr_error,
+) -> c_int {
+    // Before anything can fail: `destroy` of all must run even then.
+    // SAFETY: the header's rules for structs and callbacks.
+    let (callbacks, data, log) = unsafe { (Callbacks::adopt(callbacks), Callbacks::adopt(data), Log::adopt(log)) };
+    let body = || {
+        let (callbacks, data, log) = (callbacks?, data?, log?);
+        let out = not_null(image)?;
+        let devices = |options: &Options| {
+            let read_only = options.read_only;
+            Ok((Device::on(callbacks, read_only)?, Some(Device::on(data, read_only)?)))
+        };
+        let opened = qcr_image::open(options, None, log, devices)?;
         // SAFETY: not NULL, and the caller has room for a pointer there.
         unsafe { out.write(Box::into_raw(opened)) };
         Ok(())

@@ -188,6 +188,11 @@ pub const QCR_INFO_READ_ONLY: u32 = 0x2;
 /// Image flag: L2 entries are extended, so that clusters are allocated in 32 parts.
 pub const QCR_INFO_EXTENDED_L2: u32 = 0x4;
 
+/// Image flag: the guest's data is in an external data file.
+pub const QCR_INFO_DATA_FILE: u32 = 0x8;
+/// Image flag: the external data file reads as the disk does, without the image.
+pub const QCR_INFO_RAW_DATA_FILE: u32 = 0x10;
+
 /// What an image is. Sizes are in bytes.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -204,7 +209,7 @@ pub struct qcr_info {
     pub file_size: u64,
     /// Width of a refcount in bits.
     pub refcount_bits: u32,
-    /// QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2.
+    /// QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE.
     pub flags: u32,
     /// How many internal snapshots there are.
     pub snapshots: u32,
@@ -214,6 +219,8 @@ pub struct qcr_info {
     pub backing_file: [c_char; 1024],
     /// The backing file's format as the image records it, or "".
     pub backing_format: [c_char; 64],
+    /// The external data file's name as the image records it, or "".
+    pub data_file: [c_char; 1024],
 }
 
 // SAFETY: integers only, no padding.
@@ -233,19 +240,22 @@ pub unsafe extern "C" fn qcr_get_info(image: *mut qcr_image, info: *mut qcr_info
         let lazy = if found.lazy_refcounts { QCR_INFO_LAZY_REFCOUNTS } else { 0 };
         let read_only = if found.read_only { QCR_INFO_READ_ONLY } else { 0 };
         let extended = if found.extended_l2 { QCR_INFO_EXTENDED_L2 } else { 0 };
+        let data_file = if found.data_file.is_some() { QCR_INFO_DATA_FILE } else { 0 };
+        let raw = if found.data_file_raw { QCR_INFO_RAW_DATA_FILE } else { 0 };
         let mut c = qcr_info {
             version: found.version,
             virtual_size: found.virtual_size,
             cluster_size: found.cluster_size,
             file_size: found.file_size,
             refcount_bits: found.refcount_bits,
-            flags: lazy | read_only | extended,
+            flags: lazy | read_only | extended | data_file | raw,
             snapshots: found.snapshots,
             pinned: u32::try_from(found.pinned.len()).unwrap_or(u32::MAX),
             ..qcr_info::zeroed()
         };
         abi::store_text(&mut c.backing_file, found.backing_file.as_deref().unwrap_or_default());
         abi::store_text(&mut c.backing_format, found.backing_format.as_deref().unwrap_or_default());
+        abi::store_text(&mut c.data_file, found.data_file.as_deref().unwrap_or_default());
         out.store(c);
         Ok(())
     };

@@ -44,7 +44,7 @@ fn structs_are_laid_out_as_committed() {
         qcr_error { struct_size code offset field message }
         qcr_options {
             struct_size flags keep_erased compact_after_unmaps settle_ms flush_ms rate_limit l2_cache_size backing
-            backing_format backing_directory id
+            backing_format backing_directory id data_file reserved
         }
         qcr_log { struct_size level user destroy log }
         qcr_block_callbacks {
@@ -52,7 +52,7 @@ fn structs_are_laid_out_as_committed() {
             submit_preadv submit_pwritev submit_flush
         }
         qcr_create_options {
-            struct_size flags virtual_size cluster_size refcount_bits version backing_file backing_format
+            struct_size flags virtual_size cluster_size refcount_bits version backing_file backing_format data_file
         }
         qcr_extent { struct_size kind length host_offset }
         qcr_queue_options { struct_size flags depth threads }
@@ -72,7 +72,7 @@ fn structs_are_laid_out_as_committed() {
         }
         qcr_info {
             struct_size version virtual_size cluster_size file_size refcount_bits flags snapshots pinned backing_file
-            backing_format
+            backing_format data_file
         }
         qcr_check_report {
             struct_size messages corruptions leaks corruptions_fixed leaks_fixed allocated_clusters total_clusters

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use qcow_recycler::{BackingFormat, BackingPolicy, LogLevel, Logger, Options};
+use qcow_recycler::{BackingFormat, BackingPolicy, DataFilePolicy, LogLevel, Logger, Options};
 
 use crate::abi::{self, Out, Shared, copy_in};
 use crate::boundary::call;
@@ -38,6 +38,14 @@ pub const QCR_BACKING_SKIP: u32 = 1;
 /// Backing file: opened read-only, in the format that the image records (never guessed), and so are the backing
 /// files of backing files. For images from a source you trust: the image names the files.
 pub const QCR_BACKING_ALLOW: u32 = 2;
+
+/// External data file (which holds the guest's data): an image that has one is refused with -EPERM. The default.
+pub const QCR_DATA_FILE_REFUSE: u32 = 0;
+/// External data file: not opened. Requests of guests fail, everything else works, compacting included.
+pub const QCR_DATA_FILE_SKIP: u32 = 1;
+/// External data file: opened, for writing too unless QCR_READ_ONLY is set, and locked as the image is. For images from
+/// a source you trust: the image names the file.
+pub const QCR_DATA_FILE_ALLOW: u32 = 2;
 
 /// Format of a backing file: none is assumed; where an image records none, it is refused. The default.
 pub const QCR_FORMAT_RECORDED: u32 = 0;
@@ -71,11 +79,16 @@ pub struct qcr_options {
     /// Format of backing files whose images do not record one: QCR_FORMAT_RECORDED, QCR_FORMAT_RAW or
     /// QCR_FORMAT_QCOW2.
     pub backing_format: u32,
-    /// Where relative names of backing files start. NULL: in the directory of the image's own path; an image on
-    /// block callbacks has none, and must be given one if backing files are allowed.
+    /// Where relative names of backing files and of the data file start. NULL: in the directory of the image's own
+    /// path; an image on block callbacks has none, and must be given one if backing files are allowed.
     pub backing_directory: *const c_char,
     /// The image's name in statistics and messages, UTF-8.
     pub id: [c_char; 64],
+    /// QCR_DATA_FILE_REFUSE, QCR_DATA_FILE_SKIP or QCR_DATA_FILE_ALLOW. Not asked by
+    /// qcr_open_callbacks_with_data().
+    pub data_file: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: integers and a pointer that may be NULL; no padding.
@@ -171,7 +184,7 @@ pub unsafe extern "C" fn qcr_options_parse(
     unsafe { call(error, body) }
 }
 
-/// `base` with everything but the backing policy taken from `options`: a configuration string cannot set that one.
+/// `base` with everything but the policies for other files taken from `options`: a configuration string cannot set those.
 fn to_c(options: &Options, base: qcr_options) -> Result<qcr_options, Fault> {
     let Options { id, .. } = options;
     let mut c = qcr_options {
@@ -204,11 +217,14 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// All but the backing policy and the logger.
+/// All but the policies for other files and the logger.
 fn to_core(c: &qcr_options) -> Result<Options, Fault> {
     let known = QCR_READ_ONLY | QCR_DISCARD | QCR_CHECK_ON_CONNECT | QCR_RUNTIME_ASSERTS | QCR_DIRECT | QCR_PUNCH_JUNK;
     abi::known_flags(c.flags, known)?;
     unrecorded(c.backing_format)?;
+    if c.reserved != 0 {
+        return Err(Fault::argument("reserved", format!("is {}, not 0", c.reserved)));
+    }
     let id = c.id.map(|byte| u8::from_ne_bytes(byte.to_ne_bytes()));
     let id = CStr::from_bytes_until_nul(&id).map_err(|_| Fault::argument("id", "has no closing zero byte"))?;
     Ok(Options {
@@ -252,6 +268,15 @@ pub(crate) unsafe fn options_for_open(
                 unrecorded: unrecorded(c.backing_format)?,
             },
             other => return Err(Fault::argument("backing", format!("{other} is unknown"))),
+        };
+        opened.data_file = match c.data_file {
+            QCR_DATA_FILE_REFUSE => DataFilePolicy::Refuse,
+            QCR_DATA_FILE_SKIP => DataFilePolicy::Skip,
+            QCR_DATA_FILE_ALLOW => {
+                // SAFETY: as promised by the caller.
+                DataFilePolicy::Allow { directory: unsafe { directory(c.backing_directory, path)? } }
+            }
+            other => return Err(Fault::argument("data_file", format!("{other} is unknown"))),
         };
     }
     if let Some(log) = log {

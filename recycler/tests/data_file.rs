@@ -126,7 +126,7 @@ struct Scene {
 impl Scene {
     fn new(config: Config) -> Scene {
         let (image, data) = made(config);
-        let delay = if config.seed % 2 == 0 { Delay::Yields(2) } else { Delay::None };
+        let delay = if config.seed.is_multiple_of(2) { Delay::Yields(2) } else { Delay::None };
         let settings = Settings { delay, ..Settings::new(config.seed) };
         let data_settings = Settings { features: config.data, ..settings };
         Scene {

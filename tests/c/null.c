@@ -72,6 +72,7 @@ int main(void)
     create.backing_format = NULL;
     REFUSED("callbacks", qcr_create_callbacks(NULL, &create, &error));
     REFUSED("preadv", qcr_create_callbacks(&callbacks, &create, &error));
+    REFUSED("callbacks", qcr_create_callbacks_with_data(NULL, NULL, &create, &error));
 
     REFUSED("path", qcr_open_path(NULL, NULL, NULL, &image, &error));
     REFUSED("image", qcr_open_path("/nonexistent/x", NULL, NULL, NULL, &error));
@@ -85,6 +86,7 @@ int main(void)
     callbacks.pwritev = memory_pwritev;
     REFUSED("flush", qcr_open_callbacks(&callbacks, NULL, NULL, &image, &error));
     REFUSED("image", qcr_open_callbacks(&callbacks, NULL, NULL, NULL, &error));
+    REFUSED("callbacks", qcr_open_callbacks_with_data(&callbacks, NULL, NULL, NULL, &image, &error));
     CHECK(image == NULL);
 
     REFUSED("image", qcr_close(NULL, &error));
