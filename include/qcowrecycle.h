@@ -371,17 +371,17 @@ struct qcr_block_callbacks {
  * least).
  */
 #define QCR_CREATE_EXTENDED_L2 4
+
 /* Creation flag: the external data file is to read as the disk does, without the image, at any time: discards make it
  * zero. Not with a backing file.
  */
-#define QCR_CREATE_DATA_FILE_RAW 4
+#define QCR_CREATE_DATA_FILE_RAW 8
 
 /* What a new image is to be like. All zeroes but struct_size and virtual_size: as QEMU makes them by default. */
 struct qcr_create_options {
     /* sizeof(struct qcr_create_options), set by the caller. */
     uint32_t struct_size;
-    /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_EXTENDED_L2. */
-    /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_DATA_FILE_RAW. */
+    /* QCR_CREATE_LAZY_REFCOUNTS, QCR_CREATE_REPLACE, QCR_CREATE_EXTENDED_L2, QCR_CREATE_DATA_FILE_RAW. */
     uint32_t flags;
     /* Size of the virtual disk in bytes, a multiple of 512. */
     uint64_t virtual_size;
@@ -564,6 +564,15 @@ int qcr_read(struct qcr_image *image, void *buffer, size_t count, uint64_t offse
 /* qcr_writev() from one area of `count` bytes. */
 int qcr_write(struct qcr_image *image, const void *buffer, size_t count, uint64_t offset,
               struct qcr_error *error);
+
+/* Stores `count` bytes of whole clusters at byte `offset`, compressed as far as that saves room: for programs that make
+ * images. `offset` is a multiple of the cluster size, and so is `count`, unless the disk ends there. A later qcr_write() to
+ * such a cluster stores it plainly again. Otherwise as qcr_write().
+ *
+ * Errors: as qcr_writev(); -EINVAL for pieces of clusters.
+ */
+int qcr_write_compressed(struct qcr_image *image, const void *buffer, size_t count, uint64_t offset,
+                         struct qcr_error *error);
 
 /* Tells the image that the guest does not need a range any more. Whole clusters in it are freed for the recycler
  * and read as zeroes from now on; the rest keeps its contents. After a power cut before the next flush, the range
@@ -892,6 +901,16 @@ int qcr_stop(struct qcr_image *image, struct qcr_error *error);
 int qcr_compact(struct qcr_image *image, qcr_progress_fn progress, void *user,
                 struct qcr_compact_report *report, struct qcr_error *error);
 
+/* Compresses what the disk holds, on this thread, while the guest goes on using it: clusters that are stored plainly, that no
+ * snapshot shares, and that get smaller by that. For data that is seldom written. The file gets shorter with the next
+ * compaction. `progress` as in qcr_compact(), with clusters of the disk. `compressed` may be NULL: gets how many bytes of the
+ * disk are compressed now that were not.
+ *
+ * Errors: as qcr_compact(); -EOPNOTSUPP if refcounts are of one bit.
+ */
+int qcr_compress(struct qcr_image *image, qcr_progress_fn progress, void *user, uint64_t *compressed,
+                 struct qcr_error *error);
+
 /* ==============================================================================================================
  * Statistics, checks, description
  *
@@ -907,11 +926,12 @@ int qcr_compact(struct qcr_image *image, qcr_progress_fn progress, void *user,
 
 /* Image flag: L2 entries are extended, so that clusters are allocated in 32 parts. */
 #define QCR_INFO_EXTENDED_L2 4
+
 /* Image flag: the guest's data is in an external data file. */
-#define QCR_INFO_DATA_FILE 4
+#define QCR_INFO_DATA_FILE 8
 
 /* Image flag: the external data file reads as the disk does, without the image. */
-#define QCR_INFO_RAW_DATA_FILE 8
+#define QCR_INFO_RAW_DATA_FILE 16
 
 /* Repair: nothing, only look. */
 #define QCR_REPAIR_NONE 0
@@ -1006,8 +1026,7 @@ struct qcr_info {
     uint64_t file_size;
     /* Width of a refcount in bits. */
     uint32_t refcount_bits;
-    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2. */
-    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE. */
+    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE. */
     uint32_t flags;
     /* How many internal snapshots there are. */
     uint32_t snapshots;

@@ -163,8 +163,7 @@ unsafe fn wanted(options: *const qcr_create_options) -> Result<(CreateOptions, u
     // SAFETY: the header's rule for structs.
     let c = unsafe { copy_in(options)? };
     let raw = c.flags & QCR_CREATE_DATA_FILE_RAW != 0;
-    let known =
-        QCR_CREATE_LAZY_REFCOUNTS | QCR_CREATE_REPLACE | QCR_CREATE_EXTENDED_L2 | QCR_CREATE_DATA_FILE_RAW;
+    let known = QCR_CREATE_LAZY_REFCOUNTS | QCR_CREATE_REPLACE | QCR_CREATE_EXTENDED_L2 | QCR_CREATE_DATA_FILE_RAW;
     abi::known_flags(c.flags, known)?;
     let mut wanted = CreateOptions::new(c.virtual_size);
     if c.cluster_size != 0 {

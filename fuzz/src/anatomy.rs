@@ -292,7 +292,10 @@ impl<'a> Anatomy<'a> {
             }
             let at = table.checked_add(guest % per_table * self.l2_width())?;
             let entry = number(self.bytes, at, 8)?;
-            Some(Stored { l1_entry, l2: Some((table, at..at.saturating_add(self.l2_width()))), data: self.data(entry),
+            Some(Stored {
+                l1_entry,
+                l2: Some((table, at..at.saturating_add(self.l2_width()))),
+                data: self.data(entry),
                 compressed: entry & COMPRESSED != 0,
             })
         };

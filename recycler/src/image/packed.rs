@@ -167,12 +167,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// The compressed clusters of one L2 table whose data touches one of the clusters `chosen`, and no other than `sole` ones:
     /// all of them lose a reference when it moves.
-    pub(crate) async fn packed_in(
-        &self,
-        l1_index: u64,
-        chosen: &ClusterSet,
-        sole: &ClusterSet,
-    ) -> Result<Vec<Extent>> {
+    pub(crate) async fn packed_in(&self, l1_index: u64, chosen: &ClusterSet, sole: &ClusterSet) -> Result<Vec<Extent>> {
         let geometry = self.meta.geometry;
         let mut found = Vec::new();
         let Some(table) = self.meta.l1.get(l1_index, self.volume.length())?.filter(|t| t.copied) else {
