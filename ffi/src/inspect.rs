@@ -188,6 +188,9 @@ pub const QCR_INFO_READ_ONLY: u32 = 0x2;
 /// Image flag: L2 entries are extended, so that clusters are allocated in 32 parts.
 pub const QCR_INFO_EXTENDED_L2: u32 = 0x4;
 
+/// Image flag: guest data is encrypted.
+pub const QCR_INFO_ENCRYPTED: u32 = 0x8;
+
 /// What an image is. Sizes are in bytes.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -204,7 +207,7 @@ pub struct qcr_info {
     pub file_size: u64,
     /// Width of a refcount in bits.
     pub refcount_bits: u32,
-    /// QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2.
+    /// QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2, QCR_INFO_ENCRYPTED.
     pub flags: u32,
     /// How many internal snapshots there are.
     pub snapshots: u32,
@@ -233,13 +236,14 @@ pub unsafe extern "C" fn qcr_get_info(image: *mut qcr_image, info: *mut qcr_info
         let lazy = if found.lazy_refcounts { QCR_INFO_LAZY_REFCOUNTS } else { 0 };
         let read_only = if found.read_only { QCR_INFO_READ_ONLY } else { 0 };
         let extended = if found.extended_l2 { QCR_INFO_EXTENDED_L2 } else { 0 };
+        let encrypted = if found.encryption.is_some() { QCR_INFO_ENCRYPTED } else { 0 };
         let mut c = qcr_info {
             version: found.version,
             virtual_size: found.virtual_size,
             cluster_size: found.cluster_size,
             file_size: found.file_size,
             refcount_bits: found.refcount_bits,
-            flags: lazy | read_only | extended,
+            flags: lazy | read_only | extended | encrypted,
             snapshots: found.snapshots,
             pinned: u32::try_from(found.pinned.len()).unwrap_or(u32::MAX),
             ..qcr_info::zeroed()

@@ -24,6 +24,8 @@ fn class_name(error: &Error) -> &'static str {
         Error::Locked { .. } => "Locked",
         Error::BackingNotAllowed { .. } => "BackingNotAllowed",
         Error::BadOption { .. } => "BadOption",
+        Error::PassphraseNeeded => "PassphraseNeeded",
+        Error::WrongPassphrase => "WrongPassphrase",
         Error::Closed => "Closed",
         Error::Cancelled => "Cancelled",
         Error::Backing { .. } => "BackingError",

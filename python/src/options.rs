@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
-use qcow_recycler::{BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, Options, Repair};
+use pyo3::types::{PyBytes, PyDict};
+use qcow_recycler::{BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, Options, Passphrase, Repair};
 
 /// What `qcow_recycler.OpenOptions` says, on top of the library's defaults; `None` stands for the default. `home` is the
 /// image's own directory, from where relative names of backing files start.
@@ -45,6 +45,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
             "backing" => backing = Some(item.extract::<String>()?),
             "backing_directory" => directory = Some(item.extract::<PathBuf>()?),
             "backing_format" => unrecorded = Some(backing_format(&item.extract::<String>()?)?),
+            "passphrase" => options.passphrase = Some(passphrase(&item)?),
             "id" => options.id = item.extract()?,
             "log" => options.logger = logger(&item)?,
             _ => return Err(PyTypeError::new_err(format!("unknown option {key:?}"))),
@@ -99,6 +100,15 @@ pub(crate) fn create_options(size: u64, given: &Bound<'_, PyDict>) -> PyResult<C
         _ => return Err(PyValueError::new_err("backing_file and backing_format go together")),
     };
     Ok(options)
+}
+
+/// # Errors
+/// `TypeError` for anything but text and bytes.
+fn passphrase(item: &Bound<'_, PyAny>) -> PyResult<Passphrase> {
+    match item.cast::<PyBytes>() {
+        Ok(bytes) => Ok(Passphrase::new(bytes.as_bytes())),
+        Err(_) => item.extract::<String>().map(Passphrase::new),
+    }
 }
 
 /// # Errors

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::passphrase::Passphrase;
 
 /// Whether, and from where, a backing file may be opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -115,6 +116,9 @@ pub struct Options {
     pub runtime_asserts: bool,
     /// Backing files.
     pub backing: BackingPolicy,
+    /// The passphrase of an encrypted image, and of encrypted images behind it. Without it an encrypted image can be opened, looked
+    /// at, checked, trimmed and made shorter, and neither read nor written. The image keeps none once it is open.
+    pub passphrase: Option<Passphrase>,
     /// A name for statistics and messages.
     pub id: String,
     /// Where messages go.
@@ -137,6 +141,7 @@ impl Default for Options {
             check_on_connect: false,
             runtime_asserts: false,
             backing: BackingPolicy::Refuse,
+            passphrase: None,
             id: String::new(),
             logger: Logger::default(),
         }

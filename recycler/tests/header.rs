@@ -10,7 +10,7 @@ use std::process::Command;
 use proptest::prelude::*;
 use qcow_recycler::Error;
 use qcow_recycler::format::extension::kind;
-use qcow_recycler::format::header::{self, Header, Sector, incompatible};
+use qcow_recycler::format::header::{self, Header, Sector, crypt, incompatible};
 use qcow_recycler::units::HostOffset;
 
 const CLUSTER: u64 = 65536;
@@ -241,9 +241,9 @@ fn stale_bitmaps_own_nothing() {
 #[test]
 fn encryption_is_seen_although_it_has_no_incompatible_bit() {
     let h = new().u32(32, 1).parse().unwrap();
-    assert_eq!(h.unsupported_for_reading().as_deref(), Some("encryption (AES)"));
+    assert_eq!((h.crypt_method, h.unsupported_for_writing()), (crypt::AES, None));
     let h = new().u32(32, 2).crypto(4 * CLUSTER, 100_000).parse().unwrap();
-    assert_eq!(h.unsupported_for_writing().as_deref(), Some("encryption (LUKS)"));
+    assert_eq!((h.crypt_method, h.unsupported_for_writing()), (crypt::LUKS, None));
     assert_eq!(h.crypto_header, Some((HostOffset(4 * CLUSTER), 100_000)));
     new().u32(32, 3).refused("crypt_method", 32);
     new().u32(32, 2).refused("crypt_method", 32);
@@ -284,7 +284,7 @@ fn features_that_are_not_supported_are_named() {
     assert_eq!(h.unsupported_for_reading().as_deref(), Some("external data file"));
     assert_eq!(h.data_file.as_deref(), Some("d.raw"));
     let h = new().u64(72, incompatible::EXTENDED_L2).u32(36, 4).parse().unwrap();
-    assert_eq!(h.unsupported_for_reading().as_deref(), Some("extended L2 entries"));
+    assert_eq!((h.geometry.extended_l2, h.unsupported_for_writing()), (true, None));
     let h = new().u64(72, incompatible::CORRUPT).parse().unwrap();
     assert_eq!(h.unsupported_for_reading(), None);
     assert_eq!(h.unsupported_for_writing().as_deref(), Some("the corrupt bit is set"));
@@ -389,7 +389,7 @@ fn headers_of_qemu_img_are_understood() {
         assert_eq!(h.version, if options.starts_with("compat=0.10") { 2 } else { 3 });
         assert_eq!(h.compatible & 1 == 1, options.contains("lazy"));
         assert_eq!(h.compression_type == 1, options.contains("zstd"));
-        assert_eq!(h.unsupported_for_reading().is_some(), options.contains("extended"));
+        assert_eq!((h.geometry.extended_l2, h.unsupported_for_writing()), (options.contains("extended"), None));
         assert_eq!(h.unknown_extensions, []);
     }
     qemu_img(&["create", "-q", "-f", "raw", dir.path().join("base").to_str().unwrap(), "1M"]);
@@ -404,7 +404,7 @@ fn headers_of_qemu_img_are_understood() {
     let options = "encrypt.format=aes,encrypt.key-secret=s";
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, "--object", "secret,id=s,data=x", name, "1M"]);
     let h = parse_file(&path);
-    assert_eq!(h.unsupported_for_reading().as_deref(), Some("encryption (AES)"));
+    assert_eq!((h.crypt_method, h.unsupported_for_writing()), (crypt::AES, None));
 }
 
 proptest! {

@@ -26,9 +26,11 @@ from .errors import (
     Misaligned,
     NotFound,
     OutOfRange,
+    PassphraseNeeded,
     PermissionDenied,
     ReadOnly,
     Unsupported,
+    WrongPassphrase,
 )
 from .options import CreateOptions, OpenOptions
 from .protocol import BlockDevice, FixedBlockDevice, FullBlockDevice
@@ -62,11 +64,13 @@ __all__ = [
     "NotFound",
     "OpenOptions",
     "OutOfRange",
+    "PassphraseNeeded",
     "PermissionDenied",
     "Progress",
     "ReadOnly",
     "Stats",
     "Unsupported",
+    "WrongPassphrase",
     "ZeroScan",
     "__version__",
     "check",

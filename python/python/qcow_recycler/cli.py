@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "show what an image is")
     check = command("check", _check, "check an image for corruptions and leaked clusters")
     check.add_argument("--repair", choices=["leaks", "all"], default="no", help="what to repair")
-    command("compact", _compact, "move clusters from the end of the file into its holes, and cut it")
+    compact = command("compact", _compact, "move clusters from the end of the file into its holes, and cut it")
     bitmap = command("bitmap", _bitmap, "list the persistent bitmaps of an image, or change one")
     bitmap.add_argument("name", metavar="NAME", nargs="?", help="the bitmap that is to be changed")
     what = bitmap.add_mutually_exclusive_group()
@@ -83,8 +83,22 @@ def _parser() -> argparse.ArgumentParser:
         "--backing-format", choices=["raw", "qcow2"], help="of backing files whose format is not recorded"
     )
     command("upgrade", _upgrade, "make an image of version 2 of the format one of version 3")
-    command("discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact")
+    zeroes = command("discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact")
+    for sub in (compact, commit, zeroes):
+        sub.add_argument(
+            "--passphrase-file",
+            metavar="FILE",
+            help="holds the passphrase of an encrypted image, and nothing else: a line's end would be part of it",
+        )
     return parser
+
+
+def _passphrase(args: argparse.Namespace) -> bytes | None:
+    """Return what the user named a file for: arguments and the environment of a process are for everybody to see."""
+    if args.passphrase_file is None:
+        return None
+    with open(args.passphrase_file, "rb") as file:
+        return file.read()
 
 
 class _Meter:
@@ -144,6 +158,7 @@ def _info(args: argparse.Namespace) -> int:
         ("refcount bits", str(info.refcount_bits)),
         ("lazy refcounts", "yes" if info.lazy_refcounts else "no"),
         ("extended L2", "yes" if info.extended_l2 else "no"),
+        ("encryption", info.encryption or "no"),
         ("snapshots", str(info.snapshots)),
     ]
     if info.backing_file is not None:
@@ -178,7 +193,7 @@ def _compact(args: argparse.Namespace) -> int:
         meter.show(now.done, now.total, f"the file has {size_text(now.file_size)}", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip", keep_erased=0) as image:
+        with _api.open(args.image, backing="skip", keep_erased=0, passphrase=_passphrase(args)) as image:
             report = image.compact(show)
         # Closing drops what the work itself needed.
         length = os.stat(args.image).st_size
@@ -225,7 +240,7 @@ def _commit(args: argparse.Namespace) -> int:
         meter.show(now.done, now.total, f"{size_text(now.written)} written", now._asdict())
 
     try:
-        report = _api.commit(args.image, show, backing_format=args.backing_format)
+        report = _api.commit(args.image, show, backing_format=args.backing_format, passphrase=_passphrase(args))
     finally:
         meter.clear()
     if args.json:
@@ -249,7 +264,7 @@ def _discard_zeroes(args: argparse.Namespace) -> int:
         meter.show(now.scanned, now.total, f"{size_text(now.discarded)} were zeroes", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip", keep_erased=0) as image:
+        with _api.open(args.image, backing="skip", keep_erased=0, passphrase=_passphrase(args)) as image:
             result = discard_zeroes(image, show)
     finally:
         meter.clear()

@@ -288,13 +288,7 @@ impl Header {
     /// Why the image's contents cannot be read, if so.
     #[must_use]
     pub fn unsupported_for_reading(&self) -> Option<String> {
-        let what = match (self.incompatible, self.crypt_method) {
-            (_, crypt::AES) => "encryption (AES)",
-            (_, crypt::LUKS) => "encryption (LUKS)",
-            (bits, _) if bits & incompatible::DATA_FILE != 0 => "external data file",
-            _ => return None,
-        };
-        Some(what.to_owned())
+        (self.incompatible & incompatible::DATA_FILE != 0).then(|| "external data file".to_owned())
     }
 
     /// Why the image cannot be changed, if so. Compressed clusters are not seen from here.

@@ -6,6 +6,7 @@ mod close;
 mod commit;
 pub mod create;
 mod discard;
+pub(crate) mod encryption;
 mod extents;
 mod flush;
 mod info;
@@ -45,6 +46,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, AsyncRwLock, Mutex, Notify};
 use backing::Backing;
 use bitmaps::Bitmaps;
+use encryption::Encryption;
 use turns::Turns;
 
 /// An open image on a device of type `D`. All calls take `&self`; any number of tasks and threads may make them at once.
@@ -67,6 +69,11 @@ pub struct Image<D: BlockDevice> {
     /// The internal snapshots.
     snapshots: Mutex<snapshots::Snapshots>,
     virtual_size: AtomicU64,
+    /// How guest data is encrypted.
+    pub(crate) encryption: Encryption,
+    /// How long a request may be whose data is transferred as it is, within one cluster: the cluster size, or 0 if data is
+    /// encrypted.
+    plain_span: u64,
     backing: Backing,
     pub(crate) bitmaps: Bitmaps,
     closed: AtomicBool,
