@@ -218,7 +218,7 @@ struct qcr_options {
     char id[64];
     /* The passphrase of an encrypted image, and of encrypted images behind it: `passphrase_length` bytes, any bytes. NULL: none;
      * an encrypted image can then be looked at, checked, discarded from and made shorter, and neither read nor written. Opening
-     * copies it, and has wiped the copy when it returns.
+     * copies it, and has wiped the copy when it returns. With QEMU's first encryption (AES) nothing tells whether it is right.
      */
     const void *passphrase;
     /* Length of the passphrase in bytes, 0 if it is NULL. */

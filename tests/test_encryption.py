@@ -461,7 +461,11 @@ def test_no_slot_in_use(image_path: Path) -> None:
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "qcow_recycler.cli", *map(str, args)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "qcow_recycler.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 

@@ -508,14 +508,12 @@ def assert_unsupported(path: Path, words: str) -> None:
 
 @pytest.mark.parametrize("method", ["luks", "aes"])
 def test_without_its_passphrase_an_encrypted_image_is_no_disk(image_path: Path, method: str) -> None:
-    """There is no incompatible bit for encryption: only crypt_method tells. A guest must not get ciphertext, and what it writes
-    must not be stored as it is."""
+    """There is no incompatible bit for encryption: only crypt_method tells. A guest must not get ciphertext, and what
+    it writes must not be stored as it is."""
     iterations = {"encrypt.iter-time": 10} if method == "luks" else {}
     secret = {"encrypt.format": method, "encrypt.key-secret": "s", **iterations}
     options = ",".join(f"{k}={v}" for k, v in secret.items())
-    qemu.img(
-        "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=passphrase", "-o", options, image_path, "4M"
-    )
+    qemu.img("create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=passphrase", "-o", options, image_path, "4M")
     qemu.io(image_path, "write -P 1 0 256k", passphrase="passphrase")
     before = digest(image_path)
     steps = meet("use", image_path)

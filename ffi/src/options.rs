@@ -78,7 +78,7 @@ pub struct qcr_options {
     pub id: [c_char; 64],
     /// The passphrase of an encrypted image, and of encrypted images behind it: `passphrase_length` bytes, any bytes. NULL: none;
     /// an encrypted image can then be looked at, checked, discarded from and made shorter, and neither read nor written. Opening
-    /// copies it, and has wiped the copy when it returns.
+    /// copies it, and has wiped the copy when it returns. With QEMU's first encryption (AES) nothing tells whether it is right.
     pub passphrase: *const c_void,
     /// Length of the passphrase in bytes, 0 if it is NULL.
     pub passphrase_length: u64,

@@ -117,7 +117,8 @@ pub struct Options {
     /// Backing files.
     pub backing: BackingPolicy,
     /// The passphrase of an encrypted image, and of encrypted images behind it. Without it an encrypted image can be opened, looked
-    /// at, checked, trimmed and made shorter, and neither read nor written. The image keeps none once it is open.
+    /// at, checked, discarded from and made shorter, and neither read nor written. The image keeps none once it is open. With QEMU's
+    /// first encryption (AES) nothing tells whether a passphrase is right: a wrong one reads garbage.
     pub passphrase: Option<Passphrase>,
     /// A name for statistics and messages.
     pub id: String,

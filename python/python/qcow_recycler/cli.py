@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "--backing-format", choices=["raw", "qcow2"], help="of backing files whose format is not recorded"
     )
     command("upgrade", _upgrade, "make an image of version 2 of the format one of version 3")
-    zeroes = command("discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact")
+    text = "find clusters that hold only zeroes, and free them for compact"
+    zeroes = command("discard-zeroes", _discard_zeroes, text)
     for sub in (compact, commit, zeroes):
         sub.add_argument(
             "--passphrase-file",

@@ -46,8 +46,9 @@ class OpenOptions(TypedDict, total=False):
     backing_format: Literal["raw", "qcow2"] | None
     """Of backing files whose images do not record one. Default: they are refused, since formats are never guessed."""
     passphrase: str | bytes | None
-    """Of an encrypted image, and of encrypted images behind it; text counts as UTF-8. Without it an encrypted image can be
-    looked at, checked, discarded from and compacted, and neither read nor written."""
+    """Of an encrypted image, and of encrypted images behind it; text counts as UTF-8. Without it an encrypted image can
+    be looked at, checked, discarded from and compacted, and neither read nor written. With QEMU's first encryption (AES)
+    nothing tells whether it is right."""
     id: str | None
     """A name for statistics and messages. Default: the path."""
     log: LogFunction | None

@@ -16,6 +16,7 @@ pub(crate) const SECTOR: usize = 512;
 /// A block of AES, as a tweak or an initialisation vector.
 type Block = [u8; 16];
 
+#[expect(clippy::large_enum_variant, reason = "there is one for each image, in a box")]
 enum Keyed {
     Cbc128(Aes128),
     Cbc192(Aes192),
@@ -24,6 +25,7 @@ enum Keyed {
     Xts256(Xts128<Aes256>),
 }
 
+#[expect(clippy::large_enum_variant, reason = "the same")]
 enum Iv {
     Plain,
     Plain64,

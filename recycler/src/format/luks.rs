@@ -166,7 +166,7 @@ impl LuksHeader {
             return Err(invalid("LUKS mk-digest-iter", at::MK_DIGEST_ITERATIONS, reason));
         }
         let mut slots = Vec::new();
-        let mut areas = vec![0..HEADER_LENGTH as u64];
+        let mut areas: Vec<_> = std::iter::once(0..HEADER_LENGTH as u64).collect();
         for (slot, i) in raw.slots.iter().zip(0..) {
             let base = at::SLOTS + i * at::SLOT_LENGTH;
             match slot.active.get() {
@@ -187,7 +187,7 @@ impl LuksHeader {
             // No overflow: 32 bits in sectors, and a product of two small numbers.
             let first = u64::from(slot.key_material_offset.get()) * SECTOR;
             let end = first + (cipher.key_bytes as u64 * u64::from(stripes)).next_multiple_of(SECTOR);
-            if end > length || areas.iter().any(|a: &std::ops::Range<u64>| first < a.end && a.start < end) {
+            if end > length || areas.iter().any(|a| first < a.end && a.start < end) {
                 let reason = format!(
                     "the key material at {first:#x} to {end:#x} overlaps the header or another slot's, or reaches past \
                      the encryption header of {length} bytes"
@@ -281,7 +281,10 @@ mod tests {
         bytes
     }
 
-    fn with(changes: &[(usize, &[u8])]) -> Result<LuksHeader> {
+    /// Where, and what.
+    type Change<'a> = (usize, &'a [u8]);
+
+    fn with(changes: &[Change<'_>]) -> Result<LuksHeader> {
         let mut bytes = header();
         for (at, value) in changes {
             bytes[*at..at + value.len()].copy_from_slice(value);
@@ -300,7 +303,7 @@ mod tests {
     #[test]
     fn what_cannot_be_is_named_with_its_place() {
         let first = 208 + 48;
-        let cases: [(&[(usize, &[u8])], &str, u64); 13] = [
+        let cases: [(&[Change<'_>], &str, u64); 13] = [
             (&[(0, b"LUKX")], "LUKS magic", 0),
             (&[(6, &[0, 3])], "LUKS version", 6),
             (&[(108, &[0, 0, 0, 65])], "LUKS key-bytes", 108),
