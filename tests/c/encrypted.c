@@ -1,6 +1,8 @@
 /* An encrypted image of 1 MiB. The arguments are its path and its passphrase. */
 #include "harness.h"
 
+#include <stddef.h>
+
 static struct qcr_error error;
 
 /* The options as programs have them that were compiled before there were passphrases. */
