@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import os
@@ -20,7 +21,7 @@ import qcow_recycler
 import qemu
 from clib import SOURCES, Installed
 from damage import digest
-from qcow2 import Qcow2
+from qcow2 import COPIED, OFFSET_MASK, Qcow2
 from qcow_recycler import aio
 
 PASSPHRASE = "open sesame"
@@ -454,6 +455,28 @@ def test_no_slot_in_use(image_path: Path) -> None:
     patch(image_path, crypto_header(image_path)[0] + SLOT, b"\x00\x00\xde\xad")
     with pytest.raises(qcow_recycler.WrongPassphrase):
         open_image(image_path)
+
+
+def test_a_guest_cannot_be_led_to_the_keys(image_path: Path) -> None:
+    """A damaged table maps a cluster of the encryption header to the guest, or damaged counts offer it for reuse."""
+    create(image_path, 1 << 20)
+    with open_image(image_path) as image:
+        image.write(0, b"\x11" * 131072)
+    start, length = crypto_header(image_path)
+    keys = image_path.read_bytes()[start : start + length]
+    entry, _ = Qcow2(image_path).mapping(65536)
+    patch(image_path, entry, (start | COPIED).to_bytes(8, "big"))
+    with open_image(image_path) as image:
+        with pytest.raises(qcow_recycler.InvalidImage, match="own tables"):
+            image.write(65536, b"\x12" * 65536)
+        with contextlib.suppress(qcow_recycler.InvalidImage):
+            image.compact()
+    assert image_path.read_bytes()[start : start + length] == keys
+    block = Qcow2(image_path).refcount_table()[0] & OFFSET_MASK
+    patch(image_path, block + start // 65536 * 2, bytes(2))
+    for passphrase in (PASSPHRASE, None):
+        with pytest.raises(qcow_recycler.InvalidImage, match="not counted"):
+            open_image(image_path, passphrase=passphrase)
 
 
 # --- the command, and C -----------------------------------------------------------------------------------------------
