@@ -160,12 +160,16 @@ impl Original {
         };
         let Some(anatomy) = Anatomy::of(&file.bytes) else { return Disk::default() };
         // The version, which gives entries their meaning, the geometry, the encryption, and where the L1 table is.
-        let readable = same(4..8) && same(20..24) && same(32..36) && same(40..48);
+        let mut readable = same(4..8) && same(20..24) && same(32..36) && same(40..48);
+        // Whether L2 entries are extended.
+        let extended = |bytes: &[u8]| bytes.get(79).is_some_and(|byte| byte & 0x10 != 0);
+        readable &= extended(&self.bytes) == extended(&file.bytes);
+        let l2_width = if extended(&self.bytes) { 16 } else { 8 };
         let backing_is_same = same(8..20);
         let mut disk = self.disk.clone();
         for (guest, stored) in (0..).zip(&self.stored) {
-            let entries = std::iter::once(stored.l1_entry).chain(stored.l2.map(|(_, entry)| entry));
-            let mut untouched = readable && entries.map(|at| at..at + 8).all(same);
+            let l2_entry = stored.l2.map(|(_, entry)| entry..entry + l2_width);
+            let mut untouched = readable && same(stored.l1_entry..stored.l1_entry + 8) && l2_entry.is_none_or(same);
             untouched &= match &stored.data {
                 Some(data) => same(data.clone()),
                 None => backing_is_same,
