@@ -99,6 +99,8 @@ const char *qcr_version_string(void);
  * | -EROFS           | the image is open read-only, or an earlier failure made it so |
  * | -EAGAIN          | another process uses the image |
  * | -EPERM           | the image has a backing file that the options do not allow to be opened |
+ * | -ENOKEY          | the image is encrypted, and the options name no passphrase |
+ * | -EKEYREJECTED    | the passphrase is wrong; nothing was changed |
  * | -ENOSPC          | the file system or the device is full; nothing that was durable has changed |
  * | -EBADF           | the image is closed |
  * | -EBUSY           | something that excludes this call is under way |
@@ -231,6 +233,13 @@ struct qcr_options {
     uint32_t data_file;
     /* 0. */
     uint32_t reserved;
+    /* The passphrase of an encrypted image, and of encrypted images behind it: `passphrase_length` bytes, any bytes. NULL: none;
+     * an encrypted image can then be looked at, checked, discarded from and made shorter, and neither read nor written. Opening
+     * copies it, and has wiped the copy when it returns. With QEMU's first encryption (AES) nothing tells whether it is right.
+     */
+    const void *passphrase;
+    /* Length of the passphrase in bytes, 0 if it is NULL. */
+    uint64_t passphrase_length;
 };
 
 /* Takes a message. It is called from any thread, also from several at once, never under a lock of the library. It
@@ -933,6 +942,9 @@ int qcr_compress(struct qcr_image *image, qcr_progress_fn progress, void *user, 
 /* Image flag: the external data file reads as the disk does, without the image. */
 #define QCR_INFO_RAW_DATA_FILE 16
 
+/* Image flag: guest data is encrypted. */
+#define QCR_INFO_ENCRYPTED 32
+
 /* Repair: nothing, only look. */
 #define QCR_REPAIR_NONE 0
 
@@ -1026,7 +1038,9 @@ struct qcr_info {
     uint64_t file_size;
     /* Width of a refcount in bits. */
     uint32_t refcount_bits;
-    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE. */
+    /* QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE,
+     * QCR_INFO_ENCRYPTED.
+     */
     uint32_t flags;
     /* How many internal snapshots there are. */
     uint32_t snapshots;

@@ -92,7 +92,15 @@ class Disk:
         return offset, min(end * self.cluster_size, self.size) - offset
 
 
-def qemu_session(path: Path, disk: Disk, rng: random.Random, operations: int, *, options: tuple[str, ...] = ()) -> None:
+def qemu_session(
+    path: Path,
+    disk: Disk,
+    rng: random.Random,
+    operations: int,
+    *,
+    options: tuple[str, ...] = (),
+    passphrase: str | None = None,
+) -> None:
     """QEMU writes, zeroes and discards; discards whole clusters only, as it ignores the rest."""
     source = path.with_name("pattern")
     commands = []
@@ -117,7 +125,7 @@ def qemu_session(path: Path, disk: Disk, rng: random.Random, operations: int, *,
             disk.zero(offset, length)
         else:
             commands.append("flush")
-    qemu.io(path, *commands, options=options)
+    qemu.io(path, *commands, options=options, passphrase=passphrase)
     for file in files:
         file.unlink()
 

@@ -46,12 +46,26 @@ def create(
     img("create", "-q", "-f", "qcow2", *arguments, path, size)
 
 
-def io(path: Path, *commands: str, discard: bool = True, options: tuple[str, ...] = ()) -> str:
+def named(path: Path, passphrase: str | None = None) -> list[object]:
+    """An image as an argument of QEMU's tools, with the passphrase if it is encrypted."""
+    if passphrase is None:
+        return ["-f", "qcow2", path]
+    secret = f"secret,id=s,data={passphrase}"
+    return ["--object", secret, "--image-opts", f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"]
+
+
+def io(
+    path: Path,
+    *commands: str,
+    discard: bool = True,
+    options: tuple[str, ...] = (),
+    passphrase: str | None = None,
+) -> str:
     """Runs `qemu-io` commands on an image, read-write; each must succeed."""
-    arguments: list[object] = ["-f", "qcow2", *(["-d", "unmap"] if discard else []), *options]
+    arguments: list[object] = [*(["-d", "unmap"] if discard else []), *options]
     for command in commands:
         arguments += ["-c", command]
-    result = run("qemu-io", *arguments, path)
+    result = run("qemu-io", *arguments, *named(path, passphrase))
     for line in (result.stdout + result.stderr).splitlines():
         if "failed" in line or "rror" in line or "Pattern verification" in line:
             raise ToolFailed(f"qemu-io {path}: {line}")
@@ -69,10 +83,10 @@ class Check:
     image_end_offset: int
 
 
-def check(path: Path, repair: str | None = None) -> Check:
+def check(path: Path, repair: str | None = None, *, passphrase: str | None = None) -> Check:
     """`qemu-img check`, with `-r leaks` or `-r all` if asked; findings are not failures."""
     arguments = ["-r", repair] if repair else []
-    report = json.loads(img("check", "--output=json", "-f", "qcow2", *arguments, path, ok=(0, 2, 3)))
+    report = json.loads(img("check", "--output=json", *arguments, *named(path, passphrase), ok=(0, 2, 3)))
     return Check(
         report.get("corruptions", 0),
         report.get("leaks", 0),
@@ -82,11 +96,11 @@ def check(path: Path, repair: str | None = None) -> Check:
     )
 
 
-def assert_clean(path: Path) -> Check:
+def assert_clean(path: Path, *, passphrase: str | None = None) -> Check:
     """QEMU finds neither corruption nor leak."""
-    found = check(path)
+    found = check(path, passphrase=passphrase)
     if found.corruptions or found.leaks or found.check_errors:
-        text = run("qemu-img", "check", "-f", "qcow2", path, ok=(0, 1, 2, 3))
+        text = run("qemu-img", "check", *named(path, passphrase), ok=(0, 1, 2, 3))
         raise AssertionError(f"qemu-img check {path.name}: {found}\n{(text.stdout + text.stderr)[:3000]}")
     return found
 
@@ -95,12 +109,12 @@ def info(path: Path) -> dict:
     return json.loads(img("info", "--output=json", "-U", path))
 
 
-def contents(path: Path, *, snapshot: str | None = None) -> bytes:
+def contents(path: Path, *, snapshot: str | None = None, passphrase: str | None = None) -> bytes:
     """The whole virtual disk as QEMU reads it, or that of an internal snapshot."""
     raw = path.with_name(path.name + ".raw")
     arguments = ["-l", f"snapshot.name={snapshot}"] if snapshot else []
     try:
-        img("convert", "-q", "-f", "qcow2", "-O", "raw", *arguments, path, raw)
+        img("convert", "-q", "-O", "raw", *arguments, *named(path, passphrase), raw)
         return raw.read_bytes()
     finally:
         raw.unlink(missing_ok=True)
@@ -119,9 +133,11 @@ def first_difference(a: bytes | bytearray, b: bytes | bytearray) -> str:
     )
 
 
-def assert_contents(path: Path, expected: bytes | bytearray, *, snapshot: str | None = None) -> None:
+def assert_contents(
+    path: Path, expected: bytes | bytearray, *, snapshot: str | None = None, passphrase: str | None = None
+) -> None:
     """QEMU reads exactly these bytes."""
-    got = contents(path, snapshot=snapshot)
+    got = contents(path, snapshot=snapshot, passphrase=passphrase)
     assert got == expected, f"QEMU read and expected: {first_difference(got, expected)}"
 
 

@@ -506,20 +506,24 @@ def assert_unsupported(path: Path, words: str) -> None:
     assert digest(path) == before
 
 
-def test_luks(image_path: Path) -> None:
-    """There is no incompatible bit for encryption: only crypt_method tells."""
-    secret = ("--object", "secret,id=s,data=passphrase")
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    qemu.img("create", "-q", "-f", "qcow2", *secret, "-o", options, image_path, "4M")
-    assert_unsupported(image_path, "luks")
-    error = meet("open", image_path)["open"]["error"]
-    assert error, "opened for reading: a guest would get ciphertext"
-
-
-def test_legacy_aes(victim: Victim) -> None:
-    victim.header("crypt_method", 1)
-    assert_unsupported(victim.path, "aes")
-    assert meet("open", victim.path)["open"]["error"], "opened for reading: a guest would get ciphertext"
+@pytest.mark.parametrize("method", ["luks", "aes"])
+def test_without_its_passphrase_an_encrypted_image_is_no_disk(image_path: Path, method: str) -> None:
+    """There is no incompatible bit for encryption: only crypt_method tells. A guest must not get ciphertext, and what
+    it writes must not be stored as it is."""
+    iterations = {"encrypt.iter-time": 10} if method == "luks" else {}
+    secret = {"encrypt.format": method, "encrypt.key-secret": "s", **iterations}
+    options = ",".join(f"{k}={v}" for k, v in secret.items())
+    qemu.img("create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=passphrase", "-o", options, image_path, "4M")
+    qemu.io(image_path, "write -P 1 0 256k", passphrase="passphrase")
+    before = digest(image_path)
+    steps = meet("use", image_path)
+    assert not steps["open"]["error"] and not steps["close"]["error"], steps
+    for name in ("read", "write", "part"):
+        error = steps[name]["error"]
+        assert error and (error["type"], error["errno"]) == ("PassphraseNeeded", errno.ENOKEY), steps
+    assert meet("open", image_path)["read"]["error"], "a guest would get ciphertext"
+    assert qemu.contents(image_path, passphrase="passphrase")[4096 : 256 << 10] == b"\x01" * ((256 << 10) - 4096)
+    assert digest(image_path) == before
 
 
 def test_external_data_file(tmp_path: Path, image_path: Path) -> None:

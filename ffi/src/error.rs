@@ -15,6 +15,8 @@
 //! | -EROFS           | the image is open read-only, or an earlier failure made it so |
 //! | -EAGAIN          | another process uses the image |
 //! | -EPERM           | the image has a backing file that the options do not allow to be opened |
+//! | -ENOKEY          | the image is encrypted, and the options name no passphrase |
+//! | -EKEYREJECTED    | the passphrase is wrong; nothing was changed |
 //! | -ENOSPC          | the file system or the device is full; nothing that was durable has changed |
 //! | -EBADF           | the image is closed |
 //! | -EBUSY           | something that excludes this call is under way |

@@ -192,6 +192,8 @@ pub const QCR_INFO_EXTENDED_L2: u32 = 0x4;
 pub const QCR_INFO_DATA_FILE: u32 = 0x8;
 /// Image flag: the external data file reads as the disk does, without the image.
 pub const QCR_INFO_RAW_DATA_FILE: u32 = 0x10;
+/// Image flag: guest data is encrypted.
+pub const QCR_INFO_ENCRYPTED: u32 = 0x20;
 
 /// What an image is. Sizes are in bytes.
 #[derive(Clone, Copy)]
@@ -209,7 +211,8 @@ pub struct qcr_info {
     pub file_size: u64,
     /// Width of a refcount in bits.
     pub refcount_bits: u32,
-    /// QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE.
+    /// QCR_INFO_LAZY_REFCOUNTS, QCR_INFO_READ_ONLY, QCR_INFO_EXTENDED_L2, QCR_INFO_DATA_FILE, QCR_INFO_RAW_DATA_FILE,
+    /// QCR_INFO_ENCRYPTED.
     pub flags: u32,
     /// How many internal snapshots there are.
     pub snapshots: u32,
@@ -242,13 +245,14 @@ pub unsafe extern "C" fn qcr_get_info(image: *mut qcr_image, info: *mut qcr_info
         let extended = if found.extended_l2 { QCR_INFO_EXTENDED_L2 } else { 0 };
         let data_file = if found.data_file.is_some() { QCR_INFO_DATA_FILE } else { 0 };
         let raw = if found.data_file_raw { QCR_INFO_RAW_DATA_FILE } else { 0 };
+        let encrypted = if found.encryption.is_some() { QCR_INFO_ENCRYPTED } else { 0 };
         let mut c = qcr_info {
             version: found.version,
             virtual_size: found.virtual_size,
             cluster_size: found.cluster_size,
             file_size: found.file_size,
             refcount_bits: found.refcount_bits,
-            flags: lazy | read_only | extended | data_file | raw,
+            flags: lazy | read_only | extended | data_file | raw | encrypted,
             snapshots: found.snapshots,
             pinned: u32::try_from(found.pinned.len()).unwrap_or(u32::MAX),
             ..qcr_info::zeroed()

@@ -44,7 +44,7 @@ fn structs_are_laid_out_as_committed() {
         qcr_error { struct_size code offset field message }
         qcr_options {
             struct_size flags keep_erased compact_after_unmaps settle_ms flush_ms rate_limit l2_cache_size backing
-            backing_format backing_directory id data_file reserved
+            backing_format backing_directory id data_file reserved passphrase passphrase_length
         }
         qcr_log { struct_size level user destroy log }
         qcr_block_callbacks {

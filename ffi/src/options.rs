@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use qcow_recycler::{BackingFormat, BackingPolicy, DataFilePolicy, LogLevel, Logger, Options};
+use qcow_recycler::{BackingFormat, BackingPolicy, DataFilePolicy, LogLevel, Logger, Options, Passphrase};
 
 use crate::abi::{self, Out, Shared, copy_in};
 use crate::boundary::call;
@@ -89,12 +89,22 @@ pub struct qcr_options {
     pub data_file: u32,
     /// 0.
     pub reserved: u32,
+    /// The passphrase of an encrypted image, and of encrypted images behind it: `passphrase_length` bytes, any bytes. NULL: none;
+    /// an encrypted image can then be looked at, checked, discarded from and made shorter, and neither read nor written. Opening
+    /// copies it, and has wiped the copy when it returns. With QEMU's first encryption (AES) nothing tells whether it is right.
+    pub passphrase: *const c_void,
+    /// Length of the passphrase in bytes, 0 if it is NULL.
+    pub passphrase_length: u64,
 }
 
-// SAFETY: integers and a pointer that may be NULL; no padding.
+// SAFETY: integers, and pointers that may be NULL; no padding.
 unsafe impl Shared for qcr_options {
     const NAME: &'static str = "options";
+    const MIN_SIZE: usize = std::mem::offset_of!(qcr_options, data_file);
 }
+
+/// The longest passphrase that is taken, in bytes.
+const MAX_PASSPHRASE: u64 = 1 << 20;
 
 /// How serious a message is: something failed.
 pub const QCR_LOG_ERROR: u32 = 1;
@@ -184,7 +194,8 @@ pub unsafe extern "C" fn qcr_options_parse(
     unsafe { call(error, body) }
 }
 
-/// `base` with everything but the policies for other files taken from `options`: a configuration string cannot set those.
+/// `base` with everything but the policies for other files and the passphrase taken from `options`: a configuration string cannot
+/// set those.
 fn to_c(options: &Options, base: qcr_options) -> Result<qcr_options, Fault> {
     let Options { id, .. } = options;
     let mut c = qcr_options {
@@ -217,7 +228,7 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// All but the policies for other files and the logger.
+/// All but the policies for other files, the passphrase and the logger.
 fn to_core(c: &qcr_options) -> Result<Options, Fault> {
     let known = QCR_READ_ONLY | QCR_DISCARD | QCR_CHECK_ON_CONNECT | QCR_RUNTIME_ASSERTS | QCR_DIRECT | QCR_PUNCH_JUNK;
     abi::known_flags(c.flags, known)?;
@@ -278,11 +289,28 @@ pub(crate) unsafe fn options_for_open(
             }
             other => return Err(Fault::argument("data_file", format!("{other} is unknown"))),
         };
+        // SAFETY: as promised by the caller.
+        opened.passphrase = unsafe { passphrase(&c)? };
     }
     if let Some(log) = log {
         opened.logger = log.into_logger();
     }
     Ok(opened)
+}
+
+/// # Safety
+/// So many bytes are readable there as the options say.
+unsafe fn passphrase(c: &qcr_options) -> Result<Option<Passphrase>, Fault> {
+    if c.passphrase_length > MAX_PASSPHRASE {
+        return Err(Fault::argument("passphrase_length", format!("is more than {MAX_PASSPHRASE}")));
+    }
+    if c.passphrase.is_null() {
+        let none = c.passphrase_length == 0;
+        return if none { Ok(None) } else { Err(Fault::null("passphrase")) };
+    }
+    // SAFETY: as promised by the caller; the length was checked.
+    let bytes = unsafe { std::slice::from_raw_parts(c.passphrase.cast::<u8>(), c.passphrase_length as usize) };
+    Ok(Some(Passphrase::new(bytes)))
 }
 
 fn unrecorded(format: u32) -> Result<Option<BackingFormat>, Fault> {

@@ -5,7 +5,8 @@ use std::ops::Range;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::IoBufMut;
 use qcow_recycler::device::Features;
-use qcow_recycler::{BackingPolicy, Image, Options};
+use qcow_recycler::format::header::crypt;
+use qcow_recycler::{BackingPolicy, Image, Options, Passphrase};
 
 use super::anatomy::{Anatomy, Stored};
 use super::device::Sparse;
@@ -76,6 +77,13 @@ impl Disk {
     }
 }
 
+/// For an image with QEMU's first encryption, which any passphrase opens. LUKS headers are for the target `header`, since they decide
+/// how long deriving a key takes.
+pub fn passphrase(image: &[u8]) -> Option<Passphrase> {
+    let aes = image.get(32..36).is_some_and(|method| method == crypt::AES.to_be_bytes());
+    aes.then(|| Passphrase::new("secret"))
+}
+
 /// A sound image, what its disk holds, and where in the file that is.
 pub struct Original {
     pub name: String,
@@ -124,7 +132,8 @@ impl Original {
         }
         let mut disk = Disk::unknown(size);
         let device = Sparse::new(&File::new(bytes.clone()), Features::default(), u64::MAX);
-        let options = Options { read_only: true, backing: BackingPolicy::Skip, ..Options::default() };
+        let passphrase = passphrase(&bytes);
+        let options = Options { read_only: true, backing: BackingPolicy::Skip, passphrase, ..Options::default() };
         if let Ok(image) = block_on(Image::open(device, options)) {
             for at in (0..size).step_by(cluster_size as usize) {
                 let end = size.min(at + cluster_size);
@@ -150,10 +159,10 @@ impl Original {
             in_file && range.clone().all(|at| byte(&self.bytes, at) == byte(&file.bytes, at))
         };
         let Some(anatomy) = Anatomy::of(&file.bytes) else { return Disk::default() };
-        // What gives entries their meaning (the version, and whether they are extended), the geometry, and where the L1 table is.
+        // What gives entries their meaning (the version, and whether they are extended), the geometry, the encryption, and where the L1 table is.
         let features = |bytes: &[u8], bits: u8| bytes.get(79).map(|features| features & bits);
         let same_bits = |bits| features(&self.bytes, bits) == features(&file.bytes, bits);
-        let readable = same(4..8) && same(20..24) && same(40..48) && same_bits(16);
+        let readable = same(4..8) && same(20..24) && same(32..36) && same(40..48) && same_bits(16);
         // What is compressed needs the way in which it is, too.
         let unpackable = same_bits(8) && same(104..105);
         let backing_is_same = same(8..20);

@@ -26,6 +26,7 @@ use choices::Choices;
 use known::Disk;
 use mutate::File;
 use qcow_recycler::format::header::{self, Header, Sector};
+use qcow_recycler::format::luks::LuksHeader;
 use qcow_recycler::format::snapshot;
 use qcow_recycler::{Error, Options};
 
@@ -64,6 +65,10 @@ pub fn header(input: &[u8]) {
     let mut bytes = bytes.to_vec();
     bytes.resize((length as usize).min(Header::READ_LEN).max(bytes.len()), 0);
     let _ = snapshot::parse_entry(&bytes, 0);
+    if let Ok(luks) = LuksHeader::parse(&bytes, 0, length) {
+        let ends = luks.slots.iter().map(|s| s.material + luks.cipher.key_bytes as u64 * u64::from(s.stripes));
+        assert!(ends.max().is_none_or(|end| end <= length), "key material outside: {luks:?}");
+    }
     let parsed = match Header::parse(&bytes, length) {
         Ok(parsed) => parsed,
         Err(e) => {

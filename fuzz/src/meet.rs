@@ -12,7 +12,7 @@ use qcow_recycler::{BackingPolicy, Error, Image, Options, Repair};
 use super::anatomy::Anatomy;
 use super::choices::Choices;
 use super::device::Sparse;
-use super::known::{Disk, MOST_BYTES, SECTOR, bystanders, is_accounted_for, is_shared_with_itself, stamp};
+use super::known::{Disk, MOST_BYTES, SECTOR, bystanders, is_accounted_for, is_shared_with_itself, passphrase, stamp};
 use super::meter;
 use super::mutate::File;
 
@@ -65,7 +65,7 @@ fn acceptable(what: &str, error: &Error) -> Result<(), String> {
     match error {
         Error::Invalid { field, reason, .. } if !field.is_empty() && !reason.is_empty() => Ok(()),
         Error::Unsupported { what } if !what.is_empty() => Ok(()),
-        Error::BackingNotAllowed { .. } | Error::DataFileNotAllowed { .. } => Ok(()),
+        Error::BackingNotAllowed { .. } | Error::DataFileNotAllowed { .. } | Error::PassphraseNeeded => Ok(()),
         other => Err(format!("{what}: {other:?}")),
     }
 }
@@ -89,7 +89,8 @@ async fn look(device: &Sparse, disk: &Disk, met: &mut Met) -> Result<(), String>
     }
     unchanged("a check", device)?;
 
-    let options = Options { read_only: true, backing: BackingPolicy::Skip, ..Options::default() };
+    let passphrase = passphrase(&device.contents(512).bytes);
+    let options = Options { read_only: true, backing: BackingPolicy::Skip, passphrase, ..Options::default() };
     match Image::open(device.clone(), options).await {
         Ok(image) => {
             met.readable = true;
@@ -117,6 +118,7 @@ async fn read_all(image: &Image<Sparse>, disk: &Disk, cluster_size: u64) -> Resu
         let mut bytes = vec![0xa5; (end - start) as usize];
         match image.read(start, IoBufMut::new(&mut bytes)).await {
             Ok(()) => disk.compare(start, &bytes)?,
+            Err(Error::PassphraseNeeded) => {}
             Err(e) => {
                 acceptable("read", &e)?;
                 if start < end && end <= disk.size() && disk.is_known(start..end) {
@@ -159,6 +161,7 @@ async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> 
         l2_cache_size: choices.below(2) << 22,
         check_on_connect: choices.chance(10),
         runtime_asserts: true,
+        passphrase: passphrase(&file.bytes),
         ..Options::default()
     };
     let image = match Image::open(device.clone(), options).await {
@@ -267,7 +270,8 @@ async fn reopen(device: &Sparse, disk: &Disk, sound: bool) -> Result<(), String>
             return Err(format!("corrupt after closing: {}", report.messages.join("; ")));
         }
     }
-    let options = Options { read_only: true, backing: BackingPolicy::Skip, ..Options::default() };
+    let passphrase = passphrase(&device.contents(512).bytes);
+    let options = Options { read_only: true, backing: BackingPolicy::Skip, passphrase, ..Options::default() };
     let image = Image::open(device.clone(), options).await.map_err(|e| format!("opening again: {e}"))?;
     let cluster_size = image.info().cluster_size;
     read_all(&image, disk, cluster_size).await.map_err(|e| format!("after closing: {e}"))?;

@@ -25,6 +25,8 @@ fn class_name(error: &Error) -> &'static str {
         Error::BackingNotAllowed { .. } => "BackingNotAllowed",
         Error::DataFileNotAllowed { .. } => "DataFileNotAllowed",
         Error::BadOption { .. } => "BadOption",
+        Error::PassphraseNeeded => "PassphraseNeeded",
+        Error::WrongPassphrase => "WrongPassphrase",
         Error::Closed => "Closed",
         Error::Cancelled => "Cancelled",
         Error::Backing { .. } => "BackingError",

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use qcow_recycler::{
-    BackingFormat, BackingPolicy, CreateOptions, DataFileOptions, DataFilePolicy, LogLevel, Logger, Options, Repair,
+    BackingFormat, BackingPolicy, CreateOptions, DataFileOptions, DataFilePolicy, LogLevel, Logger, Options,
+    Passphrase, Repair,
 };
 
 /// What `qcow_recycler.OpenOptions` says, on top of the library's defaults; `None` stands for the default. `home` is the
@@ -49,6 +50,7 @@ pub(crate) fn open_options(given: &Bound<'_, PyDict>, home: Option<&Path>) -> Py
             "backing_directory" => directory = Some(item.extract::<PathBuf>()?),
             "backing_format" => unrecorded = Some(backing_format(&item.extract::<String>()?)?),
             "data_file" => data_file = Some(item.extract::<String>()?),
+            "passphrase" => options.passphrase = Some(passphrase(&item)?),
             "id" => options.id = item.extract()?,
             "log" => options.logger = logger(&item)?,
             _ => return Err(PyTypeError::new_err(format!("unknown option {key:?}"))),
@@ -124,6 +126,15 @@ pub(crate) fn create_options(size: u64, given: &Bound<'_, PyDict>) -> PyResult<C
     }
     options.data_file = data_file.map(|name| DataFileOptions { name, raw });
     Ok(options)
+}
+
+/// # Errors
+/// `TypeError` for anything but text and bytes.
+fn passphrase(item: &Bound<'_, PyAny>) -> PyResult<Passphrase> {
+    match item.cast::<PyBytes>() {
+        Ok(bytes) => Ok(Passphrase::new(bytes.as_bytes())),
+        Err(_) => item.extract::<String>().map(Passphrase::new),
+    }
 }
 
 /// # Errors

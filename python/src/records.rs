@@ -29,6 +29,7 @@ pub(crate) fn info(py: Python<'_>, info: Info) -> PyResult<Bound<'_, PyAny>> {
         file_size = info.file_size,
         lazy_refcounts = info.lazy_refcounts,
         extended_l2 = info.extended_l2,
+        encryption = info.encryption,
         snapshots = info.snapshots,
         backing_file = info.backing_file,
         backing_format = info.backing_format,

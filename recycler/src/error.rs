@@ -100,6 +100,12 @@ pub enum Error {
         /// What went wrong with it.
         source: Box<Error>,
     },
+    /// The image is encrypted, and was opened without its passphrase: what it holds can neither be read nor written.
+    #[error("the image is encrypted, and no passphrase was given: its contents can neither be read nor written")]
+    PassphraseNeeded,
+    /// The passphrase opens none of the image's key slots. Nothing was changed.
+    #[error("the passphrase is wrong: it opens none of the image's key slots")]
+    WrongPassphrase,
     /// An option with an unknown name or an unusable value.
     #[error("option {name}: {reason}")]
     BadOption {
@@ -137,6 +143,8 @@ impl Error {
             Error::Locked { .. } => libc::EAGAIN,
             Error::BackingNotAllowed { .. } | Error::DataFileNotAllowed { .. } => libc::EPERM,
             Error::Backing { source, .. } | Error::DataFile { source, .. } => source.errno(),
+            Error::PassphraseNeeded => libc::ENOKEY,
+            Error::WrongPassphrase => libc::EKEYREJECTED,
             Error::Closed => libc::EBADF,
             Error::Cancelled => libc::ECANCELED,
         }

@@ -45,6 +45,8 @@ pub enum Mutation {
     LinkTableCopyEarly,
     /// Clusters that replace others are linked before their data is durable.
     LinkBeforeData,
+    /// Encrypted clusters are linked before all that they show is durable.
+    LinkBeforeEncrypted,
     /// A zeroed cluster that kept its host cluster is shown before what it holds is durable.
     ShowBeforeZeroes,
     /// Erased clusters are handed out as if zeroes and counts were durable.
@@ -83,7 +85,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// Those that power cuts and random histories must find.
-    pub const ALL: [Mutation; 29] = [
+    pub const ALL: [Mutation; 30] = [
         Mutation::RewriteBeforeFlush,
         Mutation::ReuseFreedAtOnce,
         Mutation::UncountSourceEarly,
@@ -104,6 +106,7 @@ impl Mutation {
         Mutation::HeaderBeforeL1,
         Mutation::LinkTableCopyEarly,
         Mutation::LinkBeforeData,
+        Mutation::LinkBeforeEncrypted,
         Mutation::ShowBeforeZeroes,
         Mutation::ErasedAsAvailable,
         Mutation::WriteOnePlace,

@@ -17,6 +17,7 @@ use common::content::SECTOR;
 use common::crash::Effort;
 use common::cuts::{self, Budget, Counts, Made, Start, Watch};
 use common::disturb::{random_fault, with_fault};
+use common::encryption::Encryption;
 use common::guests::{Clock, Errors, Failure, Shared};
 use common::history::{After, History, Op, Round};
 use common::play;
@@ -37,6 +38,7 @@ fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features:
         lazy_refcounts,
         extended_l2: false,
         preallocated: false,
+        encryption: Encryption::None,
         sectors: 160 * cluster / SECTOR as u64,
     };
     Config {

@@ -15,6 +15,7 @@ use common::crash::Effort;
 use common::cuts::{self, Budget, Counts, Made, Start};
 use common::directed;
 use common::disturb;
+use common::encryption::Encryption;
 use common::guests::Failure;
 use common::history::History;
 use common::sequences::{PLAIN, Variant, steps};
@@ -59,6 +60,7 @@ impl fmt::Display for Sort {
 const SNAPSHOT: Variant = Variant { name: "snapshot", made: Made::WithSnapshot, ..PLAIN };
 const COMPRESSED: Variant =
     Variant { name: "compressed", cluster_bits: 11, sectors: 96, made: Made::Compressed, ..PLAIN };
+const ENCRYPTED: Variant = Variant { name: "encrypted", cluster_bits: 10, encryption: Encryption::Luks, ..PLAIN };
 const PARTIAL: Variant = Variant { name: "partial clusters", cluster_bits: 10, ..PLAIN };
 const MANY_BLOCKS: Variant = Variant { name: "many refcount blocks", refcount_bits: 64, ..PLAIN };
 
@@ -76,6 +78,7 @@ fn sort(mutation: Mutation) -> Sort {
         M::RewriteSharedBeforeFlush | M::SkipBarrier | M::LinkTableCopyEarly | M::LinkBeforeData => {
             Sort::Steps(SNAPSHOT)
         }
+        M::LinkBeforeEncrypted => Sort::Steps(ENCRYPTED),
         M::RewritePackedBeforeFlush => Sort::Steps(COMPRESSED),
         M::EntryBeforeBlock | M::ReferenceBeforeEntry | M::TablesBeforeCounts => Sort::Steps(MANY_BLOCKS),
         M::GrowBeforeClearing => Sort::Named(PARTIAL, &["shrink", "grow"]),

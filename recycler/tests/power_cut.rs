@@ -61,10 +61,11 @@ fn random_histories() {
 /// Sequences of up to three steps on one kind of image each.
 mod sequences {
     use crate::common::cuts::Made;
+    use crate::common::encryption::Encryption;
     use crate::common::sequences::{PLAIN, Variant};
 
     /// What each kind gets of a soak.
-    const SHARE: f64 = 0.5 / 13.0;
+    const SHARE: f64 = 0.5 / 16.0;
 
     macro_rules! on {
         ($name:ident, $threes:expr, $variant:expr) => {
@@ -95,6 +96,13 @@ mod sequences {
         subclusters_snapshot,
         10,
         Variant { cluster_bits: 14, extended_l2: true, sectors: 130, made: Made::WithSnapshot, ..PLAIN }
+    );
+    on!(encrypted, 20, Variant { cluster_bits: 10, encryption: Encryption::Aes, ..PLAIN });
+    on!(encrypted_by_place, 40, Variant { cluster_bits: 10, encryption: Encryption::Luks, ..PLAIN });
+    on!(
+        encrypted_subclusters,
+        10,
+        Variant { cluster_bits: 14, extended_l2: true, sectors: 130, encryption: Encryption::Luks, ..PLAIN }
     );
     on!(version_2, 20, Variant { version: 2, ..PLAIN });
     // Every growth of the file needs new refcount blocks.

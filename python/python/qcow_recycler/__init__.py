@@ -28,9 +28,11 @@ from .errors import (
     Misaligned,
     NotFound,
     OutOfRange,
+    PassphraseNeeded,
     PermissionDenied,
     ReadOnly,
     Unsupported,
+    WrongPassphrase,
 )
 from .options import CreateOptions, OpenOptions
 from .protocol import BlockDevice, FixedBlockDevice, FullBlockDevice
@@ -66,12 +68,14 @@ __all__ = [
     "NotFound",
     "OpenOptions",
     "OutOfRange",
+    "PassphraseNeeded",
     "PermissionDenied",
     "Progress",
     "ReadOnly",
     "Snapshot",
     "Stats",
     "Unsupported",
+    "WrongPassphrase",
     "ZeroScan",
     "__version__",
     "check",

@@ -100,11 +100,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     commit.add_argument("--data-file", action="store_true", help="open the external data files that images name")
     command("upgrade", _upgrade, "make an image of version 2 of the format one of version 3")
-    zeroes = command(
-        "discard-zeroes", _discard_zeroes, "find clusters that hold only zeroes, and free them for compact"
-    )
+    text = "find clusters that hold only zeroes, and free them for compact"
+    zeroes = command("discard-zeroes", _discard_zeroes, text)
     zeroes.add_argument("--data-file", action="store_true", help="open the external data file that the image names")
+    for sub in (compact, commit, zeroes):
+        sub.add_argument(
+            "--passphrase-file",
+            metavar="FILE",
+            help="holds the passphrase of an encrypted image, and nothing else: a line's end would be part of it",
+        )
     return parser
+
+
+def _passphrase(args: argparse.Namespace) -> bytes | None:
+    """Return what the user named a file for: arguments and the environment of a process are for everybody to see."""
+    if args.passphrase_file is None:
+        return None
+    with open(args.passphrase_file, "rb") as file:
+        return file.read()
 
 
 class _Meter:
@@ -168,6 +181,7 @@ def _info(args: argparse.Namespace) -> int:
         ("refcount bits", str(info.refcount_bits)),
         ("lazy refcounts", "yes" if info.lazy_refcounts else "no"),
         ("extended L2", "yes" if info.extended_l2 else "no"),
+        ("encryption", info.encryption or "no"),
         ("snapshots", str(info.snapshots)),
     ]
     if info.backing_file is not None:
@@ -204,7 +218,9 @@ def _compact(args: argparse.Namespace) -> int:
         meter.show(now.done, now.total, f"the file has {size_text(now.file_size)}", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip", data_file="skip", keep_erased=0) as image:
+        with _api.open(
+            args.image, backing="skip", data_file="skip", keep_erased=0, passphrase=_passphrase(args)
+        ) as image:
             before = image.info.file_size
             if args.compress:
                 image.compress(show)
@@ -275,7 +291,13 @@ def _commit(args: argparse.Namespace) -> int:
         meter.show(now.done, now.total, f"{size_text(now.written)} written", now._asdict())
 
     try:
-        report = _api.commit(args.image, show, backing_format=args.backing_format, data_file=_data_file(args))
+        report = _api.commit(
+            args.image,
+            show,
+            backing_format=args.backing_format,
+            data_file=_data_file(args),
+            passphrase=_passphrase(args),
+        )
     finally:
         meter.clear()
     if args.json:
@@ -299,7 +321,9 @@ def _discard_zeroes(args: argparse.Namespace) -> int:
         meter.show(now.scanned, now.total, f"{size_text(now.discarded)} were zeroes", now._asdict())
 
     try:
-        with _api.open(args.image, backing="skip", data_file=_data_file(args), keep_erased=0) as image:
+        with _api.open(
+            args.image, backing="skip", data_file=_data_file(args), keep_erased=0, passphrase=_passphrase(args)
+        ) as image:
             result = discard_zeroes(image, show)
     finally:
         meter.clear()

@@ -88,6 +88,14 @@ class BadOption(Error, ValueError):
     """An option with an unknown name or an unusable value; ``field`` is its name."""
 
 
+class PassphraseNeeded(Error):
+    """The image is encrypted, and was opened without its passphrase."""
+
+
+class WrongPassphrase(Error):
+    """The passphrase opens none of the image's key slots; nothing was changed."""
+
+
 class Closed(Error, ValueError):
     """The image is closed."""
 
@@ -121,7 +129,9 @@ __all__ = [
     "Misaligned",
     "NotFound",
     "OutOfRange",
+    "PassphraseNeeded",
     "PermissionDenied",
     "ReadOnly",
     "Unsupported",
+    "WrongPassphrase",
 ]

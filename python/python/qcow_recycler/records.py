@@ -82,6 +82,8 @@ class Info:
     lazy_refcounts: bool
     extended_l2: bool
     """Whether clusters are allocated in 32 parts."""
+    encryption: Literal["luks", "aes"] | None
+    """How guest data is encrypted."""
     snapshots: int
     backing_file: str | None
     backing_format: str | None

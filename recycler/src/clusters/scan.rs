@@ -31,6 +31,17 @@ pub(crate) struct Scan {
     pub(crate) doubtful: u64,
 }
 
+/// What a scan looks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Clusters at or above this one.
+    pub(crate) floor: u64,
+    /// With so many references at most.
+    pub(crate) max: usize,
+    /// Whether guest data can be moved, or only tables.
+    pub(crate) data_moves: bool,
+}
+
 /// Finds the clusters at or above `floor` that exactly one reference of the active tables names, or that snapshots use:
 /// the highest, with at most `max` references. A damaged image may refer to one cluster twice, or to a free one: such
 /// clusters are left out, so that they stay where they are, and taken out of Junk.
@@ -41,11 +52,11 @@ pub(crate) async fn scan<D: BlockDevice>(
     meta: &Metadata,
     clusters: &Clusters,
     snapshots: &mut L1Tables,
-    floor: u64,
-    max: usize,
+    limits: Limits,
 ) -> Result<Scan> {
     let geometry = meta.geometry;
-    let mut search = Search { floor, max, complete_from: floor, ..Search::default() };
+    let Limits { floor, max, data_moves } = limits;
+    let mut search = Search { floor, max, data_moves, complete_from: floor, ..Search::default() };
     {
         let refcounts = meta.refcounts.lock().await;
         for (index, block) in refcounts.blocks() {
@@ -86,7 +97,7 @@ pub(crate) async fn scan<D: BlockDevice>(
             if let Some((host, copied)) = mapping.host() {
                 let seen =
                     if copied { Seen::Sole(Reference::L2Entry(guest)) } else { Seen::Active(Place::Data(guest)) };
-                search.offer(geometry.host_cluster(host), seen);
+                search.offer_data(geometry.host_cluster(host), seen);
             } else if let Mapping::Compressed { descriptor } = mapping {
                 let (first, count) = l2::compressed_clusters(descriptor, geometry);
                 search.share(first, count);
@@ -114,6 +125,7 @@ enum Seen {
 struct Search {
     floor: u64,
     max: usize,
+    data_moves: bool,
     highest: BinaryHeap<Reverse<(HostCluster, Seen)>>,
     complete_from: u64,
     /// Clusters with a reference that cannot be rewritten.
@@ -135,6 +147,11 @@ impl Search {
                 self.complete_from = self.complete_from.max(lowest.0 + 1);
             }
         }
+    }
+
+    /// A reference to a cluster of guest data.
+    fn offer_data(&mut self, host: HostCluster, seen: Seen) {
+        if self.data_moves { self.offer(host, seen) } else { self.share(host, 1) }
     }
 
     /// References that cannot be rewritten.
@@ -177,7 +194,7 @@ impl Search {
                     copied,
                     active,
                 };
-                self.offer(geometry.host_cluster(host), Seen::Snapshot(place, entry));
+                self.offer_data(geometry.host_cluster(host), Seen::Snapshot(place, entry));
             } else if let Mapping::Compressed { descriptor } = mapping {
                 let (first, count) = l2::compressed_clusters(descriptor, geometry);
                 self.share(first, count);

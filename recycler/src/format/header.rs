@@ -288,11 +288,12 @@ impl Header {
     /// Why the image's contents cannot be read, if so.
     #[must_use]
     pub fn unsupported_for_reading(&self) -> Option<String> {
-        let what = match (self.incompatible, self.crypt_method) {
-            (_, crypt::AES) => "encryption (AES)",
-            (_, crypt::LUKS) => "encryption (LUKS)",
-            (bits, _) if bits & incompatible::DATA_FILE != 0 && bits & incompatible::EXTENDED_L2 != 0 => {
+        let what = match self.incompatible {
+            bits if bits & incompatible::DATA_FILE != 0 && bits & incompatible::EXTENDED_L2 != 0 => {
                 "extended L2 entries in an image with an external data file"
+            }
+            bits if bits & incompatible::DATA_FILE != 0 && self.crypt_method != crypt::NONE => {
+                "encryption in an image with an external data file"
             }
             _ if self.has_raw_data_file() && self.backing_file.is_some() => {
                 "a backing file behind a raw external data file"

@@ -4,6 +4,7 @@ pub(crate) mod bitmap;
 pub mod extension;
 pub mod header;
 pub mod l2;
+pub mod luks;
 pub mod refcount;
 pub mod snapshot;
 pub mod subclusters;

@@ -119,6 +119,15 @@ impl Backing {
         !matches!(self, Backing::None)
     }
 
+    /// Whether an image in it is encrypted; unknown if it was skipped.
+    pub(super) fn uses_passphrase(&self) -> bool {
+        match self {
+            Backing::None | Backing::Raw(_) => false,
+            Backing::Skipped(_) => true,
+            Backing::Image(image) => image.uses_passphrase(),
+        }
+    }
+
     /// Its size in bytes; unknown, so endless, if it was skipped.
     pub(crate) fn size(&self) -> u64 {
         match self {

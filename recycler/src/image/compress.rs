@@ -110,7 +110,8 @@ impl<D: BlockDevice> Image<D> {
         };
         packed.resize(packed.len().next_multiple_of(SECTOR as usize), 0);
         let saves = packed.len() < cluster.len();
-        (saves && self.meta.geometry.refcount_max() > 1 && !self.meta.external).then_some(packed)
+        let plain = !self.meta.external && !self.encryption.is_on();
+        (saves && plain && self.meta.geometry.refcount_max() > 1).then_some(packed)
     }
 
     async fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<()> {

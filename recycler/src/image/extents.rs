@@ -18,7 +18,7 @@ pub struct Extent {
 /// How bytes of the virtual disk are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
-    /// In the image file, or in its external data file, in one piece, from this byte on.
+    /// In the image file, or in its external data file, in one piece, from this byte on; encrypted if the image's data is.
     Data {
         /// Offset in that file.
         host_offset: u64,

@@ -1,6 +1,7 @@
 //! What an image is, and what it is doing.
 
 use super::Image;
+use super::encryption::Method;
 use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::format::header::COMPATIBLE_LAZY_REFCOUNTS;
@@ -25,6 +26,8 @@ pub struct Info {
     pub lazy_refcounts: bool,
     /// Whether L2 entries are extended, so that clusters are allocated in 32 parts.
     pub extended_l2: bool,
+    /// How guest data is encrypted, by QEMU's name: `luks` or `aes`.
+    pub encryption: Option<&'static str>,
     /// Internal snapshots.
     pub snapshots: u32,
     /// The name of the backing file as the image records it.
@@ -51,6 +54,15 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external {
             pinned.push("an external data file: guest data stays where it is in that file".to_owned());
         }
+        if self.encryption.method() == Some(Method::Luks) {
+            pinned.push("encryption: the LUKS header stays where it is, lest the only copy of the key move".to_owned());
+        }
+        if !self.encryption.lets_data_move() {
+            pinned.push(
+                "encryption: data stays where it is, since its encryption depends on its place and no passphrase was given"
+                    .to_owned(),
+            );
+        }
         Info {
             version: self.header.version,
             virtual_size: self.virtual_size(),
@@ -58,6 +70,7 @@ impl<D: BlockDevice> Image<D> {
             refcount_bits: 1 << self.meta.geometry.refcount_order,
             file_size: self.file_size(),
             lazy_refcounts: self.header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0,
+            encryption: self.encryption.method().map(Method::name),
             extended_l2: self.meta.geometry.extended_l2,
             snapshots: self.snapshot_count(),
             backing_file: self.header.backing_file.clone(),

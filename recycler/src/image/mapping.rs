@@ -111,7 +111,8 @@ impl<D: BlockDevice> Image<D> {
         let moving = self.moves.bounds();
         let cluster_size = self.meta.geometry.cluster_size();
         let within = at.0 & (cluster_size - 1);
-        if within + length > cluster_size {
+        // This also keeps requests to encrypted data away.
+        if within + length > self.plain_span {
             return None;
         }
         let (view, index) = self.meta.l2.view(self.meta.geometry.guest_cluster(at))?;

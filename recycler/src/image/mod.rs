@@ -8,6 +8,7 @@ pub(crate) mod compress;
 pub mod create;
 pub(crate) mod data_file;
 mod discard;
+pub(crate) mod encryption;
 mod extents;
 mod flush;
 mod gate;
@@ -51,6 +52,7 @@ use crate::sync::{AsyncMutex, AsyncMutexGuard, AsyncRwLock, Mutex, Notify};
 use backing::Backing;
 use bitmaps::Bitmaps;
 use data_file::DataFile;
+use encryption::Encryption;
 use turns::Turns;
 
 /// An open image on a device of type `D`. All calls take `&self`; any number of tasks and threads may make them at once.
@@ -73,6 +75,11 @@ pub struct Image<D: BlockDevice> {
     /// The internal snapshots.
     snapshots: Mutex<snapshots::Snapshots>,
     virtual_size: AtomicU64,
+    /// How guest data is encrypted.
+    pub(crate) encryption: Encryption,
+    /// How long a request may be whose data is transferred as it is, within one cluster: the cluster size, or 0 if data is
+    /// encrypted.
+    plain_span: u64,
     backing: Backing,
     /// Where guest data is, if not in the image.
     pub(crate) data: DataFile<D>,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::backing::Backing;
 use super::bitmaps::Bitmaps;
 use super::data_file::DataFile;
+use super::encryption::Encryption;
 use super::gate::Gate;
 use super::snapshots::Snapshots;
 use super::turns::Turns;
@@ -31,7 +32,8 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// [`Error::Invalid`] names the field and its offset; [`Error::Unsupported`] names the feature, and nothing was
-    /// changed; [`Error::BackingNotAllowed`]; [`Error::DataFileNotAllowed`]; [`Error::Io`].
+    /// changed; [`Error::WrongPassphrase`], the same; [`Error::BackingNotAllowed`]; [`Error::DataFileNotAllowed`];
+    /// [`Error::Io`]; [`Error::BadOption`] for a passphrase and no image that it could be for.
     pub async fn open(device: D, options: Options) -> Result<Self> {
         Self::open_above(device, None, options, &[]).await
     }
@@ -46,13 +48,26 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Opens an image that is behind those at the given paths.
-    pub(super) async fn open_above(device: D, data: Option<D>, options: Options, above: &[PathBuf]) -> Result<Self> {
+    pub(super) async fn open_above(
+        device: D,
+        data: Option<D>,
+        mut options: Options,
+        above: &[PathBuf],
+    ) -> Result<Self> {
         let volume = Volume::new(device).await?;
         let (mut header, mut sector) = read_header(&volume).await?;
         let refusal =
             if options.read_only { header.unsupported_for_reading() } else { header.unsupported_for_writing() };
         if let Some(what) = refusal {
             return Err(Error::Unsupported { what });
+        }
+        let encryption = Encryption::open(&volume, &header, options.passphrase.as_ref()).await?;
+        let backing = Backing::open(&header, &options, above).await?;
+        let used = encryption.is_on() || backing.uses_passphrase() || !above.is_empty();
+        if options.passphrase.take().is_some() && !used {
+            // Somebody may have exchanged the image for one that would store the guest's secrets as they are.
+            let reason = "was given, and the image is not encrypted".to_owned();
+            return Err(Error::BadOption { name: "passphrase".to_owned(), reason });
         }
         if options.check_on_connect {
             let report = check(volume.device(), Repair::No).await?;
@@ -70,7 +85,6 @@ impl<D: BlockDevice> Image<D> {
             volume.refresh_length().await?;
             (header, sector) = read_header(&volume).await?;
         }
-        let backing = Backing::open(&header, &options, above).await?;
         let meta = Metadata::open(&volume, &header, sector, options.l2_cache_size).await?;
         // On a device of fixed length this is put right below.
         let end =
@@ -85,6 +99,8 @@ impl<D: BlockDevice> Image<D> {
             compression_type: header.compression_type,
             snapshots: Mutex::new(Snapshots::new(snapshots, header.snapshots_offset)),
             virtual_size: AtomicU64::new(header.virtual_size),
+            plain_span: if encryption.is_on() { 0 } else { header.geometry.cluster_size() },
+            encryption,
             header,
             backing,
             data,

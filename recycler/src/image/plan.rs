@@ -31,7 +31,7 @@ pub(crate) enum Planned {
     Transfer { host: HostOffset, length: u64 },
     /// Only for reads: this many bytes are zero.
     Zeroes { length: u64 },
-    /// A table must be read, a cluster allocated or decompressed, a backing file read: the asynchronous path.
+    /// A table must be read, a cluster allocated, decompressed or decrypted, a backing file read: the asynchronous path.
     Wait,
 }
 
@@ -82,14 +82,19 @@ impl<D: BlockDevice> Image<D> {
     /// What to do with the next bytes, at most `max` of them, at `at` of the virtual disk.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) for a table entry that cannot be.
+    /// [`Error::Invalid`](crate::Error::Invalid) for a table entry that cannot be;
+    /// [`Error::PassphraseNeeded`](crate::Error::PassphraseNeeded).
     pub(crate) fn plan(&self, _in_flight: &InFlight<'_>, at: u64, max: u64, purpose: Purpose) -> Result<Planned> {
+        let plain = self.plain_span != 0;
+        if !plain {
+            self.encryption.ensure_open()?;
+        }
         let Some(run) = self.lookup_cached(GuestOffset(at), max, purpose)? else { return Ok(Planned::Wait) };
         let length = run.length;
         Ok(match (run.kind, purpose) {
             // The last cluster of the file may be cut short: that is for the asynchronous path to handle.
             (RunKind::Data { host, copied }, _)
-                if (copied || purpose == Purpose::Read) && host.0 + length <= self.guest_volume().length() =>
+                if plain && (copied || purpose == Purpose::Read) && host.0 + length <= self.guest_volume().length() =>
             {
                 Planned::Transfer { host, length }
             }

@@ -19,7 +19,8 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Closed`]; [`Error::Io`]; [`Error::Invalid`] for a table
-    /// entry that cannot be; [`Error::BackingNotAllowed`] where the contents are in a backing file that was skipped.
+    /// entry that cannot be; [`Error::PassphraseNeeded`]; [`Error::BackingNotAllowed`] where the contents are in a backing
+    /// file that was skipped.
     pub async fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
         let length = buf.len();
         let request = self.begin_waiting(offset, length as u64, Purpose::Read).await?;
@@ -63,7 +64,7 @@ impl<D: BlockDevice> Image<D> {
             let end = done + run.length as usize;
             let mut part = buf.slice(done..end);
             match run.kind {
-                RunKind::Data { host, .. } => self.guest_volume().read("reading guest data", host.0, part).await?,
+                RunKind::Data { host, .. } => self.read_data(host, GuestOffset(at), part).await?,
                 RunKind::Zero => part.fill_zero(),
                 RunKind::Unallocated => self.backing.read(at, part).await?,
                 RunKind::Compressed { descriptor } => {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::Image;
+use super::encryption::Contents;
 use crate::clusters::Clusters;
 use crate::clusters::moves::{Move, Reference};
 use crate::clusters::scan;
@@ -128,7 +129,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Copies moves whose destinations follow one another.
-    pub(crate) async fn copy_moves(&self, moves: &[Move], scratch: &mut Vec<u8>) -> Result<()> {
+    pub(crate) async fn copy_moves(&self, moves: &[Move], contents: Contents, scratch: &mut Vec<u8>) -> Result<()> {
         let Some(first) = moves.first() else { return Ok(()) };
         let bits = self.meta.geometry.cluster_bits;
         let mut sources: Vec<Range<u64>> = Vec::new();
@@ -139,12 +140,12 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         if (moves.len() as u64) << bits <= PIECE as u64 {
-            return self.volume.gather(&sources, first.dst.0 << bits, scratch).await;
+            return self.gather(contents, &sources, first.dst.0 << bits, scratch).await;
         }
         let mut dst = first.dst;
         for run in sources {
             let count = (run.end - run.start) >> bits;
-            self.copy_clusters(HostCluster(run.start >> bits), dst, count, scratch).await?;
+            self.copy_clusters((HostCluster(run.start >> bits), dst), count, contents, scratch).await?;
             dst.0 += count;
         }
         Ok(())
@@ -153,9 +154,9 @@ impl<D: BlockDevice> Image<D> {
     /// Copies clusters that follow one another, at both ends: at most [`PIECE`] bytes at a time.
     pub(crate) async fn copy_clusters(
         &self,
-        src: HostCluster,
-        dst: HostCluster,
+        (src, dst): (HostCluster, HostCluster),
         count: u64,
+        contents: Contents,
         scratch: &mut Vec<u8>,
     ) -> Result<()> {
         let bits = self.meta.geometry.cluster_bits;
@@ -163,7 +164,8 @@ impl<D: BlockDevice> Image<D> {
         let mut done = 0;
         while done < length {
             let piece = (length - done).min(PIECE as u64);
-            self.volume.copy(src + done, dst + done, piece, scratch).await?;
+            let source = src + done..src + done + piece;
+            self.gather(contents, std::slice::from_ref(&source), dst + done, scratch).await?;
             done += piece;
         }
         Ok(())
@@ -179,7 +181,7 @@ impl<D: BlockDevice> Image<D> {
         if !self.is_referenced(m).await? {
             return Ok(false);
         }
-        self.copy_moves(std::slice::from_ref(m), scratch).await?;
+        self.copy_moves(std::slice::from_ref(m), Contents::Tables, scratch).await?;
         self.meta.tables.lock().insert(m.dst);
         self.meta.mirrors.lock().begin(geometry.host_offset(m.src), geometry.host_offset(m.dst));
         Ok(true)

@@ -10,6 +10,7 @@ pub use calls::SnapshotInfo;
 use std::ops::Range;
 
 use super::Image;
+use super::encryption::Contents;
 use crate::buf::IoBuf;
 use crate::clusters::snapshots::{L1Place, L1Tables};
 use crate::device::BlockDevice;
@@ -118,7 +119,8 @@ impl<D: BlockDevice> Image<D> {
             let Some(hole) = self.clusters.allocate_hole(&self.volume, &self.meta, length, limit).await? else {
                 continue;
             };
-            self.copy_clusters(HostCluster(old.start), hole.first(), length, &mut scratch).await?;
+            let ends = (HostCluster(old.start), hole.first());
+            self.copy_clusters(ends, length, Contents::Tables, &mut scratch).await?;
             copies.push((index, old, hole));
         }
         if copies.is_empty() {

@@ -105,10 +105,12 @@ impl<D: BlockDevice> Image<D> {
             if !edge.is_empty() && self.touched(start, &edge) & new != 0 {
                 let mut bytes = vec![0; (edge.end - edge.start) as usize];
                 self.read_range(edge.start, IoBufMut::new(&mut bytes)).await?;
-                self.volume.write("copying old contents", host.0 + (edge.start - start), IoBuf::new(&bytes)).await?;
+                let (to, from) = (HostOffset(host.0 + (edge.start - start)), GuestOffset(edge.start));
+                self.write_data("copying old contents", to, from, IoBuf::new(&bytes)).await?;
             }
         }
-        self.volume.write("writing guest data", host.0 + (at.0 - start), buf.slice(0..length)).await?;
+        let to = HostOffset(host.0 + (at.0 - start));
+        self.write_data("writing guest data", to, at, buf.slice(0..length)).await?;
         // Cut before the entry is written: the subclusters are not stored, and show what they showed. After: all that they
         // show is durable.
         let subclusters = parts_of(mapping).with_stored(parts_of(mapping).stored() | new);

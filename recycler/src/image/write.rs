@@ -70,14 +70,14 @@ impl<D: BlockDevice> Image<D> {
 
     /// Writes; the caller is in flight.
     pub(super) async fn write_range(&self, offset: u64, buf: IoBuf<'_>, access: Access) -> Result<()> {
+        self.encryption.ensure_open()?;
         let mut done = 0;
         while done < buf.len() {
             let at = GuestOffset(offset + done as u64);
             let rest = buf.slice(done..buf.len());
             let run = self.lookup(at, rest.len() as u64, Purpose::Write).await?;
             done += if let RunKind::Data { host, copied: true } = run.kind {
-                let rest = rest.slice(0..run.length as usize);
-                self.guest_volume().write("writing guest data", host.0, rest).await?;
+                self.write_data("writing guest data", host, at, rest.slice(0..run.length as usize)).await?;
                 run.length as usize
             } else {
                 self.write_allocating(at, rest.slice(0..run.length.min(STEP) as usize), access).await?
@@ -139,7 +139,7 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// Writes to new clusters, which read as zeroes, and links them.
+    /// Writes to new clusters, which are zeroes in the file, and links them.
     async fn write_new(
         &self,
         slice: &Arc<Slice>,
@@ -156,26 +156,31 @@ impl<D: BlockDevice> Image<D> {
         let length = buf.len().min((end - at.0) as usize);
         let host = geometry.host_offset(allocation.first()).0;
         // The rest of the first and of the last cluster keeps its old contents.
+        let encrypted = self.encryption.is_on();
         let last = old.len() as u64 - 1;
         let written = at.0..at.0 + length as u64;
         for (rest, cluster) in [(start..at.0, 0), (written.end..end, last)] {
             let Some(&(_, mapping)) = old.get(cluster as usize) else { continue };
             let cluster_start = start + (cluster << geometry.cluster_bits);
             for part in self.to_be_copied(mapping, cluster_start, &written, rest) {
-                if !self.reads_as_zero(mapping, part.start) {
+                if encrypted || !self.reads_as_zero(mapping, part.start) {
                     let mut bytes = vec![0; (part.end - part.start) as usize];
                     self.read_range(part.start, IoBufMut::new(&mut bytes)).await?;
                     let to = host + (part.start - start);
-                    self.volume.write("copying old contents", to, IoBuf::new(&bytes)).await?;
+                    let (to, from) = (HostOffset(to), GuestOffset(part.start));
+                    self.write_data("copying old contents", to, from, IoBuf::new(&bytes)).await?;
                 }
             }
         }
-        self.volume.write("writing guest data", host + (at.0 - start), buf.slice(0..length)).await?;
+        let to = HostOffset(host + (at.0 - start));
+        self.write_data("writing guest data", to, at, buf.slice(0..length)).await?;
         // If the clusters read as zeroes before, they may be linked without their data: a power cut then shows zeroes, the
         // old contents. Otherwise the data must be durable first, lest neither old nor new shows. And zeroes that are not
-        // durable yet must become so first, lest what the cluster once held shows.
+        // durable yet must become so first, lest what the cluster once held shows. In an encrypted image the pool's zeroes
+        // decrypt to garbage: the clusters were written whole, and all of it must be durable first.
         let zeroes_before = old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(o.1, g << geometry.cluster_bits));
-        if !allocation.durable || !zeroes_before && !broken(Mutation::LinkBeforeData) {
+        let must_show_all = encrypted && !broken(Mutation::LinkBeforeEncrypted);
+        if !allocation.durable || must_show_all || !zeroes_before && !broken(Mutation::LinkBeforeData) {
             self.meta.require_barrier();
         }
         let mut entries = self.meta.l2.modify(slice);
@@ -211,11 +216,12 @@ impl<D: BlockDevice> Image<D> {
             let mut from = from;
             while from < to {
                 let piece = (to - from).min(PIECE as u64);
-                self.volume.write("zeroing a preallocated cluster", host.0 + from, zeroes(piece as usize)).await?;
+                let (to, start) = (HostOffset(host.0 + from), GuestOffset(at.0 - within + from));
+                self.write_data("zeroing a preallocated cluster", to, start, zeroes(piece as usize)).await?;
                 from += piece;
             }
         }
-        self.volume.write("writing guest data", host.0 + within, buf.slice(0..length)).await?;
+        self.write_data("writing guest data", HostOffset(host.0 + within), at, buf.slice(0..length)).await?;
         let new = Entry::data(host, self.meta.geometry);
         Ok(if self.link_own(slice, index, old, new, host) { length } else { 0 })
     }

@@ -13,11 +13,12 @@ use super::pacing::Pacer;
 use super::place::place;
 use super::plan::{floor, plan};
 use crate::clusters::moves::{Batch, Copying, Move, Reference};
-use crate::clusters::scan::scan;
+use crate::clusters::scan::{Limits, scan};
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::image::encryption::Contents;
 use crate::image::relocate::{Holes, Purpose};
 use crate::metadata::commit::FlushToken;
 use crate::mutation::{Mutation, broken};
@@ -212,7 +213,8 @@ impl<D: BlockDevice> Compaction<'_, D> {
         image.move_header_tables(floor).await?;
         image.move_snapshot_tables(floor).await?;
         let (generation, mut snapshots) = image.snapshot_l1_tables();
-        let scan = scan(&image.volume, &image.meta, &image.clusters, &mut snapshots, floor, SCAN_CLUSTERS).await?;
+        let limits = Limits { floor, max: SCAN_CLUSTERS, data_moves: image.encryption.lets_data_move() };
+        let scan = scan(&image.volume, &image.meta, &image.clusters, &mut snapshots, limits).await?;
         if scan.doubtful > 0 {
             let reason = format!(
                 "{} clusters have references that contradict each other or the counts: check it",
@@ -382,7 +384,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 continue;
             }
             self.pacer.spend(count as u64 * cluster_size).await;
-            image.copy_moves(run, &mut self.scratch).await?;
+            image.copy_moves(run, Contents::Data, &mut self.scratch).await?;
             standing.extend_from_slice(run);
         }
         Ok(Ended::Whole)

@@ -44,8 +44,8 @@ impl<D: BlockDevice> Drop for Published<'_, D> {
 /// Waits while the recycler erases or compacts. Needs tokio's timers.
 ///
 /// # Errors
-/// [`Error::Cancelled`], [`Error::ReadOnly`], [`Error::Closed`]; [`Error::Unsupported`] where refcounts are of one bit, or the
-/// data is in an external data file; [`Error::Io`] and [`Error::Invalid`] as they come: the image is consistent, and this can be asked for again.
+/// [`Error::Cancelled`], [`Error::ReadOnly`], [`Error::Closed`]; [`Error::Unsupported`] where refcounts are of one bit, the
+/// data is in an external data file, or it is encrypted; [`Error::Io`] and [`Error::Invalid`] as they come: the image is consistent, and this can be asked for again.
 pub async fn compress<D: BlockDevice>(
     image: &Image<D>,
     progress: &mut (dyn FnMut(Progress) -> bool + Send),
@@ -54,6 +54,9 @@ pub async fn compress<D: BlockDevice>(
     let geometry = image.meta.geometry;
     if image.meta.external {
         return Err(Error::unsupported("compressed clusters in an image with an external data file"));
+    }
+    if image.encryption.is_on() {
+        return Err(Error::unsupported("compressed clusters in an encrypted image"));
     }
     if geometry.refcount_max() == 1 {
         return Err(Error::unsupported("compressed clusters with refcounts of one bit: no two could share a cluster"));

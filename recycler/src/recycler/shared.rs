@@ -8,6 +8,7 @@ use super::plan::Plan;
 use crate::clusters::moves::{Place, SharedSource};
 use crate::device::BlockDevice;
 use crate::error::Result;
+use crate::image::encryption::Contents;
 use crate::image::relocate::Purpose;
 use crate::image::shared::{SharedMove, SharedMoves};
 use crate::mutation::{Mutation, broken};
@@ -77,7 +78,8 @@ impl<D: BlockDevice> Compaction<'_, D> {
         for (dst, source) in destinations.into_iter().zip(sources) {
             moves.count(HostCluster(dst), source).await?;
         }
-        let copied = self.copy_shared(&moves.moves, progress).await?;
+        let contents = if tables { Contents::Tables } else { Contents::Data };
+        let copied = self.copy_shared(&moves.moves, contents, progress).await?;
         if !copied {
             return Ok(Ended::Cancelled);
         }
@@ -112,6 +114,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
     async fn copy_shared(
         &mut self,
         moves: &[SharedMove<'_>],
+        contents: Contents,
         progress: &mut (dyn FnMut(Progress) -> bool + Send),
     ) -> Result<bool> {
         let image = self.image;
@@ -129,7 +132,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             };
             let count = rest.iter().enumerate().take_while(|&x| follows(x)).count().max(1);
             self.pacer.spend(count as u64 * cluster_size).await;
-            image.copy_clusters(first.src, first.dst, count as u64, &mut self.scratch).await?;
+            image.copy_clusters((first.src, first.dst), count as u64, contents, &mut self.scratch).await?;
             rest = rest.get(count..).unwrap_or_default();
         }
         Ok(true)

@@ -14,6 +14,7 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 
 use super::content::SECTOR;
+use super::encryption::Encryption;
 use super::sim::{Delay, Settings};
 
 /// The image as qemu-img makes it.
@@ -26,6 +27,7 @@ pub struct ImageKind {
     /// Clusters have subclusters, and take 16 KiB at least.
     pub extended_l2: bool,
     pub preallocated: bool,
+    pub encryption: Encryption,
     /// Size of the virtual disk in sectors.
     pub sectors: u64,
 }
@@ -70,7 +72,7 @@ impl ImageKind {
             .output()
             .expect("these tests need qemu-img");
         assert!(output.status.success(), "qemu-img create -o {options}: {}", String::from_utf8_lossy(&output.stderr));
-        let bytes = std::fs::read(&path).expect("the new image");
+        let bytes = self.encryption.apply(std::fs::read(&path).expect("the new image"));
         MADE.lock().insert(*self, bytes.clone());
         bytes
     }
@@ -138,6 +140,7 @@ impl Config {
             lazy_refcounts: version == 3 && rng.random_bool(0.3),
             extended_l2,
             preallocated: rng.random_bool(0.1),
+            encryption: Encryption::None,
             sectors: clusters * cluster_sectors + ragged,
         };
         let cluster = 1u64 << cluster_bits;
@@ -198,6 +201,7 @@ impl Config {
             flush_after: self.flush_after,
             l2_cache_size: self.l2_cache_size,
             runtime_asserts: true,
+            passphrase: self.image.encryption.passphrase(),
             ..Options::default()
         }
     }
@@ -219,7 +223,7 @@ impl fmt::Display for Config {
         let i = &self.image;
         write!(
             f,
-            "clusters of {} B, refcounts of {} bits, version {}{}{}{}, disk of {} sectors, L2 cache {} B, \
+            "clusters of {} B, refcounts of {} bits, version {}{}{}{}{}, disk of {} sectors, L2 cache {} B, \
             keep_erased {}, \
              compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}{}",
             1u64 << i.cluster_bits,
@@ -228,6 +232,11 @@ impl fmt::Display for Config {
             if i.lazy_refcounts { ", lazy" } else { "" },
             if i.extended_l2 { ", extended L2 entries" } else { "" },
             if i.preallocated { ", preallocated" } else { "" },
+            match i.encryption {
+                Encryption::None => "",
+                Encryption::Aes => ", AES",
+                Encryption::Luks => ", LUKS",
+            },
             i.sectors,
             self.l2_cache_size,
             self.keep_erased,

@@ -20,6 +20,7 @@ use rand::{Rng, SeedableRng};
 use super::config::{Config, ImageKind, Scale};
 use super::content::{Content, SECTOR, recognise};
 use super::crash::{Atom, Effort, Epoch};
+use super::encryption::Encryption;
 use super::guests::{Clock, Errors, Failure, Shared, Work};
 use super::history::{History, Length, Op, Round};
 use super::model::Model;
@@ -59,7 +60,7 @@ impl Start {
         let device = SimDevice::new(history.config.create(), history.config.device(false));
         play::in_paused_time(&shared, async { play::play(history, &device, &shared, |_| Ok(())).await })?;
         let image = device.contents();
-        let disk = verify::qemu_contents(&image).map_err(|e| shared.failure(e))?;
+        let disk = verify::disk_contents(&image, &history.config).map_err(|e| shared.failure(e))?;
         let mut model = shared.model.lock().clone();
         model.settle(&disk);
         let image = match made {
@@ -154,6 +155,7 @@ fn outgrowing_config(seed: u64) -> Config {
         lazy_refcounts: false,
         extended_l2: false,
         preallocated: false,
+        encryption: Encryption::None,
         sectors: 3700,
     };
     let config = Config::random(seed, Scale::Tiny, &mut SmallRng::seed_from_u64(seed));

@@ -7,6 +7,7 @@ pub mod crash;
 pub mod cuts;
 pub mod directed;
 pub mod disturb;
+pub mod encryption;
 pub mod guests;
 pub mod history;
 pub mod memory;

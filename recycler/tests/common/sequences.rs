@@ -9,6 +9,7 @@ use rand::seq::SliceRandom;
 use super::config::{Config, ImageKind};
 use super::crash::Effort;
 use super::cuts::{self, Budget, Counts, Made, Start};
+use super::encryption::Encryption;
 use super::guests::Failure;
 use super::history::{After, History, Op, Round};
 use super::sim::{Delay, Settings};
@@ -23,6 +24,7 @@ pub struct Variant {
     pub version: u32,
     pub lazy_refcounts: bool,
     pub extended_l2: bool,
+    pub encryption: Encryption,
     /// Of the disk.
     pub sectors: u64,
     pub l2_cache_size: u64,
@@ -40,6 +42,7 @@ pub const PLAIN: Variant = Variant {
     version: 3,
     lazy_refcounts: false,
     extended_l2: false,
+    encryption: Encryption::None,
     sectors: 70,
     l2_cache_size: 4 << 20,
     made: Made::Plain,
@@ -94,6 +97,7 @@ impl Variant {
             lazy_refcounts: self.lazy_refcounts,
             extended_l2: self.extended_l2,
             preallocated: false,
+            encryption: self.encryption,
             sectors: self.sectors,
         };
         let features = Settings::new(0).features;
@@ -135,7 +139,9 @@ impl Variant {
         let steps = steps(self);
         let rounds = sequence.iter().map(|&i| steps[i].1.clone()).collect();
         let effort = Effort { exhaustive: 8, random: 12, singles: 6 };
-        let budget = Budget { moments: 1000, effort, qemu: 500, twice: 151 };
+        // QEMU does not open these.
+        let qemu = if self.encryption == Encryption::Luks { 0 } else { 500 };
+        let budget = Budget { moments: 1000, effort, qemu, twice: 151 };
         cuts::play(&History { config, compare: false, rounds }, start, budget, counts)
     }
 

@@ -10,10 +10,11 @@ use std::time::Duration;
 use qcow_recycler::buf::IoBufMut;
 use qcow_recycler::check::check;
 use qcow_recycler::format::header::{Header, incompatible};
-use qcow_recycler::{BlockDevice, CheckReport, ExtentKind, Image, Repair};
+use qcow_recycler::{BlockDevice, CheckReport, ExtentKind, Image, Options, Repair};
 
 use super::config::Config;
 use super::content::SECTOR;
+use super::encryption::{Encryption, PASSPHRASE};
 use super::memory::MemoryDevice;
 use super::model::Model;
 use super::snapshots;
@@ -29,6 +30,18 @@ impl Scratch {
         let path = DIRECTORY.path().join(format!("{}.img", NEXT.fetch_add(1, Ordering::Relaxed)));
         std::fs::write(&path, bytes).unwrap();
         Scratch(path)
+    }
+
+    /// The image in the file as an argument, with its passphrase if it needs one.
+    fn named(&self) -> Vec<String> {
+        let path = self.0.display();
+        let encrypted = std::fs::read(&self.0).unwrap().get(32..36).is_some_and(|method| method != [0; 4]);
+        if !encrypted {
+            return vec!["-f".into(), "qcow2".into(), path.to_string()];
+        }
+        let object = format!("secret,id=s,data={PASSPHRASE}");
+        let image = format!("driver=qcow2,encrypt.key-secret=s,file.filename={path}");
+        vec!["--object".into(), object, "--image-opts".into(), image]
     }
 }
 
@@ -57,11 +70,11 @@ pub fn qemu_check(image: &[u8], tolerance: Tolerance) -> Result<(), String> {
     let file = Scratch::new(image);
     let run = |repair: bool| {
         let mut command = Command::new("qemu-img");
-        command.args(["check", "-f", "qcow2"]);
+        command.arg("check");
         if repair {
             command.args(["-r", "all"]);
         }
-        let output = command.arg(&file.0).output().expect("these tests need qemu-img");
+        let output = command.args(file.named()).output().expect("these tests need qemu-img");
         let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         (output.status.code(), text)
     };
@@ -83,14 +96,31 @@ pub fn qemu_contents(image: &[u8]) -> Result<Vec<u8>, String> {
     let file = Scratch::new(image);
     let raw = Scratch::new(&[]);
     let output = Command::new("qemu-img")
-        .args(["convert", "-f", "qcow2", "-O", "raw"])
-        .args([&file.0, &raw.0])
+        .args(["convert", "-O", "raw"])
+        .args(file.named())
+        .arg(&raw.0)
         .output()
         .expect("these tests need qemu-img");
     if !output.status.success() {
         return Err(format!("qemu-img convert: {}", String::from_utf8_lossy(&output.stderr)));
     }
     std::fs::read(&raw.0).map_err(|e| e.to_string())
+}
+
+/// The virtual disk as QEMU reads it, or the library if QEMU cannot.
+///
+/// # Errors
+/// It cannot be read.
+pub fn disk_contents(image: &[u8], config: &Config) -> Result<Vec<u8>, String> {
+    if config.image.encryption != Encryption::Luks {
+        return qemu_contents(image);
+    }
+    let device = MemoryDevice::new(image.to_vec());
+    let options = Options { read_only: true, ..config.options() };
+    at_once(async {
+        let image = Image::open(device, options).await.map_err(|e| e.to_string())?;
+        contents(&image).await
+    })?
 }
 
 /// The image after QEMU has gone back to a snapshot, told by its ID or name.
