@@ -49,8 +49,8 @@ class OpenOptions(TypedDict, total=False):
     """Refuse an image with an external data file (the default); fail all requests; or open it, for writing too."""
     passphrase: str | bytes | None
     """Of an encrypted image, and of encrypted images behind it; text counts as UTF-8. Without it an encrypted image can
-    be looked at, checked, discarded from and compacted, and neither read nor written. With QEMU's first encryption (AES)
-    nothing tells whether it is right."""
+    be looked at, checked, discarded from and compacted, and neither read nor written. With QEMU's first encryption
+    (AES) nothing tells whether it is right."""
     id: str | None
     """A name for statistics and messages. Default: the path."""
     log: LogFunction | None
