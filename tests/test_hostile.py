@@ -464,6 +464,31 @@ def test_a_live_cluster_with_refcount_0(victim: Victim) -> None:
     qemu.io(victim.path, "read -P 0x11 0 256k")
 
 
+def test_what_only_a_snapshot_uses_is_not_free_though_it_is_counted_so(image_path: Path) -> None:
+    """A guest that allocates and a compaction find room elsewhere."""
+    qemu.create(image_path, 8 << 20, cluster_size=CLUSTER)
+    qemu.io(image_path, "write -P 0x11 0 1M")
+    q = Qcow2(image_path)
+    hosts = [q.mapping(at)[1] & OFFSET_MASK for at in range(0, 1 << 20, CLUSTER)]
+    qemu.img("snapshot", "-c", "one", image_path)
+    qemu.io(image_path, "write -P 0x22 0 1M", "write -P 0x33 4M 1M")
+    block = Qcow2(image_path).refcount_table()[0]
+    with open(image_path, "r+b") as file:
+        for host in hosts[::2]:
+            os.pwrite(file.fileno(), bytes(2), block + host // CLUSTER * 2)
+    with qcow_recycler.open(image_path, config="keep_erased=1024;compact_after_unmaps=0") as image:
+        image.discard(4 << 20, 1 << 20)
+        image.compact()
+        image.start()
+        for at in range(2 << 20, 4 << 20, CLUSTER):
+            image.write(at, b"\x44" * CLUSTER)
+        image.flush()
+        image.stop()
+        image.compact()
+    held = qemu.contents(image_path, snapshot="one")
+    assert held == b"\x11" * (1 << 20) + bytes(7 << 20)
+
+
 # --- size and time --------------------------------------------------------------------------------------------------
 
 

@@ -351,12 +351,17 @@ async fn names<D: BlockDevice>(
 }
 
 /// Puts the clusters that were free when the image was opened into Junk: those with a refcount of 0 that are none of the image's
-/// own tables, and that no entry of the active tables names. Returns how many a damaged image names all the same: they are left alone.
+/// own tables, and that no entry of the active tables names, nor one of a snapshot's. Returns how many a damaged image names all the same: they are left alone.
 ///
 /// Whoever counts or releases clusters holds the refcounts, as this does block by block, so a cluster with a count of 0
 /// that is not in Junk was free from the start. Nobody takes such a cluster before it is in Junk, so an entry that names it
 /// was there from the start, too, however guests go on meanwhile.
-pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, clusters: &Clusters) -> Result<u64> {
+pub(crate) async fn find_junk<D: BlockDevice>(
+    volume: &Volume<D>,
+    meta: &Metadata,
+    clusters: &Clusters,
+    snapshots: &mut L1Tables,
+) -> Result<u64> {
     if clusters.lock().junk_is_complete {
         return Ok(0);
     }
@@ -384,7 +389,7 @@ pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadat
     // The image's own tables, bitmaps included, are where they are, whatever their counts say.
     found.remove_all(&meta.tables.lock());
     if !found.is_empty() {
-        remove_named(volume, meta, &mut found).await?;
+        remove_named(volume, meta, snapshots, &mut found).await?;
     }
     let mut states = clusters.lock();
     states.junk.add_all(&found);
@@ -392,11 +397,30 @@ pub(crate) async fn find_junk<D: BlockDevice>(volume: &Volume<D>, meta: &Metadat
     Ok(all - found.len())
 }
 
-/// Removes the clusters that an entry of the active tables names.
-async fn remove_named<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, set: &mut ClusterSet) -> Result<()> {
+/// Removes the clusters that an entry of the active tables names, or of a snapshot's.
+async fn remove_named<D: BlockDevice>(
+    volume: &Volume<D>,
+    meta: &Metadata,
+    snapshots: &mut L1Tables,
+    set: &mut ClusterSet,
+) -> Result<()> {
     let geometry = meta.geometry;
     let mut words = Vec::new();
-    for l1_index in 0..meta.l1.len() {
+    let remove = |words: &[u64], set: &mut ClusterSet| {
+        for entry in l2::entries(words, geometry).filter(|e| !e.is_empty()) {
+            if let Ok(mapping) = Mapping::of(entry, meta.version, geometry)
+                && let Some(hosts) = mapping.host_clusters(geometry)
+            {
+                set.remove_range(hosts);
+            }
+        }
+    };
+    for l1_index in 0..meta.l1.len().max(snapshots.len()) {
+        for table in snapshots.at(volume, meta, l1_index).await? {
+            set.remove(geometry.host_cluster(table.host));
+            super::snapshots::read_table(volume, meta, table.host, &mut words).await?;
+            remove(&words, set);
+        }
         // An entry that cannot be is reported to the request that needs it.
         let Ok(Some(table)) = meta.l1.get(l1_index, volume.length()) else { continue };
         set.remove(geometry.host_cluster(table.host));
@@ -404,13 +428,7 @@ async fn remove_named<D: BlockDevice>(volume: &Volume<D>, meta: &Metadata, set: 
             continue;
         }
         meta.l2.survey(volume, table.host, l1_index, &mut words).await?;
-        for entry in l2::entries(&words, geometry).filter(|e| !e.is_empty()) {
-            if let Ok(mapping) = Mapping::of(entry, meta.version, geometry)
-                && let Some(hosts) = mapping.host_clusters(geometry)
-            {
-                set.remove_range(hosts);
-            }
-        }
+        remove(&words, set);
         // A scan of a large image must not keep other work from this thread.
         tokio::task::yield_now().await;
     }
