@@ -34,7 +34,7 @@ int main(void)
     memset(&options, 0, sizeof(options));
     EXPECT(-EINVAL, qcr_options_init(&options, &error));
     CHECK(strcmp(error.field, "options") == 0);
-    options.struct_size = offsetof(struct qcr_options, passphrase) - 1;
+    options.struct_size = offsetof(struct qcr_options, data_file) - 1;
     EXPECT(-EINVAL, qcr_options_init(&options, &error));
     options.struct_size = 1 << 20;
     EXPECT(-E2BIG, qcr_options_init(&options, &error));

@@ -135,6 +135,12 @@ impl<D: BlockDevice> Image<D> {
         while at < clusters.end {
             let end = clusters.end.min((at / per_slice + 1) * per_slice);
             if clear != Clear::Forget && self.header.has_raw_data_file() {
+                // Somebody may be making the same clusters zero, to take them into use. Who has frozen the mapping has it for
+                // himself.
+                let _turn = match access {
+                    Access::Shared => Some(self.allocating.take(self.turn_for(at..end)).await),
+                    Access::Frozen => None,
+                };
                 self.clear_raw(at..end, clear).await?;
             } else if self.meta.version < 3 && clear != Clear::Forget && !self.can_unmap_v2(clear) {
                 // Version 2 has no zero flag: only real zeroes read as zeroes.

@@ -141,12 +141,41 @@ pub fn gone_back(image: &[u8], snapshot: &str) -> Result<Vec<u8>, String> {
 /// where the disk ends now.
 fn snapshots_stand(image: &[u8], taken: &TakenAll, config: &Config) -> Result<(), String> {
     let names = snapshots::names(image)?;
+    if config.image.encryption != Encryption::None {
+        // It needs the key for that, and is asked about the disk.
+        return Ok(());
+    }
     if config.image.refcount_bits < 4 && names.len() > 1 {
         // It counts what comes before what goes, and has no bits for that.
         return Ok(());
     }
     for (id, name) in names {
         taken.survived(&name, &qemu_contents(&gone_back(image, &id)?)?).map_err(|e| format!("read by QEMU: {e}"))?;
+    }
+    Ok(())
+}
+
+/// The same, as the tables say, or, where those lead to encrypted data, as the library goes back to each.
+fn snapshots_held(image: &[u8], taken: &TakenAll, config: &Config) -> Result<(), String> {
+    if config.image.encryption == Encryption::None {
+        return snapshots::stand(image, taken);
+    }
+    let names = snapshots::names(image)?;
+    taken.all_there(&names.iter().map(|(_, name)| name.clone()).collect::<Vec<_>>())?;
+    for (id, name) in names {
+        let device = MemoryDevice::with(image.to_vec(), config.features);
+        let disk = at_once(async {
+            let image = Image::open(device, config.options()).await.map_err(|e| e.to_string())?;
+            match image.apply_snapshot(&id).await {
+                Ok(()) => contents(&image).await.map(Some),
+                // No room in the refcounts.
+                Err(qcow_recycler::Error::Unsupported { .. }) => Ok(None),
+                Err(e) => Err(format!("going back to {name:?}: {e}")),
+            }
+        })??;
+        if let Some(disk) = disk {
+            taken.survived(&name, &disk)?;
+        }
     }
     Ok(())
 }
@@ -311,7 +340,7 @@ pub fn crash_image(image: &[u8], model: &Model, config: &Config, depth: Depth) -
         model.survived(&bytes).map_err(|m| format!("read by QEMU: {m}; {}", model.explain(m.sector)))?;
         snapshots_stand(image, &model.taken, config)?;
     }
-    snapshots::stand(image, &model.taken)?;
+    snapshots_held(image, &model.taken, config)?;
     let device = MemoryDevice::with(image.to_vec(), config.features);
     in_paused_time(async {
         let open = || Image::open(device.clone(), config.options());
@@ -331,7 +360,7 @@ pub fn crash_image(image: &[u8], model: &Model, config: &Config, depth: Depth) -
         disk.close().await.map_err(|e| format!("closing: {e}"))?;
         let after = device.contents();
         our_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
-        snapshots::stand(&after, &model.taken).map_err(|e| format!("after opening and closing: {e}"))?;
+        snapshots_held(&after, &model.taken, config).map_err(|e| format!("after opening and closing: {e}"))?;
         if depth.qemu {
             qemu_check(&after, Tolerance::Clean).map_err(|e| format!("after opening and closing: {e}"))?;
             snapshots_stand(&after, &model.taken, config)?;
