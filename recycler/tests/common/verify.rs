@@ -164,7 +164,8 @@ fn snapshots_held(image: &[u8], taken: &TakenAll, config: &Config) -> Result<(),
     taken.all_there(&names.iter().map(|(_, name)| name.clone()).collect::<Vec<_>>())?;
     for (id, name) in names {
         let device = MemoryDevice::with(image.to_vec(), config.features);
-        let disk = at_once(async {
+        // Wherever this is called from, nobody else's turn is waited for.
+        let disk = at_once(tokio::task::unconstrained(async {
             let image = Image::open(device, config.options()).await.map_err(|e| e.to_string())?;
             match image.apply_snapshot(&id).await {
                 Ok(()) => contents(&image).await.map(Some),
@@ -172,7 +173,7 @@ fn snapshots_held(image: &[u8], taken: &TakenAll, config: &Config) -> Result<(),
                 Err(qcow_recycler::Error::Unsupported { .. }) => Ok(None),
                 Err(e) => Err(format!("going back to {name:?}: {e}")),
             }
-        })??;
+        }))??;
         if let Some(disk) = disk {
             taken.survived(&name, &disk)?;
         }
