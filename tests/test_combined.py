@@ -42,9 +42,7 @@ def dirty(image: qcow_recycler.Image, name: str) -> set[int]:
 
 
 @pytest.mark.parametrize("extended", ["off", "on"])
-def test_an_image_with_everything_is_compacted_under_a_guest(
-    image_path: Path, tmp_path: Path, extended: str
-) -> None:
+def test_an_image_with_everything_is_compacted_under_a_guest(image_path: Path, tmp_path: Path, extended: str) -> None:
     rng = random.Random(20)
     disk = guest.Disk(SIZE, 65536)
     base = tmp_path / "base.raw"
@@ -59,7 +57,9 @@ def test_an_image_with_everything_is_compacted_under_a_guest(
     top.write(0, bytes(disk.bytes))
     raw = tmp_path / "top.raw"
     raw.write_bytes(top.bytes)
-    qemu.img("convert", "-q", "-c", "-O", "qcow2", "-B", base, "-F", "raw", "-o", f"extended_l2={extended}", raw, image_path)
+    qemu.img(
+        "convert", "-q", "-c", "-O", "qcow2", "-B", base, "-F", "raw", "-o", f"extended_l2={extended}", raw, image_path
+    )
     qemu.img("bitmap", "--add", "-g", "65536", image_path, "backup")
     held: dict[str, bytes] = {}
     marks = Marks()
