@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,6 +189,32 @@ def our_session(image: qcow_recycler.Image, disk: Disk, rng: random.Random, oper
             image.flush()
         else:
             image.compact()
+
+
+@contextmanager
+def at_work(*steps: Callable[[], object]) -> Iterator[None]:
+    """Repeats each step, on a thread of its own, until the block ends, and then raises what one of them has raised."""
+    enough = threading.Event()
+    failures: list[BaseException] = []
+
+    def work(step: Callable[[], object]) -> None:
+        try:
+            while not enough.is_set():
+                step()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(step,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
 
 
 def assert_reads(image: qcow_recycler.Image, disk: Disk, step: int = 1 << 20) -> None:

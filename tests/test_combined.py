@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from pathlib import Path
 
 import pytest
@@ -92,22 +91,15 @@ def test_an_image_with_everything_is_compacted_under_a_guest(image_path: Path, t
         image.discard(0, SIZE // 2)
         disk.zero(0, SIZE // 2)
         marks.add(0, SIZE // 2)
-        stop = threading.Event()
         generator = random.Random(21)
 
-        def work() -> None:
-            while not stop.is_set():
-                write(image, generator, 20_000)
-                if generator.random() < 0.1:
-                    image.flush()
+        def step() -> None:
+            write(image, generator, 20_000)
+            if generator.random() < 0.1:
+                image.flush()
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
+        with guest.at_work(step):
             image.compact()
-        finally:
-            stop.set()
-            thread.join()
         guest.assert_reads(image, disk)
         image.compact()
         guest.assert_reads(image, disk)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from pathlib import Path
 
@@ -125,41 +124,28 @@ def test_a_guest_writes_and_discards_what_is_being_packed(image_path: Path) -> N
     compressed(image_path, disk, rng)
     with qcow_recycler.open(image_path, config=CONFIG) as image:
         discard(image, disk, rng.sample(range(1500), 700))
-        done = threading.Event()
-        failures: list[BaseException] = []
+        mine = random.Random(5)
 
-        def work() -> None:
-            mine = random.Random(5)
-            try:
-                while not done.is_set():
-                    at = mine.randrange(1500) * 16384
-                    choice = mine.randrange(4)
-                    if choice == 0:
-                        image.discard(at, 16384)
-                        disk.zero(at, 16384)
-                    elif choice == 1:
-                        content = guest.data(mine, 4096)
-                        image.write(at + 4096, content)
-                        disk.write(at + 4096, content)
-                    elif choice == 2 and mine.randrange(8) == 0:
-                        image.flush()
-                    # One that never rests would, on two cores, leave the compaction none.
-                    time.sleep(0.001)
-                    got = image.read(at, 16384)
-                    assert got == disk.bytes[at : at + 16384], qemu.first_difference(got, disk.bytes[at : at + 16384])
-            except BaseException as failure:
-                failures.append(failure)
+        def step() -> None:
+            at = mine.randrange(1500) * 16384
+            choice = mine.randrange(4)
+            if choice == 0:
+                image.discard(at, 16384)
+                disk.zero(at, 16384)
+            elif choice == 1:
+                content = guest.data(mine, 4096)
+                image.write(at + 4096, content)
+                disk.write(at + 4096, content)
+            elif choice == 2 and mine.randrange(8) == 0:
+                image.flush()
+            # One that never rests would, on two cores, leave the compaction none.
+            time.sleep(0.001)
+            got = image.read(at, 16384)
+            assert got == disk.bytes[at : at + 16384], qemu.first_difference(got, disk.bytes[at : at + 16384])
 
-        busy = threading.Thread(target=work)
-        busy.start()
-        try:
+        with guest.at_work(step):
             for _ in range(3):
                 image.compact()
-        finally:
-            done.set()
-            busy.join()
-        if failures:
-            raise failures[0]
         image.compact()
         guest.assert_reads(image, disk)
         assert image.stats.background_errors == 0
@@ -286,31 +272,22 @@ def test_a_disk_is_compressed_while_a_guest_works(image_path: Path, busy: bool) 
     rng = random.Random(11)
     disk = guest.Disk(32 << 20, 65536)
     qemu.create(image_path, disk.size)
-    stop = threading.Event()
     with qcow_recycler.open(image_path, config=CONFIG) as image:
         for at in range(0, disk.size, 65536):
             content = half_compressible(rng, 65536)
             image.write(at, content)
             disk.write(at, content)
 
-        def work() -> None:
-            while not stop.is_set():
-                at, length = disk.range(rng, 16384)
-                content = rng.randbytes(length)
-                image.write(at, content)
-                disk.write(at, content)
-                time.sleep(0.001)
+        def step() -> None:
+            at, length = disk.range(rng, 16384)
+            content = rng.randbytes(length)
+            image.write(at, content)
+            disk.write(at, content)
+            time.sleep(0.001)
 
-        thread = threading.Thread(target=work)
-        if busy:
-            thread.start()
-        try:
+        with guest.at_work(*[step] * busy):
             assert image.compress() > (0 if busy else 20 << 20)
             image.compact()
-        finally:
-            stop.set()
-            if busy:
-                thread.join()
         guest.assert_reads(image, disk)
         report = image.check()
         assert (report.corruptions, report.leaks) == (0, 0)

@@ -11,7 +11,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -142,28 +141,20 @@ def test_compacting_while_a_guest_writes(image_path: Path, kind: str) -> None:
             image.discard(at, 256 << 10)
             disk.zero(at, 256 << 10)
         image.flush()
-        stop, written = threading.Event(), 0
+        written, mine = 0, random.Random(1)
 
-        def work() -> None:
+        def step() -> None:
             nonlocal written
-            mine = random.Random(1)
-            while not stop.is_set():
-                at = (20 << 20) + (256 << 10) + mine.randrange(8) * (512 << 10) + mine.randrange(64) * 4096
-                if at + 4096 > 24 << 20:
-                    continue
+            at = (20 << 20) + (256 << 10) + mine.randrange(8) * (512 << 10) + mine.randrange(64) * 4096
+            if at + 4096 <= 24 << 20:
                 piece = guest.data(mine, 4096)
                 image.write(at, piece)
                 disk.write(at, piece)
                 written += 1
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
+        with guest.at_work(step):
             for _ in range(3):
                 image.compact()
-        finally:
-            stop.set()
-            thread.join()
         report = image.compact()
         assert written > 0 and image.stats.moved_bytes > 0
         guest.assert_reads(image, disk)

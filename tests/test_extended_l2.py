@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from pathlib import Path
 
 import pytest
@@ -160,26 +159,19 @@ def test_compacted_while_a_guest_writes(image_path: Path) -> None:
             image.discard(at, 65536)
             disk.zero(at, 65536)
         image.flush()
-        stop = threading.Event()
 
-        def work() -> None:
-            while not stop.is_set():
-                at, length = disk.range(rng, 8192)
-                if rng.random() < 0.3:
-                    image.discard(at, length)
-                    disk.zero(at, length)
-                else:
-                    content = rng.randbytes(length)
-                    image.write(at, content)
-                    disk.write(at, content)
+        def step() -> None:
+            at, length = disk.range(rng, 8192)
+            if rng.random() < 0.3:
+                image.discard(at, length)
+                disk.zero(at, length)
+            else:
+                content = rng.randbytes(length)
+                image.write(at, content)
+                disk.write(at, content)
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
+        with guest.at_work(step):
             image.compact()
-        finally:
-            stop.set()
-            thread.join()
         guest.assert_reads(image, disk)
         image.compact()
     verify(image_path, disk)

@@ -8,7 +8,6 @@ import json
 import random
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -109,50 +108,32 @@ def test_while_a_guest_writes_and_the_recycler_moves(image_path: Path) -> None:
     """Each of the guest's writes is in a snapshot whole or not at all, and none that ended before it is missing."""
     size, cluster = 8 << 20, 4096
     qcow_recycler.create(image_path, size, cluster_size=cluster)
-    stop = threading.Event()
-    written = [0]
-    failures: list[BaseException] = []
+    written = 0
     kept: list[tuple[str, int]] = []
 
-    def work(image: qcow_recycler.Image) -> None:
-        try:
-            n = 0
-            while not stop.is_set():
-                n += 1
-                # One sector tells how far it is; others are overwritten, discarded, and written anew.
-                at = (n * 37 % 2000) * cluster
-                image.write(at + 4096, n.to_bytes(8, "little") * 64)
-                if n % 5 == 0:
-                    image.discard(at // 2 // cluster * cluster + 4096, 4 * cluster)
-                image.write(0, n.to_bytes(8, "little") * 64)
-                written[0] = n
-        except BaseException as error:
-            failures.append(error)
-
-    def compact(image: qcow_recycler.Image) -> None:
-        try:
-            while not stop.is_set():
-                image.compact()
-        except BaseException as error:
-            failures.append(error)
-
     with qcow_recycler.open(image_path, config=EAGER) as image:
+
+        def write() -> None:
+            nonlocal written
+            n = written + 1
+            # One sector tells how far it is; others are overwritten, discarded, and written anew.
+            at = (n * 37 % 2000) * cluster
+            image.write(at + 4096, n.to_bytes(8, "little") * 64)
+            if n % 5 == 0:
+                image.discard(at // 2 // cluster * cluster + 4096, 4 * cluster)
+            image.write(0, n.to_bytes(8, "little") * 64)
+            written = n
+
         image.start()
-        threads = [threading.Thread(target=work, args=(image,)), threading.Thread(target=compact, args=(image,))]
-        for thread in threads:
-            thread.start()
-        for round_number in range(12):
-            time.sleep(0.05)
-            before = written[0]
-            image.create_snapshot(f"s{round_number}")
-            kept.append((f"s{round_number}", before))
-            if round_number % 3 == 2:
-                name, _ = kept.pop(0)
-                image.delete_snapshot(name)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert not failures, failures
+        with guest.at_work(write, image.compact):
+            for round_number in range(12):
+                time.sleep(0.05)
+                before = written
+                image.create_snapshot(f"s{round_number}")
+                kept.append((f"s{round_number}", before))
+                if round_number % 3 == 2:
+                    name, _ = kept.pop(0)
+                    image.delete_snapshot(name)
         assert image.check().corruptions == 0
         assert image.stats.background_errors == 0
     qemu.assert_clean(image_path)

@@ -125,7 +125,9 @@ pub fn publish(documents: &Documents) -> Result<()> {
     let bytes = fs::read(&documents.results).with_context(|| documents.results.display().to_string())?;
     let run: Run = serde_json::from_slice(&bytes)?;
     let all: Vec<&Line> = run.lines.iter().collect();
-    replace(&documents.page, &format!("{}\n{}", run.heading(), markdown(&all)))?;
+    let plot = documents.plot.file_name().unwrap_or_default().to_string_lossy();
+    let page = format!("{}\n![Ratios of time]({plot})\n\n{}", run.heading(), markdown(&all));
+    replace(&documents.page, &page)?;
     replace(&documents.readme, &format!("{}\n{}", run.heading(), markdown(&run.first_lines())))?;
     plot::draw(&run.lines, &documents.plot)
 }

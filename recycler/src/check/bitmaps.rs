@@ -1,9 +1,9 @@
 //! References of persistent bitmaps (section "Bitmaps" of the qcow2 specification).
 
-use super::counts::Counts;
 use super::findings::Findings;
 use super::regions::{Regions, overflow};
 use super::source::{Source, Window, entries};
+use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::bitmap::{ENTRY, MAX_TABLE_ENTRIES, TableEntry};

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use roaring::RoaringTreemap;
 
-use super::counts::Counts;
 use super::findings::Findings;
 use super::refcounts::{Differences, Refcounts};
+use crate::clusters::counts::Counts;
 use crate::format::header::MAX_REFCOUNT_TABLE_BYTES;
 use crate::units::Geometry;
 

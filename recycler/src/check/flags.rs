@@ -2,11 +2,11 @@
 
 use roaring::RoaringTreemap;
 
-use super::counts::Counts;
 use super::findings::Findings;
 use super::mapping::{Layout, RUN, Tables, Target};
 use super::regions::L1;
 use super::source::{Source, entries, set_entry};
+use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{COPIED, OFFSET};

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use roaring::RoaringTreemap;
 
-use super::counts::Counts;
 use super::findings::Findings;
 use super::regions::{L1, Regions, overflow};
 use super::source::{Source, entries};
+use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::header::{Header, incompatible};

@@ -9,7 +9,6 @@
 
 mod bitmaps;
 mod blocks;
-pub(crate) mod counts;
 mod exchange;
 mod findings;
 mod flags;
@@ -20,7 +19,7 @@ mod repair;
 mod snapshots;
 mod source;
 
-use counts::Counts;
+use crate::clusters::counts::Counts;
 use findings::Findings;
 use mapping::{Layout, Tables};
 use refcounts::{Differences, Refcounts};

@@ -2,10 +2,10 @@
 
 use roaring::{RoaringBitmap, RoaringTreemap};
 
-use super::counts::Counts;
 use super::findings::Findings;
 use super::regions::{Regions, overflow};
 use super::source::{Source, entries};
+use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::header::Header;

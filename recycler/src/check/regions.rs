@@ -2,9 +2,9 @@
 
 use roaring::RoaringTreemap;
 
-use super::counts::Counts;
 use super::findings::Findings;
 use super::source::Source;
+use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::header::Header;

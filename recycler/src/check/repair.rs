@@ -21,13 +21,13 @@ use roaring::RoaringTreemap;
 
 use super::Repair;
 use super::blocks::{self, Plan};
-use super::counts::Counts;
 use super::findings::Findings;
 use super::flags::Flags;
 use super::mapping::{Layout, Tables};
 use super::refcounts::{Differences, Refcounts};
 use super::regions::L1;
 use super::source::Source;
+use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::header::{

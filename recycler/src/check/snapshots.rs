@@ -1,9 +1,9 @@
 //! References of the snapshot table (section "Snapshots" of the qcow2 specification).
 
-use super::counts::Counts;
 use super::findings::Findings;
 use super::regions::{L1, Regions};
 use super::source::Source;
+use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::header::Header;

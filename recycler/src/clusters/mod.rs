@@ -15,6 +15,7 @@
 //! one before it. After a crash such clusters are leaks, which the next opening reclaims.
 
 pub(crate) mod allocator;
+pub(crate) mod counts;
 pub(crate) mod epochs;
 pub(crate) mod moves;
 pub(crate) mod packed;

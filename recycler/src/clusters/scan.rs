@@ -351,7 +351,8 @@ async fn names<D: BlockDevice>(
 }
 
 /// Puts the clusters that were free when the image was opened into Junk: those with a refcount of 0 that are none of the image's
-/// own tables, and that no entry of the active tables names, nor one of a snapshot's. Returns how many a damaged image names all the same: they are left alone.
+/// own tables, and that no entry of the active tables names, nor one of a snapshot's. Returns how many a damaged image names all
+/// the same: they are left alone.
 ///
 /// Whoever counts or releases clusters holds the refcounts, as this does block by block, so a cluster with a count of 0
 /// that is not in Junk was free from the start. Nobody takes such a cluster before it is in Junk, so an entry that names it
@@ -407,13 +408,8 @@ async fn remove_named<D: BlockDevice>(
     let geometry = meta.geometry;
     let mut words = Vec::new();
     let remove = |words: &[u64], set: &mut ClusterSet| {
-        for entry in l2::entries(words, geometry).filter(|e| !e.is_empty()) {
-            if let Ok(mapping) = Mapping::of(entry, meta.version, geometry)
-                && let Some(hosts) = mapping.host_clusters(geometry)
-            {
-                set.remove_range(hosts);
-            }
-        }
+        let named = l2::mappings(words, meta.version, geometry).filter_map(|m| m.host_clusters(geometry));
+        named.for_each(|hosts| set.remove_range(hosts));
     };
     for l1_index in 0..meta.l1.len().max(snapshots.len()) {
         for table in snapshots.at(volume, meta, l1_index).await? {

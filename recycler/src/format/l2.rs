@@ -62,6 +62,12 @@ pub fn entries(words: &[u64], geometry: Geometry) -> impl Iterator<Item = Entry>
     })
 }
 
+/// What those entries of a table say that say something, and can be.
+pub fn mappings(words: &[u64], version: u32, geometry: Geometry) -> impl Iterator<Item = Mapping> + '_ {
+    let used = entries(words, geometry).filter(|e| !e.is_empty());
+    used.filter_map(move |entry| Mapping::of(entry, version, geometry).ok())
+}
+
 /// What an L2 entry says about a guest cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapping {

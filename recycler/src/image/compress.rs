@@ -169,15 +169,7 @@ impl<D: BlockDevice> Image<D> {
     /// Lets the entry of a guest cluster name its compressed form, which is durable, if nobody wrote to the cluster meanwhile.
     pub(crate) async fn name_packed(&self, guest: GuestCluster, src: HostCluster, placed: &Placed<'_>) -> Result<bool> {
         let geometry = self.meta.geometry;
-        let l1_index = guest.0 / geometry.l2_entries();
-        // No guest copies the L2 table meanwhile.
-        let _turn = self.table_turns.take(l1_index..l1_index + 1).await;
-        let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? else {
-            return Ok(false);
-        };
-        if !self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied) {
-            return Ok(false);
-        }
+        let Some((_turn, slice, index)) = self.own_slice(guest).await? else { return Ok(false) };
         let mut entries = self.meta.l2.modify(&slice);
         let mapping = self.decode(guest, entries.get(index))?;
         let names_src = matches!(mapping, Mapping::Data { host, copied: true } if geometry.host_cluster(host) == src);

@@ -8,7 +8,6 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Entry, Mapping};
-use crate::format::subclusters::Part;
 use crate::metadata::slices::{Entries, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
@@ -231,25 +230,18 @@ impl<D: BlockDevice> Image<D> {
             Ok(first) => first,
             Err(reason) => return Err(self.invalid_entry(guest, entry, reason)),
         };
-        let mut part_length = cluster_size - within;
+        let mut length = cluster_size - within;
         let kind = match first {
             Mapping::Data { host, copied } => RunKind::Data { host: HostOffset(host.0 + within), copied },
             Mapping::Zero { .. } => RunKind::Zero,
             Mapping::Unallocated => RunKind::Unallocated,
             Mapping::Compressed { descriptor } => RunKind::Compressed { descriptor },
             Mapping::Parts { host, subclusters } => {
-                let bits = self.meta.geometry.subcluster_bits();
-                let index = within >> bits;
-                part_length = (subclusters.end_of(index) << bits) - within;
-                match (subclusters.part(index), host) {
-                    (Part::Stored, Some((host, copied))) => RunKind::Data { host: HostOffset(host.0 + within), copied },
-                    (Part::Zero, _) => RunKind::Zero,
-                    // Whatever is stored is stored somewhere, as was checked when the entry was decoded.
-                    (Part::Unallocated | Part::Stored, _) => RunKind::Unallocated,
-                }
+                let part = self.part_of(host, subclusters, within);
+                length = part.length;
+                part.kind
             }
         };
-        let mut length = part_length;
         if length < max && !matches!(first, Mapping::Parts { .. }) {
             length += self.followers(entries, guest, index, max - length, first);
         }

@@ -15,16 +15,18 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::Image;
 use super::relocate::Holes;
+use super::turns::Turn;
 use crate::clusters::packed::{self, Extent, Packed};
 use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Tables, read_table};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{self, Entry, Mapping};
-use crate::metadata::slices::Entries as _;
+use crate::metadata::slices::{Entries as _, Slice};
 use crate::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 
 /// How often a hole is counted, and how many entries name data in it.
@@ -155,14 +157,8 @@ impl<D: BlockDevice> Image<D> {
     fn leave_out(&self, sole: &mut ClusterSet, table: HostOffset, words: &[u64], other: impl Fn(&Mapping) -> bool) {
         let geometry = self.meta.geometry;
         sole.remove(geometry.host_cluster(table));
-        for entry in l2::entries(words, geometry).filter(|e| !e.is_empty()) {
-            if let Ok(mapping) = Mapping::of(entry, self.meta.version, geometry)
-                && other(&mapping)
-                && let Some(clusters) = mapping.host_clusters(geometry)
-            {
-                sole.remove_range(clusters);
-            }
-        }
+        let named = l2::mappings(words, self.meta.version, geometry).filter(other);
+        named.filter_map(|m| m.host_clusters(geometry)).for_each(|clusters| sole.remove_range(clusters));
     }
 
     /// The compressed clusters of one L2 table whose data touches one of the clusters `chosen`, and no other than `sole` ones:
@@ -193,18 +189,22 @@ impl<D: BlockDevice> Image<D> {
         self.volume.copy(offset, e.to, length, scratch).await
     }
 
+    /// The slice that maps a guest cluster, if its L2 table is the disk's alone, and the turn for the table: no guest copies it
+    /// meanwhile.
+    pub(super) async fn own_slice(&self, guest: GuestCluster) -> Result<Option<(Turn<'_>, Arc<Slice>, usize)>> {
+        let l1_index = guest.0 / self.meta.geometry.l2_entries();
+        let turn = self.table_turns.take(l1_index..l1_index + 1).await;
+        let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? else {
+            return Ok(None);
+        };
+        let own = self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied);
+        Ok(own.then_some((turn, slice, index)))
+    }
+
     /// Lets the entry of a compressed cluster name the new place of its data, if it still names the old one.
     async fn rewrite_packed(&self, e: &Extent) -> Result<bool> {
         let geometry = self.meta.geometry;
-        let l1_index = e.guest.0 / geometry.l2_entries();
-        // No guest copies the L2 table meanwhile.
-        let _turn = self.table_turns.take(l1_index..l1_index + 1).await;
-        let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, e.guest).await? else {
-            return Ok(false);
-        };
-        if !self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied) {
-            return Ok(false);
-        }
+        let Some((_turn, slice, index)) = self.own_slice(e.guest).await? else { return Ok(false) };
         let mut entries = self.meta.l2.modify(&slice);
         let entry = entries.get(index);
         if entry.word != l2::COMPRESSED | e.descriptor {

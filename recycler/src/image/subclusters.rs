@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use super::Image;
 use super::discard::Access;
+use super::mapping::{Run, RunKind};
 use crate::buf::{IoBuf, IoBufMut};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{Entry, Mapping};
-use crate::format::subclusters::{Subclusters, mask};
+use crate::format::subclusters::{Part, Subclusters, mask};
 use crate::metadata::slices::{Entries as _, Slice};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -30,6 +31,19 @@ fn parts_of(mapping: Mapping) -> Subclusters {
 impl<D: BlockDevice> Image<D> {
     fn subcluster_size(&self) -> u64 {
         1 << self.meta.geometry.subcluster_bits()
+    }
+
+    /// What is stored from byte `within` of such a cluster on, up to the next subcluster that is stored in another way.
+    pub(super) fn part_of(&self, host: Option<(HostOffset, bool)>, subclusters: Subclusters, within: u64) -> Run {
+        let bits = self.meta.geometry.subcluster_bits();
+        let index = within >> bits;
+        let kind = match (subclusters.part(index), host) {
+            (Part::Stored, Some((host, copied))) => RunKind::Data { host: HostOffset(host.0 + within), copied },
+            (Part::Zero, _) => RunKind::Zero,
+            // Whatever is stored is stored somewhere, as was checked when the entry was decoded.
+            (Part::Unallocated | Part::Stored, _) => RunKind::Unallocated,
+        };
+        Run { kind, length: (subclusters.end_of(index) << bits) - within }
     }
 
     /// The subclusters of the cluster at byte `start` of the disk that a range of the disk touches.

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::super::Image;
-use crate::check::counts::{Counts, Walk};
+use crate::clusters::counts::{Counts, Walk};
 use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Place, read_l1, read_table};
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
-use crate::format::l2::{self, Entry, Mapping};
+use crate::format::l2::{self, Mapping};
 use crate::metadata::l1::L2Ref;
 use crate::units::{Geometry, HostCluster, HostOffset};
 
@@ -116,16 +116,17 @@ impl<D: BlockDevice> Image<D> {
                     return Err(Error::invalid("L2 table entry", place, format!("{:#x}: {reason}", entry.word)));
                 }
             }
-            references.add_entries(l2::entries(&words, geometry).filter_map(|e| self.hosts_named(e)));
+            references.add_entries(self.hosts_named(&words));
             // A walk through a large image must not keep other work from this thread.
             tokio::task::yield_now().await;
         }
         Ok(())
     }
 
-    fn hosts_named(&self, entry: Entry) -> Option<Range<u64>> {
+    /// The clusters that the entries of an L2 table name.
+    fn hosts_named<'a>(&self, words: &'a [u64]) -> impl Iterator<Item = Range<u64>> + use<'a, D> {
         let geometry = self.meta.geometry;
-        Mapping::of(entry, self.meta.version, geometry).ok()?.host_clusters(geometry)
+        l2::mappings(words, self.meta.version, geometry).filter_map(move |m| m.host_clusters(geometry))
     }
 
     /// Every cluster that one of these L1 tables leads to. Tables that several share are read once.
@@ -140,8 +141,7 @@ impl<D: BlockDevice> Image<D> {
                     continue;
                 }
                 read_table(&self.volume, &self.meta, at.host, &mut words).await?;
-                let named = l2::entries(&words, geometry).filter_map(|e| self.hosts_named(e));
-                named.for_each(|hosts| all.insert_range(hosts));
+                self.hosts_named(&words).for_each(|hosts| all.insert_range(hosts));
                 tokio::task::yield_now().await;
             }
         }
