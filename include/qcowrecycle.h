@@ -457,9 +457,9 @@ struct qcr_image;
  * `options` and `log` may be NULL: the defaults, and no messages. On success `*image` is the caller's to
  * qcr_free().
  *
- * Errors: -EUCLEAN if the image contradicts its format; -EOPNOTSUPP names the feature that is not supported;
- * -EPERM if it has a backing file or an external data file that the options do not allow; -EAGAIN if another process uses it; those of
- * open(2) and read(2). An image that is refused is not changed. `log->destroy` has been called when this fails.
+ * Errors: -EUCLEAN if the image contradicts its format; -EOPNOTSUPP names the feature that is not supported; -EPERM if
+ * it has a backing file or an external data file that the options do not allow; -EAGAIN if another process uses it;
+ * those of open(2) and read(2). An image that is refused is not changed. `log->destroy` has been called when this fails.
  */
 int qcr_open_path(const char *path, const struct qcr_options *options, const struct qcr_log *log,
                   struct qcr_image **image, struct qcr_error *error);

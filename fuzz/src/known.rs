@@ -77,8 +77,8 @@ impl Disk {
     }
 }
 
-/// For an image with QEMU's first encryption, which any passphrase opens. LUKS headers are for the target `header`, since they decide
-/// how long deriving a key takes.
+/// For an image with QEMU's first encryption, which any passphrase opens. LUKS headers are for the target `header`, since
+/// they decide how long deriving a key takes.
 pub fn passphrase(image: &[u8]) -> Option<Passphrase> {
     let aes = image.get(32..36).is_some_and(|method| method == crypt::AES.to_be_bytes());
     aes.then(|| Passphrase::new("secret"))
@@ -159,7 +159,8 @@ impl Original {
             in_file && range.clone().all(|at| byte(&self.bytes, at) == byte(&file.bytes, at))
         };
         let Some(anatomy) = Anatomy::of(&file.bytes) else { return Disk::default() };
-        // What gives entries their meaning (the version, and whether they are extended), the geometry, the encryption, and where the L1 table is.
+        // What gives entries their meaning (the version, and whether they are extended), the geometry, the encryption,
+        // and where the L1 table is.
         let features = |bytes: &[u8], bits: u8| bytes.get(79).map(|features| features & bits);
         let same_bits = |bits| features(&self.bytes, bits) == features(&file.bytes, bits);
         let readable = same(4..8) && same(20..24) && same(32..36) && same(40..48) && same_bits(16);

@@ -135,9 +135,10 @@ pub struct Options {
     pub backing: BackingPolicy,
     /// An external data file. Not asked where the program gives the device that holds the guest data itself.
     pub data_file: DataFilePolicy,
-    /// The passphrase of an encrypted image, and of encrypted images behind it. Without it an encrypted image can be opened, looked
-    /// at, checked, discarded from and made shorter, and neither read nor written. The image keeps none once it is open. With QEMU's
-    /// first encryption (AES) nothing tells whether a passphrase is right: a wrong one reads garbage.
+    /// The passphrase of an encrypted image, and of encrypted images behind it. Without it an encrypted image can be
+    /// opened, looked at, checked, discarded from and made shorter, and neither read nor written. The image keeps none
+    /// once it is open. With QEMU's first encryption (AES) nothing tells whether a passphrase is right: a wrong one reads
+    /// garbage.
     pub passphrase: Option<Passphrase>,
     /// A name for statistics and messages.
     pub id: String,

@@ -12,8 +12,8 @@ use crate::format::luks::{CipherSpec, Hash, IvKind, KeySlot, LuksHeader, Mode};
 /// A key, or what is on the way to one: wiped when dropped.
 type Secret = Zeroizing<Vec<u8>>;
 
-/// The cipher of the image's data, if the passphrase opens this slot. `material` is the slot's key material, in whole sectors, as it
-/// is in the file; it is decrypted in place, so the caller wipes it.
+/// The cipher of the image's data, if the passphrase opens this slot. `material` is the slot's key material, in whole
+/// sectors, as it is in the file; it is decrypted in place, so the caller wipes it.
 pub(crate) fn open_slot(
     header: &LuksHeader,
     slot: &KeySlot,

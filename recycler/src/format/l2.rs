@@ -131,8 +131,8 @@ impl Mapping {
         })
     }
 
-    /// Decodes the first word of an entry of an image whose version and cluster size are given. The error is the reason why the entry is
-    /// invalid.
+    /// Decodes the first word of an entry of an image whose version and cluster size are given. The error is the reason
+    /// why the entry is invalid.
     ///
     /// # Errors
     /// Reserved bits that are set, an unaligned offset, a zero flag in version 2.

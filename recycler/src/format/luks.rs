@@ -16,8 +16,8 @@ pub const SLOTS: usize = 8;
 pub const SECTOR: u64 = 512;
 /// Stripes that a key is split into, as everybody writes it; fewer are accepted.
 pub const MAX_STRIPES: u32 = 4000;
-/// The most iterations that deriving keys for all active slots may take: seconds to a minute. What QEMU and cryptsetup choose for a
-/// slot takes two seconds at most.
+/// The most iterations that deriving keys for all active slots may take: seconds to a minute. What QEMU and cryptsetup
+/// choose for a slot takes two seconds at most.
 pub const MAX_ITERATIONS: u64 = 1 << 26;
 
 /// `active` of a key slot.

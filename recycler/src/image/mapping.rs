@@ -372,8 +372,8 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// The clusters of the image that an entry names: a guest may write to them, or give up a reference to them. `None` if it names
-    /// none, or cannot be decoded, which is reported to the request that needs it.
+    /// The clusters of the image that an entry names: a guest may write to them, or give up a reference to them. `None`
+    /// if it names none, or cannot be decoded, which is reported to the request that needs it.
     fn targets(&self, entry: Entry) -> Option<Range<u64>> {
         let geometry = self.meta.geometry;
         if self.meta.external {

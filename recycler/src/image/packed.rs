@@ -112,9 +112,10 @@ impl<D: BlockDevice> Drop for Repack<'_, D> {
 }
 
 impl<D: BlockDevice> Image<D> {
-    /// Of these clusters, and their neighbours, into which their extents may reach, those that nobody but the disk's compressed
-    /// clusters uses: they are counted as often as those refer to them, and nothing else does. In a damaged image the count may be right by chance, one reference too many of one
-    /// kind and one too few of another, so every other reference is looked for, in the snapshots' tables, too.
+    /// Of these clusters, and their neighbours, into which their extents may reach, those that nobody but the disk's
+    /// compressed clusters uses: they are counted as often as those refer to them, and nothing else does. In a damaged
+    /// image the count may be right by chance, one reference too many of one kind and one too few of another, so every
+    /// other reference is looked for, in the snapshots' tables, too.
     pub(crate) async fn sole_packed(
         &self,
         packed: &Packed,

@@ -44,8 +44,9 @@ impl<D: BlockDevice> Drop for Published<'_, D> {
 /// Waits while the recycler erases or compacts. Needs tokio's timers.
 ///
 /// # Errors
-/// [`Error::Cancelled`], [`Error::ReadOnly`], [`Error::Closed`]; [`Error::Unsupported`] where refcounts are of one bit, the
-/// data is in an external data file, or it is encrypted; [`Error::Io`] and [`Error::Invalid`] as they come: the image is consistent, and this can be asked for again.
+/// [`Error::Cancelled`], [`Error::ReadOnly`], [`Error::Closed`]; [`Error::Unsupported`] where refcounts are of one bit,
+/// the data is in an external data file, or it is encrypted; [`Error::Io`] and [`Error::Invalid`] as they come: the image
+/// is consistent, and this can be asked for again.
 pub async fn compress<D: BlockDevice>(
     image: &Image<D>,
     progress: &mut (dyn FnMut(Progress) -> bool + Send),

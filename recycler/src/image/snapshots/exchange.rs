@@ -91,7 +91,8 @@ impl Change {
         self.come.to(c) > 0 || self.gone.to(c) > 0
     }
 
-    /// The first word of an L2 entry with the flag that it is to have, in a table that is written anew. `sole`: the table is the disk's alone.
+    /// The first word of an L2 entry with the flag that it is to have, in a table that is written anew. `sole`: the table
+    /// is the disk's alone.
     fn entry(&self, entry: u64, counts: &NewCounts, sole: bool, geometry: crate::units::Geometry) -> u64 {
         match flagged(entry, geometry) {
             Some((c, _)) if self.touches(c) => {
