@@ -106,6 +106,16 @@ impl States {
             + self.freed_len()
     }
 
+    /// Clusters that are counted, and that nothing refers to.
+    pub(crate) fn counted_ahead(&self) -> ClusterSet {
+        let mut all = self.unlinked.clusters.clone();
+        [&self.erased, &self.available, &self.roots, &self.copies, &self.committing.clusters]
+            .into_iter()
+            .chain(self.grace.iter().map(|(_, batch)| &batch.clusters))
+            .for_each(|set| all.add_all(set));
+        all
+    }
+
     /// Whether a cluster of the range is free, or was handed out and not linked yet: then an entry that names it is none of
     /// the engine's.
     pub(crate) fn any_free(&self, range: &Range<u64>) -> bool {
