@@ -30,12 +30,19 @@ pub(crate) unsafe trait Shared: Copy {
 }
 
 /// The size that the program gave its struct, checked.
+#[inline]
 unsafe fn size_of_theirs<T: Shared>(theirs: *const T) -> Result<usize, Fault> {
     if theirs.is_null() {
         return Err(Fault::null(T::NAME));
     }
     // SAFETY: the caller has at least the size member there; it need not be aligned.
     let size = unsafe { theirs.cast::<u32>().read_unaligned() } as usize;
+    if size == size_of::<T>() { Ok(size) } else { other_size::<T>(size) }
+}
+
+/// The size of a struct of another version than this one, checked.
+#[cold]
+fn other_size<T: Shared>(size: usize) -> Result<usize, Fault> {
     if size < T::MIN_SIZE {
         let reason = format!("struct_size is {size}, less than the {} of the first version", T::MIN_SIZE);
         return Err(Fault::argument(T::NAME, reason));
@@ -80,6 +87,7 @@ impl<T: Shared> Out<T> {
     ///
     /// # Safety
     /// `theirs` is NULL or points at as many writable bytes as its first member says, until [`store`](Self::store).
+    #[inline]
     pub(crate) unsafe fn new(theirs: *mut T) -> Result<Self, Fault> {
         // SAFETY: as promised by the caller.
         let size = unsafe { size_of_theirs(theirs.cast_const())? };

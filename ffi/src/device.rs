@@ -134,7 +134,7 @@ impl BlockDevice for Device {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
         match self.bytes() {
             Ok(Bytes::File(file)) => file.read_now(offset, buf),
@@ -143,7 +143,7 @@ impl BlockDevice for Device {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
         match self.bytes() {
             Ok(Bytes::File(file)) => file.write_now(offset, buf),

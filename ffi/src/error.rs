@@ -49,9 +49,12 @@ unsafe impl Shared for qcr_error {
     const NAME: &'static str = "error";
 }
 
-/// Why a call fails.
+/// Why a call fails. In a box, so that calls which do not fail return little.
 #[derive(Clone, Debug)]
-pub(crate) struct Fault {
+pub(crate) struct Fault(Box<Details>);
+
+#[derive(Clone, Debug)]
+struct Details {
     errno: i32,
     offset: Option<u64>,
     field: String,
@@ -60,11 +63,12 @@ pub(crate) struct Fault {
 
 impl Fault {
     pub(crate) fn new(errno: i32, message: impl Into<String>) -> Self {
-        Fault { errno, offset: None, field: String::new(), message: message.into() }
+        Fault(Box::new(Details { errno, offset: None, field: String::new(), message: message.into() }))
     }
 
-    pub(crate) fn field(self, field: &str) -> Self {
-        Fault { field: field.to_owned(), ..self }
+    pub(crate) fn field(mut self, field: &str) -> Self {
+        field.clone_into(&mut self.0.field);
+        self
     }
 
     /// An argument, or a member of one, that cannot be used.
@@ -79,20 +83,21 @@ impl Fault {
 
     #[cfg(test)]
     pub(crate) fn errno(&self) -> i32 {
-        self.errno
+        self.0.errno
     }
 
     /// Fills the caller's details, if there are any, and gives the value to return.
     pub(crate) fn report(self, details: Option<Out<qcr_error>>) -> c_int {
-        let code = -self.errno;
+        let Details { errno, offset, field, message } = *self.0;
+        let code = -errno;
         if let Some(details) = details {
             let mut ours = qcr_error {
                 code,
-                offset: self.offset.map_or(-1, |o| i64::try_from(o).unwrap_or(i64::MAX)),
+                offset: offset.map_or(-1, |o| i64::try_from(o).unwrap_or(i64::MAX)),
                 ..qcr_error::zeroed()
             };
-            abi::store_text(&mut ours.field, &self.field);
-            abi::store_text(&mut ours.message, &self.message);
+            abi::store_text(&mut ours.field, &field);
+            abi::store_text(&mut ours.message, &message);
             details.store(ours);
         }
         code
@@ -100,11 +105,12 @@ impl Fault {
 }
 
 impl From<qcow_recycler::Error> for Fault {
+    #[cold]
     fn from(e: qcow_recycler::Error) -> Self {
         // 0 would read as success, and beyond 4095 the kernel itself sees no errno.
         let errno = Some(e.errno()).filter(|n| (1..4096).contains(n)).unwrap_or(libc::EIO);
         let field = e.field().unwrap_or_default().to_owned();
-        Fault { errno, offset: e.offset(), field, message: e.to_string() }
+        Fault(Box::new(Details { errno, offset: e.offset(), field, message: e.to_string() }))
     }
 }
 

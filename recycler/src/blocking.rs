@@ -119,7 +119,7 @@ impl<D: BlockDevice> Disk<D> {
     /// # Errors
     /// See [`Image::discard`].
     pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
-        block_on(self.image.discard(offset, length))
+        self.image.discard_blocking(offset, length)
     }
 
     /// Makes a range of the virtual disk read as zeroes.

@@ -29,26 +29,63 @@ pub(crate) use tokio::sync::{
 };
 pub(crate) use types::*;
 
-/// A small number that is this thread's own as long as there are fewer than `count` threads.
+/// One of `count` places, at most 64. Each but the last is one thread's own, until it ends; those that come too late share the
+/// last.
 #[cfg(not(all(test, feature = "models")))]
 #[inline]
-pub(crate) fn thread_number(count: usize) -> usize {
-    use atomic::{AtomicUsize, Ordering};
-    use std::cell::Cell;
+pub(crate) fn thread_place(count: usize) -> usize {
+    places::mine().min(count - 1)
+}
 
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local!(static MINE: Cell<usize> = const { Cell::new(usize::MAX) });
-    MINE.with(|mine| {
-        if mine.get() == usize::MAX {
-            mine.set(NEXT.fetch_add(1, Ordering::Relaxed));
+#[cfg(not(all(test, feature = "models")))]
+mod places {
+    use std::cell::Cell;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const NOT_ASKED: usize = usize::MAX;
+    const NONE: usize = 64;
+
+    static TAKEN: AtomicU64 = AtomicU64::new(0);
+
+    /// Gives the thread's place back when the thread ends.
+    struct GiveBack;
+
+    impl Drop for GiveBack {
+        fn drop(&mut self) {
+            // Who takes it next sees what this thread did there.
+            let place = MINE.replace(NONE);
+            TAKEN.fetch_and(!(1u64.checked_shl(place as u32).unwrap_or(0)), Ordering::Release);
         }
-        mine.get()
-    }) % count
+    }
+
+    thread_local! {
+        static MINE: Cell<usize> = const { Cell::new(NOT_ASKED) };
+        static GIVE_BACK: GiveBack = const { GiveBack };
+    }
+
+    #[inline]
+    pub(super) fn mine() -> usize {
+        let place = MINE.get();
+        if place == NOT_ASKED { take() } else { place }
+    }
+
+    #[cold]
+    fn take() -> usize {
+        MINE.set(NONE);
+        // A thread that is ending already has nobody to give it back.
+        if GIVE_BACK.try_with(|_| ()).is_ok() {
+            let free = |taken: u64| (taken != u64::MAX).then(|| taken | (taken + 1));
+            if let Ok(before) = TAKEN.fetch_update(Ordering::Acquire, Ordering::Relaxed, free) {
+                MINE.set(before.trailing_ones() as usize);
+            }
+        }
+        MINE.get()
+    }
 }
 
 /// The same where threads are not threads.
 #[cfg(all(test, feature = "models"))]
-pub(crate) fn thread_number(count: usize) -> usize {
+pub(crate) fn thread_place(count: usize) -> usize {
     usize::from(shuttle::current::me()) % count
 }
 

@@ -6,14 +6,15 @@
 //! twice, every request that began before has ended.
 //!
 //! The counters are spread over slots, so that threads do not write one another's cache lines; a request enters and
-//! leaves in one slot. The same slots count the guest's requests for the statistics.
+//! leaves in one slot. All but the last belong to one thread each, but a request may end on another thread than it began on.
+//! The same slots count the guest's requests for the statistics.
 
 use std::time::Duration;
 
 use super::stragglers::Stragglers;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use crate::sync::{Notify, thread_number};
+use crate::sync::{Notify, thread_place};
 
 /// One where a model checker looks at each.
 const SLOTS: usize = if cfg!(all(test, feature = "models")) { 1 } else { 16 };
@@ -26,6 +27,8 @@ const STRAGGLERS: Duration = Duration::from_micros(500);
 struct Slot {
     inside: [AtomicU32; 2],
     counts: [AtomicU64; Counter::ALL],
+    /// The same, changed only by the thread that the slot belongs to.
+    own: [AtomicU64; Counter::ALL],
 }
 
 /// What guests did, counted per slot.
@@ -78,7 +81,7 @@ pub(crate) struct Ticket(u64);
 impl Epochs {
     #[inline]
     fn slot(&self) -> &Slot {
-        &self.slots[thread_number(SLOTS)]
+        &self.slots[thread_place(SLOTS)]
     }
 
     /// A request begins.
@@ -168,7 +171,8 @@ impl Epochs {
 
     /// Sum of a counter over all slots.
     pub(crate) fn total(&self, counter: Counter) -> u64 {
-        self.slots.iter().map(|s| s.counts[counter as usize].load(Ordering::Relaxed)).sum()
+        let counted = |s: &Slot| [&s.counts, &s.own].map(|counts| counts[counter as usize].load(Ordering::Relaxed));
+        self.slots.iter().flat_map(counted).sum()
     }
 }
 
@@ -186,6 +190,17 @@ impl InFlight<'_> {
     #[inline]
     pub(crate) fn count(&self, counter: Counter, amount: u64) {
         self.slot.counts[counter as usize].fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// The same, on the thread that the request began on.
+    #[inline]
+    pub(crate) fn count_here(&self, counter: Counter, amount: u64) {
+        if std::ptr::eq(self.slot, &raw const self.epochs.slots[SLOTS - 1]) {
+            return self.count(counter, amount);
+        }
+        // Nobody else writes it, so no locked instruction is needed.
+        let own = &self.slot.own[counter as usize];
+        own.store(own.load(Ordering::Relaxed) + amount, Ordering::Relaxed);
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use crate::sync::RwLock;
@@ -122,7 +122,7 @@ impl Direct {
     pub(super) fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
         let length = buf.len();
         if length == 0 || self.takes_all(offset, length, |areas| buf.fill_iovecs(areas)) {
-            return positioned::read(self.file.as_fd(), offset, buf);
+            return positioned::read(&self.file, offset, buf);
         }
         let mut bounce = Bounce::new(length.min(PIECE) + 2 * self.block, self.memory.max(self.block));
         let mut done = 0;
@@ -132,7 +132,7 @@ impl Direct {
             let piece = (length - done).min(PIECE);
             let around = bounce.part((skip + piece).next_multiple_of(self.block));
             // The file may end before the last block does.
-            positioned::read_least(self.file.as_fd(), at - skip as u64, IoBufMut::new(around), skip + piece)?;
+            positioned::read_least(&self.file, at - skip as u64, IoBufMut::new(around), skip + piece)?;
             buf.slice(done..done + piece).copy_from(around.get(skip..skip + piece).unwrap_or_default());
             done += piece;
         }
@@ -145,11 +145,11 @@ impl Direct {
         if !self.is_aligned(offset | length as u64) {
             let _alone = self.cache.write();
             // A direct write that comes later finds the page written back and gone: the kernel sees to that.
-            return positioned::write(cached.as_fd(), offset, buf);
+            return positioned::write(cached, offset, buf);
         }
         let _clear = (!self.writes_freely()).then(|| self.cache.read());
         if length == 0 || self.takes_all(offset, length, |areas| buf.fill_iovecs(areas)) {
-            return positioned::write(self.file.as_fd(), offset, buf);
+            return positioned::write(&self.file, offset, buf);
         }
         let mut bounce = Bounce::new(length.min(PIECE), self.memory);
         let mut done = 0;
@@ -157,7 +157,7 @@ impl Direct {
             let piece = (length - done).min(PIECE);
             let bytes = bounce.part(piece);
             buf.slice(done..done + piece).copy_to(bytes);
-            positioned::write(self.file.as_fd(), offset.saturating_add(done as u64), IoBuf::new(bytes))?;
+            positioned::write(&self.file, offset.saturating_add(done as u64), IoBuf::new(bytes))?;
             done += piece;
         }
         Ok(())

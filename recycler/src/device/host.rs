@@ -3,7 +3,7 @@
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -151,18 +151,18 @@ impl HostFile {
         })
     }
 
-    #[inline]
+    #[inline(always)]
     fn transfer_in(&self, offset: u64, buf: IoBufMut<'_>) -> io::Result<()> {
         match &self.direct {
-            None => positioned::read(self.file.as_fd(), offset, buf),
+            None => positioned::read(&self.file, offset, buf),
             Some(direct) => direct.read(offset, buf),
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn transfer_out(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
         match &self.direct {
-            None => positioned::write(self.file.as_fd(), offset, buf),
+            None => positioned::write(&self.file, offset, buf),
             Some(direct) => direct.write(&self.file, offset, buf),
         }
     }
@@ -245,12 +245,12 @@ impl BlockDevice for HostFile {
         self.transfer_in(offset, buf)
     }
 
-    #[inline]
+    #[inline(always)]
     fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
         Some(self.transfer_in(offset, buf))
     }
 
-    #[inline]
+    #[inline(always)]
     fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
         Some(self.transfer_out(offset, buf))
     }

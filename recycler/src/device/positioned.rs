@@ -3,8 +3,9 @@
 //! The only place where guest memory is handed to the kernel. One area costs one system call and nothing else.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 
 use crate::buf::{IoBuf, IoBufMut, IoVec};
 
@@ -36,25 +37,26 @@ fn moved(result: isize) -> io::Result<Option<usize>> {
 /// # Errors
 /// [`io::ErrorKind::UnexpectedEof`] if the file ends before; what the system reports.
 #[inline]
-pub(super) fn read(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
+pub(super) fn read(file: &File, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
     // Nearly always one area, and one call.
     if let (Some(base), Ok(at)) = (buf.single(), i64::try_from(offset)) {
         // SAFETY: by `IoBufMut` the area is writable memory of this length, and belongs to no reference, while `buf` lives.
-        let result = unsafe { libc::pread64(fd.as_raw_fd(), base.cast(), buf.len(), at) };
-        if usize::try_from(result) == Ok(buf.len()) {
+        let result = unsafe { libc::pread64(file.as_raw_fd(), base.cast(), buf.len(), at) };
+        // No buffer is as long as an error's -1 would be.
+        if result.cast_unsigned() == buf.len() {
             return Ok(());
         }
         moved(result)?;
     }
     // What was cut short or interrupted is done again: the bytes are the same.
     let length = buf.len();
-    read_least(fd, offset, buf, length)
+    read_least(file, offset, buf, length)
 }
 
 /// As [`read`], but only the first `least` bytes need be there.
 #[cold]
-pub(super) fn read_least(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>, least: usize) -> io::Result<()> {
-    let (fd, length) = (fd.as_raw_fd(), buf.len());
+pub(super) fn read_least(file: &File, offset: u64, mut buf: IoBufMut<'_>, least: usize) -> io::Result<()> {
+    let (fd, length) = (file.as_raw_fd(), buf.len());
     let mut done = 0;
     while done < least {
         let at = file_offset(offset, done)?;
@@ -86,23 +88,24 @@ pub(super) fn read_least(fd: BorrowedFd<'_>, offset: u64, mut buf: IoBufMut<'_>,
 /// # Errors
 /// What the system reports.
 #[inline]
-pub(super) fn write(fd: BorrowedFd<'_>, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+pub(super) fn write(file: &File, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
     // Nearly always one area, and one call.
     if let (Some(base), Ok(at)) = (buf.single(), i64::try_from(offset)) {
         // SAFETY: by `IoBuf` the area is readable memory of this length while `buf` lives; the kernel only reads it.
-        let result = unsafe { libc::pwrite64(fd.as_raw_fd(), base.cast(), buf.len(), at) };
-        if usize::try_from(result) == Ok(buf.len()) {
+        let result = unsafe { libc::pwrite64(file.as_raw_fd(), base.cast(), buf.len(), at) };
+        // No buffer is as long as an error's -1 would be.
+        if result.cast_unsigned() == buf.len() {
             return Ok(());
         }
         moved(result)?;
     }
     // What was cut short or interrupted is done again: the bytes are the same.
-    write_pieces(fd, offset, buf)
+    write_pieces(file, offset, buf)
 }
 
 #[cold]
-fn write_pieces(fd: BorrowedFd<'_>, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
-    let (fd, length) = (fd.as_raw_fd(), buf.len());
+fn write_pieces(file: &File, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
+    let (fd, length) = (file.as_raw_fd(), buf.len());
     let mut done = 0;
     while done < length {
         let at = file_offset(offset, done)?;

@@ -1,17 +1,20 @@
 //! Discards and zeroes.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::Image;
 use super::mapping::{Purpose, RunKind};
+use crate::blocking::block_on;
 use crate::clusters::epochs::Counter;
 use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Entry, Mapping};
-use crate::metadata::slices::Entries as _;
+use crate::metadata::slices::{Entries as _, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::sync::AsyncRwLockReadGuard;
+use crate::sync::atomic::Ordering;
 use crate::units::{GuestCluster, GuestOffset};
 
 /// What becomes of whole clusters that are to read as zeroes.
@@ -42,13 +45,66 @@ impl<D: BlockDevice> Image<D> {
     /// As [`write`](Self::write); [`Error::Unsupported`] without the option `discard`, and for an image of version 2 with a
     /// backing file, whose contents would show through.
     pub async fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        self.ensure_discards()?;
+        self.clear_request(offset, length, Clear::Unmap).await
+    }
+
+    /// As [`discard`](Self::discard), on a thread of the caller's that may sleep. A request that need not wait for anybody
+    /// makes no future.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn discard_blocking(&self, offset: u64, length: u64) -> Result<()> {
+        self.ensure_discards()?;
+        if let Some(request) = self.begin(offset, length, Purpose::Write)?
+            && self.unmap_at_once(offset, length)?
+        {
+            request.count_here(Counter::Discards, 1);
+            request.count_here(Counter::DiscardBytes, length);
+            drop(request);
+            self.work.notify_one();
+            return if self.meta.l2.wants_commit() { block_on(self.commit_if_due()) } else { Ok(()) };
+        }
+        block_on(self.clear_request(offset, length, Clear::Unmap))
+    }
+
+    fn ensure_discards(&self) -> Result<()> {
         if !self.options.discard {
             return Err(Error::unsupported("discard is turned off by option"));
         }
         if self.meta.version < 3 && self.backing.exists() {
             return Err(Error::unsupported("discard in a version 2 image with a backing file"));
         }
-        self.clear_request(offset, length, Clear::Unmap).await
+        Ok(())
+    }
+
+    /// Unmaps a range of the commonest kind at once: whole clusters that one slice maps, which is in memory and the disk's
+    /// alone. `false` if it is not of that kind, or if somebody must be waited for; then nothing was done.
+    fn unmap_at_once(&self, offset: u64, length: u64) -> Result<bool> {
+        let geometry = self.meta.geometry;
+        let (bits, per_slice) = (geometry.cluster_bits, self.meta.l2.per_slice());
+        let clusters = offset >> bits..(offset + length) >> bits;
+        let whole = (offset | length) & (geometry.cluster_size() - 1) == 0 && !clusters.is_empty();
+        if !whole
+            || clusters.start / per_slice != (clusters.end - 1) / per_slice
+            || self.meta.external
+            || broken(Mutation::ReuseFreedAtOnce)
+            || !self.prepared.load(Ordering::Acquire)
+        {
+            return Ok(false);
+        }
+        let first = GuestCluster(clusters.start);
+        let Ok(_unfrozen) = self.structure.try_read() else { return Ok(false) };
+        let table = self.meta.l1.get(first.0 / geometry.l2_entries(), self.volume.length())?;
+        if !table.is_some_and(|t| t.copied) {
+            return Ok(false);
+        }
+        let Some((slice, index)) = self.meta.l2.cached(first) else { return Ok(false) };
+        if !slice.targets.are_checked(index, clusters.end - clusters.start) {
+            return Ok(false);
+        }
+        self.clear_entries(&slice, index, clusters, Clear::Unmap)?;
+        Ok(true)
     }
 
     /// Makes a range of the virtual disk read as zeroes, in bytes, multiples of 512. With `may_unmap` whole clusters go
@@ -162,20 +218,6 @@ impl<D: BlockDevice> Image<D> {
     /// Clears clusters that one slice maps.
     async fn clear_in_slice(&self, clusters: Range<u64>, clear: Clear, access: Access) -> Result<()> {
         let first = GuestCluster(clusters.start);
-        let geometry = self.meta.geometry;
-        // The first cluster of an external data file is like any other; but with the zero flag nothing would name it.
-        let names = |entry: Entry| !self.meta.external || entry.word & l2::OFFSET != 0;
-        let cleared = |mapping: Mapping, entry: Entry, at: u64| {
-            // Version 3 marks what was discarded, as QEMU does: should the image get a backing file, it must not show.
-            let zero = |word| if self.meta.version >= 3 { Entry::zero(word, geometry) } else { Entry::default() };
-            match (mapping, clear) {
-                (_, Clear::Forget) => Entry::default(),
-                (Mapping::Unallocated, _) if self.backing.is_zero_from(at) => entry,
-                (Mapping::Zero { .. }, Clear::Keep) => entry,
-                (_, Clear::Keep) if matches!(mapping.host(), Some((_, true))) && names(entry) => zero(entry.word),
-                _ => zero(0),
-            }
-        };
         // A look first: a table that says so already is neither made, nor copied, nor written.
         match self.meta.l2.slice(&self.volume, &self.meta.l1, first).await? {
             None if clear == Clear::Forget
@@ -190,7 +232,7 @@ impl<D: BlockDevice> Image<D> {
                 for (i, guest) in clusters.clone().enumerate() {
                     let entry = entries.get(index + i);
                     let mapping = self.decode(GuestCluster(guest), entry)?;
-                    change |= cleared(mapping, entry, guest << self.meta.geometry.cluster_bits) != entry;
+                    change |= self.cleared(guest, entry, mapping, clear) != entry;
                 }
                 if !change {
                     return Ok(());
@@ -204,15 +246,38 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external && clear == Clear::Unmap {
             self.punch_outside(&slice, index, clusters.clone()).await?;
         }
-        let mut entries = self.meta.l2.modify(&slice);
+        self.clear_entries(&slice, index, clusters, clear)
+    }
+
+    /// The entry of a guest cluster that is cleared.
+    fn cleared(&self, guest: u64, entry: Entry, mapping: Mapping, clear: Clear) -> Entry {
+        let geometry = self.meta.geometry;
+        // The first cluster of an external data file is like any other; but with the zero flag nothing would name it.
+        let names = |entry: Entry| !self.meta.external || entry.word & l2::OFFSET != 0;
+        // Version 3 marks what was discarded, as QEMU does: should the image get a backing file, it must not show.
+        let zero = |word| if self.meta.version >= 3 { Entry::zero(word, geometry) } else { Entry::default() };
+        match (mapping, clear) {
+            (_, Clear::Forget) => Entry::default(),
+            (Mapping::Unallocated, _) if self.backing.is_zero_from(guest << geometry.cluster_bits) => entry,
+            (Mapping::Zero { .. }, Clear::Keep) => entry,
+            (_, Clear::Keep) if matches!(mapping.host(), Some((_, true))) && names(entry) => zero(entry.word),
+            _ => zero(0),
+        }
+    }
+
+    /// Clears clusters whose entries have been checked, in a slice of a table that is the disk's alone. The mapping is not
+    /// frozen, or by the caller.
+    fn clear_entries(&self, slice: &Arc<Slice>, index: usize, clusters: Range<u64>, clear: Clear) -> Result<()> {
+        let geometry = self.meta.geometry;
+        let mut entries = slice.write();
         for (i, guest) in clusters.enumerate() {
             let entry = entries.get(index + i);
-            // Undecodable entries were refused above; one that appeared since would be our own.
             let mapping = self.decode(GuestCluster(guest), entry)?;
-            let new = cleared(mapping, entry, guest << self.meta.geometry.cluster_bits);
+            let new = self.cleared(guest, entry, mapping, clear);
             if new == entry {
                 continue;
             }
+            self.meta.l2.will_change(slice);
             entries.set(index + i, new);
             match mapping.host() {
                 // The host cluster stays, but what is in it is not shown any more.

@@ -54,6 +54,29 @@ impl Run {
     }
 }
 
+/// Consecutive entries of a slice which name clusters that follow one another.
+struct TargetRun {
+    first: usize,
+    /// How many clusters each of them names.
+    each: u64,
+    hosts: Range<u64>,
+}
+
+impl TargetRun {
+    fn is_continued_by(&self, index: usize, hosts: &Range<u64>) -> bool {
+        let count = (self.hosts.end - self.hosts.start) / self.each;
+        hosts.start == self.hosts.end
+            && hosts.end - hosts.start == self.each
+            && index as u64 == self.first as u64 + count
+    }
+
+    /// The entries' indices, and what each names.
+    fn each(&self) -> impl Iterator<Item = (usize, Range<u64>)> + use<> {
+        let each = self.each;
+        (self.first..).zip(self.hosts.clone().step_by(each as usize)).map(move |(i, c)| (i, c..c + each))
+    }
+}
+
 impl<D: BlockDevice> Image<D> {
     /// What is stored from `at` on, for at most `max` bytes. Clusters that follow one another in the file are one run, as
     /// far as the slices in memory tell.
@@ -336,20 +359,20 @@ impl<D: BlockDevice> Image<D> {
             let mut next = None;
             {
                 let entries = slice.read();
+                let runs = self.unchecked_targets(slice, &entries);
                 let tables = self.meta.tables.lock();
-                for i in (0..entries.len()).filter(|&i| !slice.targets.is_checked(i)) {
-                    let entry = entries.get(i);
-                    match self.targets(entry) {
-                        // One such entry is reason enough to trust none of the slice.
-                        Some(hosts) if tables.count_in(hosts.clone()) > 0 => {
-                            return Err(invalid(i, entry, "it points at one of the image's own tables"));
-                        }
-                        Some(hosts) if range.contains(&i) && next.is_none() => next = Some(hosts),
-                        Some(_) => {}
-                        None => slice.targets.set_checked(i),
+                for run in &runs {
+                    // One such entry is reason enough to trust none of the slice.
+                    if tables.count_in(run.hosts.clone()) > 0 {
+                        let mut of_tables = run.each().filter(|(_, hosts)| tables.count_in(hosts.clone()) > 0);
+                        let i = of_tables.next().map_or(run.first, |(i, _)| i);
+                        return Err(invalid(i, entries.get(i), "it points at one of the image's own tables"));
+                    }
+                    if next.is_none() {
+                        next = run.each().find(|(i, _)| range.contains(i)).map(|(_, hosts)| hosts);
                     }
                 }
-                if (0..entries.len()).all(|i| slice.targets.is_checked(i)) {
+                if runs.is_empty() {
                     slice.targets.set_all_checked();
                 }
             }
@@ -360,16 +383,38 @@ impl<D: BlockDevice> Image<D> {
             refcounts.load_range(&self.volume, &hosts).await?;
             let entries = slice.read();
             let states = self.clusters.lock();
-            for i in (0..entries.len()).filter(|&i| !slice.targets.is_checked(i)) {
-                let entry = entries.get(i);
-                let Some(hosts) = self.targets(entry) else { continue };
-                match refcounts.all_counted(&hosts) {
-                    Some(true) if !states.any_free(&hosts) => slice.targets.set_checked(i),
-                    Some(_) if range.contains(&i) => return Err(invalid(i, entry, "it points at a free cluster")),
-                    _ => {}
+            let in_use = |hosts: &Range<u64>| refcounts.all_counted(hosts).map(|all| all && !states.any_free(hosts));
+            for run in self.unchecked_targets(slice, &entries) {
+                if in_use(&run.hosts) == Some(true) {
+                    run.each().for_each(|(i, _)| slice.targets.set_checked(i));
+                    continue;
+                }
+                for (i, hosts) in run.each() {
+                    match in_use(&hosts) {
+                        Some(true) => slice.targets.set_checked(i),
+                        Some(false) if range.contains(&i) => {
+                            return Err(invalid(i, entries.get(i), "it points at a free cluster"));
+                        }
+                        _ => {}
+                    }
                 }
             }
         }
+    }
+
+    /// What the entries of a slice name that have not been checked yet; those that name nothing are.
+    fn unchecked_targets(&self, slice: &Slice, entries: &impl Entries) -> Vec<TargetRun> {
+        let mut runs: Vec<TargetRun> = Vec::new();
+        for i in (0..entries.len()).filter(|&i| !slice.targets.is_checked(i)) {
+            match (self.targets(entries.get(i)), runs.last_mut()) {
+                (None, _) => slice.targets.set_checked(i),
+                (Some(hosts), Some(run)) if run.is_continued_by(i, &hosts) => run.hosts.end = hosts.end,
+                (Some(hosts), _) => {
+                    runs.push(TargetRun { first: i, each: (hosts.end - hosts.start).max(1), hosts });
+                }
+            }
+        }
+        runs
     }
 
     /// The clusters of the image that an entry names: a guest may write to them, or give up a reference to them. `None`

@@ -35,6 +35,14 @@ pub(crate) enum Planned {
     Wait,
 }
 
+/// What counts requests and their bytes.
+fn counters(purpose: Purpose) -> (Counter, Counter) {
+    match purpose {
+        Purpose::Read => (Counter::Reads, Counter::ReadBytes),
+        Purpose::Write => (Counter::Writes, Counter::WriteBytes),
+    }
+}
+
 impl<D: BlockDevice> Image<D> {
     /// Checks a request, and puts it in flight. `None`: it is to write, and the [gate](super::gate) is closed. Only the
     /// asynchronous path waits for that.
@@ -71,12 +79,17 @@ impl<D: BlockDevice> Image<D> {
     /// A request that was [begun](Self::begin) has done what it was to do.
     #[inline]
     pub(crate) fn end(&self, request: InFlight<'_>, length: u64, purpose: Purpose) {
-        let (requests, bytes) = match purpose {
-            Purpose::Read => (Counter::Reads, Counter::ReadBytes),
-            Purpose::Write => (Counter::Writes, Counter::WriteBytes),
-        };
+        let (requests, bytes) = counters(purpose);
         request.count(requests, 1);
         request.count(bytes, length);
+    }
+
+    /// The same, on the thread that began the request.
+    #[inline]
+    pub(super) fn end_here(&self, request: InFlight<'_>, length: u64, purpose: Purpose) {
+        let (requests, bytes) = counters(purpose);
+        request.count_here(requests, 1);
+        request.count_here(bytes, length);
     }
 
     /// What to do with the next bytes, at most `max` of them, at `at` of the virtual disk.

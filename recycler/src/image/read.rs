@@ -6,6 +6,7 @@ use super::Image;
 use super::mapping::{Purpose, RunKind};
 use crate::blocking::block_on;
 use crate::buf::IoBufMut;
+use crate::clusters::epochs::InFlight;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::l2;
@@ -41,17 +42,30 @@ impl<D: BlockDevice> Image<D> {
     pub(crate) fn read_blocking(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
         let length = buf.len();
         let Some(request) = self.begin(offset, length as u64, Purpose::Read)? else {
-            return block_on(self.read(offset, buf));
+            return self.read_waiting(offset, buf);
         };
         if self.read_mapped(offset, &mut buf)? {
-            self.end(request, length as u64, Purpose::Read);
+            self.end_here(request, length as u64, Purpose::Read);
             return Ok(());
         }
+        self.read_other(request, offset, buf)
+    }
+
+    #[cold]
+    fn read_waiting(&self, offset: u64, buf: IoBufMut<'_>) -> Result<()> {
+        block_on(self.read(offset, buf))
+    }
+
+    /// A request of another kind than [`read_mapped`](Self::read_mapped) knows. A function of its own, so that the other is
+    /// short.
+    #[inline(never)]
+    fn read_other(&self, request: InFlight<'_>, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
+        let length = buf.len();
         let done = self.read_at_once(&request, offset, &mut buf)?;
         if done < length {
             block_on(self.read_range(offset + done as u64, buf.slice(done..length)))?;
         }
-        self.end(request, length as u64, Purpose::Read);
+        self.end_here(request, length as u64, Purpose::Read);
         Ok(())
     }
 

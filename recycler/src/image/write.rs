@@ -6,6 +6,7 @@ use super::mapping::{Purpose, RunKind};
 use crate::blocking::block_on;
 use crate::buf::{IoBuf, IoBufMut};
 use crate::clusters::allocator::Allocation;
+use crate::clusters::epochs::InFlight;
 use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::Result;
@@ -50,20 +51,33 @@ impl<D: BlockDevice> Image<D> {
     pub(crate) fn write_blocking(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len();
         let Some(request) = self.begin(offset, length as u64, Purpose::Write)? else {
-            return block_on(self.write(offset, buf));
+            return self.write_waiting(offset, buf);
         };
         if self.write_mapped(offset, buf)? {
-            self.end(request, length as u64, Purpose::Write);
+            self.end_here(request, length as u64, Purpose::Write);
             return Ok(());
         }
+        self.write_other(request, offset, buf)
+    }
+
+    #[cold]
+    fn write_waiting(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        block_on(self.write(offset, buf))
+    }
+
+    /// A request of another kind than [`write_mapped`](Self::write_mapped) knows. A function of its own, so that the other is
+    /// short.
+    #[inline(never)]
+    fn write_other(&self, request: InFlight<'_>, offset: u64, buf: IoBuf<'_>) -> Result<()> {
+        let length = buf.len();
         let done = self.write_at_once(&request, offset, buf)?;
         if done == length {
-            self.end(request, length as u64, Purpose::Write);
+            self.end_here(request, length as u64, Purpose::Write);
             return Ok(());
         }
         block_on(async {
             self.write_rest(offset + done as u64, buf.slice(done..length)).await?;
-            self.end(request, length as u64, Purpose::Write);
+            self.end_here(request, length as u64, Purpose::Write);
             self.commit_if_due().await
         })
     }

@@ -225,7 +225,7 @@ impl L2Cache {
     /// Locks a slice for changes, which will be written back by the next commit.
     pub(crate) fn modify<'a>(&self, slice: &'a Arc<Slice>) -> Locked<'a, RwLockWriteGuard<'a, ()>> {
         let entries = slice.write();
-        self.list(slice);
+        self.will_change(slice);
         entries
     }
 
@@ -236,8 +236,8 @@ impl L2Cache {
         entries.set(index, change(entry));
     }
 
-    /// Puts a slice on the dirty list.
-    fn list(&self, slice: &Arc<Slice>) {
+    /// Puts a slice on the dirty list, which the next commit writes back. To be called before a change, under the slice's lock.
+    pub(crate) fn will_change(&self, slice: &Arc<Slice>) {
         if !slice.listed.swap(true, Ordering::AcqRel) {
             self.dirty.lock().insert(slice.key(), slice.clone());
         }
@@ -317,7 +317,7 @@ impl L2Cache {
             // One that was forgotten meanwhile is not to come back.
             if self.slices.get(slice.key()).is_some_and(|s| Arc::ptr_eq(&s, &slice)) {
                 slice.sectors.fetch_or(sectors, Ordering::Relaxed);
-                self.list(&slice);
+                self.will_change(&slice);
             }
         }
     }

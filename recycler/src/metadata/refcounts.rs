@@ -221,8 +221,28 @@ impl Refcounts {
 
     /// Whether every cluster of the range is counted, if the slices that tell are in memory.
     pub(crate) fn all_counted(&self, range: &Range<u64>) -> Option<bool> {
-        let loaded = |c: u64| self.slices.contains_key(&(c / self.per_slice()));
-        (range.clone().all(loaded)).then(|| range.clone().all(|c| self.cached(HostCluster(c)) > 0))
+        let mut all = true;
+        for piece in self.by_slice(range.clone()) {
+            all &= self.counts_in(piece)?.all(|count| count > 0);
+        }
+        Some(all)
+    }
+
+    /// A range, cut where another slice counts what follows.
+    fn by_slice(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+        let (per_slice, mut at) = (self.per_slice(), range.start);
+        std::iter::from_fn(move || {
+            let piece = at..range.end.min((at / per_slice + 1) * per_slice);
+            at = piece.end;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+
+    /// The refcounts of a range that one slice counts, if that is in memory.
+    fn counts_in(&self, range: Range<u64>) -> Option<impl Iterator<Item = u64> + '_> {
+        let (per_slice, order) = (self.per_slice(), self.geometry.refcount_order);
+        let bytes = self.slices.get(&(range.start / per_slice))?;
+        Some(range.map(move |c| refcount::get(bytes, order, (c % per_slice) as usize)))
     }
 
     /// Adds `delta` (1 or -1) to the refcount of every cluster in the range. All or nothing: an overflow, or a count
@@ -460,14 +480,11 @@ impl Refcounts {
             return Err(Error::invalid("refcount table entry", at, reason));
         }
         let mut free: Vec<Range<u64>> = Vec::new();
-        for c in clusters {
-            if c % self.per_slice() == 0 {
-                self.evict();
-                self.load(volume, c / self.per_slice()).await?;
-            }
-            if self.cached(HostCluster(c)) == 0 {
-                extend_runs(&mut free, c);
-            }
+        for piece in self.by_slice(clusters) {
+            self.evict();
+            self.load(volume, piece.start / self.per_slice()).await?;
+            let counts = self.counts_in(piece.clone()).into_iter().flatten();
+            piece.zip(counts).filter(|&(_, count)| count == 0).for_each(|(c, _)| extend_runs(&mut free, c));
         }
         Ok(free)
     }
