@@ -5,6 +5,7 @@ mod done;
 pub mod host;
 pub mod lock;
 mod positioned;
+pub(crate) mod steps;
 pub(crate) mod volume;
 
 use std::future::Future;

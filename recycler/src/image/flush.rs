@@ -10,6 +10,9 @@ use crate::mutation::{Mutation, broken};
 use crate::options::LogLevel;
 use crate::sync::atomic::Ordering;
 
+/// So many runs of clusters are looked for at once when they become Junk.
+const FREED_AT_ONCE: usize = 64;
+
 impl<D: BlockDevice> Image<D> {
     /// Makes every write, discard and resize that completed before this call durable.
     ///
@@ -114,63 +117,61 @@ impl<D: BlockDevice> Image<D> {
             let unlinked = std::mem::take(&mut states.unlinked);
             states.grace.push((self.epochs.now(), unlinked));
         }
-        loop {
-            let Some(work) = self.next_freed() else { return };
+        while !self.next_freed().is_empty() {
             let mut refcounts = self.meta.refcounts.lock().await;
-            // Somebody else may have done it while we waited.
-            let Some(work) = self.next_freed().filter(|w| *w == work) else { continue };
-            let range = match &work {
-                Freed::Run(range) => range.clone(),
-                Freed::Shared(c) => c.0..c.0 + 1,
-            };
-            let free = match refcounts.release(&self.volume, range.clone()).await {
-                Ok(free) => free,
-                Err(e @ Error::Io { .. } | e @ Error::Failed { .. }) => {
-                    // It stays Freed; the next commit tries again.
-                    self.background_error("counting freed clusters", &e);
-                    return;
-                }
-                Err(e) => {
-                    // The image contradicts itself: what we believed to be counted was not. Leave the clusters alone.
-                    self.background_error("counting freed clusters", &e);
-                    Vec::new()
-                }
-            };
-            // No await from here on: the counts and the sets change together.
-            let mut states = self.clusters.lock();
-            match work {
-                Freed::Run(range) => {
-                    for (_, batch) in &mut states.grace {
-                        batch.clusters.remove_range(range.clone());
+            // Only who has the refcounts takes from what is to be freed, so it is now as it is looked at.
+            for work in self.next_freed() {
+                let range = match &work {
+                    Freed::Run(range) => range.clone(),
+                    Freed::Shared(c) => c.0..c.0 + 1,
+                };
+                let free = match refcounts.release(&self.volume, range).await {
+                    Ok(free) => free,
+                    Err(e @ Error::Io { .. } | e @ Error::Failed { .. }) => {
+                        // It stays Freed; the next commit tries again.
+                        self.background_error("counting freed clusters", &e);
+                        return;
                     }
-                }
-                Freed::Shared(c) => {
-                    for (_, batch) in &mut states.grace {
-                        if let Some(at) = batch.shared.iter().rposition(|&s| s == c) {
-                            batch.shared.swap_remove(at);
-                            break;
+                    Err(e) => {
+                        // The image contradicts itself: what we believed to be counted was not. Leave the clusters alone.
+                        self.background_error("counting freed clusters", &e);
+                        Vec::new()
+                    }
+                };
+                // No await from here on: the counts and the sets change together.
+                let mut states = self.clusters.lock();
+                match work {
+                    Freed::Run(range) => {
+                        for (_, batch) in &mut states.grace {
+                            batch.clusters.remove_range(range.clone());
+                        }
+                    }
+                    Freed::Shared(c) => {
+                        for (_, batch) in &mut states.grace {
+                            if let Some(at) = batch.shared.iter().rposition(|&s| s == c) {
+                                batch.shared.swap_remove(at);
+                                break;
+                            }
                         }
                     }
                 }
+                states.grace.retain(|(_, batch)| !batch.is_empty());
+                free.into_iter().for_each(|run| states.freed(run));
             }
-            states.grace.retain(|(_, batch)| !batch.is_empty());
-            free.into_iter().for_each(|run| states.freed(run));
         }
     }
 
-    fn next_freed(&self) -> Option<Freed> {
+    /// Some of what may be Junk now.
+    fn next_freed(&self) -> Vec<Freed> {
         let states = self.clusters.lock();
         for (ticket, batch) in &states.grace {
-            if self.epochs.elapsed(*ticket) || broken(Mutation::ReuseWithoutGrace) {
-                if let Some(run) = batch.clusters.runs().next() {
-                    return Some(Freed::Run(run.start..run.end.min(run.start + 65536)));
-                }
-                if let Some(&c) = batch.shared.last() {
-                    return Some(Freed::Shared(c));
-                }
+            let empty = batch.clusters.is_empty() && batch.shared.is_empty();
+            if !empty && (self.epochs.elapsed(*ticket) || broken(Mutation::ReuseWithoutGrace)) {
+                let runs = batch.clusters.runs().map(|run| Freed::Run(run.start..run.end.min(run.start + 65536)));
+                return runs.chain(batch.shared.iter().rev().map(|&c| Freed::Shared(c))).take(FREED_AT_ONCE).collect();
             }
         }
-        None
+        Vec::new()
     }
 
     /// What mutations do: counts are lowered that other references than those in memory still need.
@@ -237,7 +238,7 @@ impl<D: BlockDevice> Image<D> {
     }
 }
 
-#[derive(Clone, Debug, PartialEq)]
+/// One step from Freed to Junk.
 enum Freed {
     Run(std::ops::Range<u64>),
     Shared(crate::units::HostCluster),

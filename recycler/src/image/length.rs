@@ -1,50 +1,20 @@
 //! Making the file shorter.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::Image;
 use crate::clusters::States;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
+use crate::device::steps::Steps;
 use crate::error::Result;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::Ordering;
 use crate::units::HostCluster;
 
-/// The file is cut in steps that take about a millisecond: guest writes wait while a file is being cut, and one large
-/// truncation can hold it for seconds.
-const CUT_FIRST: u64 = 4 << 20;
-const CUT_LEAST: u64 = 1 << 20;
-/// The most that is cut in one step that is not quick.
-const CUT_MOST: u64 = 64 << 20;
-const CUT_QUICK: Duration = Duration::from_micros(500);
-const CUT_SLOW: Duration = Duration::from_millis(1);
-
-/// A step that was made: how many bytes were cut off, and how long that took.
-#[derive(Clone, Copy, Debug)]
-struct Cut {
-    size: u64,
-    took: Duration,
-}
-
-/// How much to cut off next, after the step `last` and the one before it.
-///
-/// Much of a slow step may be time that every step takes, however short it is (a transaction of the file system's
-/// journal, and whatever else is in that): a shorter one is worth it only while it takes less time.
-fn next_cut(last: Cut, before: Option<Cut>) -> u64 {
-    if last.took < CUT_QUICK {
-        // A hole of a terabyte is cut off in no time.
-        return last.size.saturating_mul(2);
-    }
-    if last.took <= CUT_SLOW {
-        return last.size;
-    }
-    match before {
-        Some(b) if b.size > last.size && last.took * 4 > b.took * 3 => b.size.min(CUT_MOST),
-        Some(b) if b.size < last.size && last.took * 2 < b.took * 3 => (last.size * 2).min(CUT_MOST),
-        _ => (last.size / 2).max(CUT_LEAST),
-    }
-}
+/// While guests are at work, a step is followed by a rest this many times as long, up to a limit.
+const CUT_REST: u32 = 15;
+const CUT_REST_MOST: Duration = Duration::from_millis(100);
 
 impl<D: BlockDevice> Image<D> {
     /// Cuts off what is free at the end of the file. The caller has the compaction's turn.
@@ -150,11 +120,12 @@ impl<D: BlockDevice> Image<D> {
         Ok(true)
     }
 
-    /// Makes the file end at cluster `end`, or higher if something past it is in use.
+    /// Makes the file end at cluster `end`, or higher if something past it is in use. Needs tokio's timers if guests are at
+    /// work.
     async fn truncate_to(&self, end: u64) -> Result<()> {
         let bits = self.meta.geometry.cluster_bits;
-        let _length = self.clusters.length_turn.lock().await;
-        let length = {
+        {
+            let _length = self.clusters.length_turn.lock().await;
             let mut states = self.clusters.lock();
             let needed = states.last_needed().max(end);
             let cut = needed..states.end;
@@ -165,55 +136,27 @@ impl<D: BlockDevice> Image<D> {
                 states.junk.remove_range(cut);
                 states.end = needed;
             }
-            states.end << bits
-        };
-        let (mut step, mut before) = (CUT_FIRST, None);
-        while self.volume.can_resize() && self.volume.length() > length {
-            let (old, began) = (self.volume.length(), Instant::now());
-            let to = length.max(old.saturating_sub(step));
-            self.volume.truncate(to).await?;
-            self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
-            let last = Cut { size: step, took: began.elapsed() };
-            step = next_cut(last, before);
-            before = Some(last);
-            // Let guests in between.
-            tokio::task::yield_now().await;
         }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The sizes of the steps on a file system where cutting off so many MiB takes so many microseconds.
-    fn steps(cost: impl Fn(u64) -> u64) -> Vec<u64> {
-        let (mut size, mut before) = (CUT_FIRST, None);
-        let mut sizes = Vec::new();
-        for _ in 0..50 {
-            sizes.push(size >> 20);
-            let last = Cut { size, took: Duration::from_micros(cost(size >> 20)) };
-            size = next_cut(last, before);
-            before = Some(last);
+        let mut steps = Steps::new();
+        let mut requests = self.epochs.requests();
+        loop {
+            let took = {
+                // For one step: guests that need a longer file go in between, and take back what they need of it.
+                let _length = self.clusters.length_turn.lock().await;
+                let (old, length) = (self.volume.length(), self.clusters.lock().end << bits);
+                if !self.volume.can_resize() || old <= length {
+                    return Ok(());
+                }
+                let to = length.max(old.saturating_sub(steps.size()));
+                let took = steps.take(self.volume.truncate(to)).await?;
+                self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
+                took
+            };
+            if std::mem::replace(&mut requests, self.epochs.requests()) == requests {
+                tokio::task::yield_now().await;
+            } else {
+                tokio::time::sleep((took * CUT_REST).min(CUT_REST_MOST)).await;
+            }
         }
-        sizes
-    }
-
-    #[test]
-    fn steps_are_short_where_length_costs() {
-        // 3 ms for each MiB.
-        assert!(steps(|mib| mib * 3000)[10..].iter().all(|&mib| mib == 1));
-        // A quarter of a millisecond: one of about a millisecond.
-        assert!(steps(|mib| mib * 250)[10..].iter().all(|&mib| (2..=4).contains(&mib)));
-    }
-
-    #[test]
-    fn steps_are_long_where_only_the_call_costs() {
-        let sizes = steps(|_| 3000);
-        assert!(sizes[10..].iter().all(|&mib| mib >= 16), "{sizes:?}");
-        assert!(sizes.iter().all(|&mib| mib <= CUT_MOST >> 20), "{sizes:?}");
-        let sizes = steps(|_| 10);
-        assert!(sizes[40] >= 1 << 30, "a hole of a petabyte is cut off at once: {sizes:?}");
     }
 }

@@ -29,7 +29,7 @@ use crate::units::HostCluster;
 
 /// A batch moves at most this many bytes and clusters, which bounds memory, what a guest flush may have to wait for, and the
 /// room that a compaction needs: it takes one flush, and what it moved is in the file twice until the next one has ended.
-const BATCH_BYTES: u64 = 32 << 20;
+const BATCH_BYTES: u64 = 48 << 20;
 const BATCH_CLUSTERS: u64 = 16384;
 /// A copy is made of at most this many bytes before guests and the rate limit get a look in.
 pub(super) const COPY_BYTES: u64 = 1 << 20;
@@ -371,10 +371,11 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 continue;
             }
             // Clusters that go to one place are one copy.
+            let most = self.pacer.piece(COPY_BYTES);
             let follows = |(n, m): (usize, &Move)| {
                 matches!(m.reference, Reference::L2Entry(_))
                     && m.dst.0 == first.dst.0 + n as u64
-                    && (n as u64) * cluster_size < COPY_BYTES
+                    && (n as u64) * cluster_size < most
             };
             let count = rest.iter().enumerate().take_while(|&x| follows(x)).count().max(1);
             let (run, others) = rest.split_at(count);

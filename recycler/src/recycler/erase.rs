@@ -2,6 +2,7 @@
 
 use super::pacing::Pacer;
 use crate::device::BlockDevice;
+use crate::device::steps::Steps;
 use crate::error::Result;
 use crate::image::Image;
 use crate::image::relocate::Purpose;
@@ -15,13 +16,18 @@ pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &
     let mut holes = image.take_holes(bytes >> bits, u64::MAX, Purpose::Erase).await?;
     let mut erased = 0;
     let runs: Vec<_> = holes.set.runs().collect();
-    for run in runs {
-        let length = (run.end - run.start) << bits;
-        pacer.spend(length).await;
-        image.volume.erase(run.start << bits, length).await?;
-        holes.erased(run);
-        erased += length;
-        image.counters.erased_bytes.fetch_add(length, Ordering::Relaxed);
+    let mut steps = Steps::new();
+    for mut run in runs {
+        while !run.is_empty() {
+            let piece = run.start..run.end.min(run.start + (steps.size() >> bits).max(1));
+            let length = (piece.end - piece.start) << bits;
+            pacer.spend(length).await;
+            steps.take(image.volume.erase(piece.start << bits, length)).await?;
+            run.start = piece.end;
+            holes.erased(piece);
+            erased += length;
+            image.counters.erased_bytes.fetch_add(length, Ordering::Relaxed);
+        }
     }
     Ok(erased)
 }

@@ -44,8 +44,13 @@ impl<'a> Pacer<'a> {
     /// to wait for its flush, and not more than a second's at the limited rate.
     pub(crate) fn portion(&mut self, most: u64) -> u64 {
         self.busy |= self.guests.requests() != self.seen;
-        let most = if self.busy { most / 8 } else { most };
+        let most = if self.busy { most / 32 } else { most };
         self.limit.map_or(most, |l| most.min(l))
+    }
+
+    /// The most that should be copied in one call, of `most` bytes: guests' writes may have to wait for it.
+    pub(crate) fn piece(&self, most: u64) -> u64 {
+        if self.busy { most.min(SLICE) } else { most }
     }
 
     /// Waits until work on `bytes` bytes may begin.

@@ -7,13 +7,10 @@ use super::pacing::Pacer;
 use crate::clusters::Clusters;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
+use crate::device::steps::Steps;
 use crate::error::Result;
 use crate::image::Image;
 use crate::options::LogLevel;
-
-/// At most this much is punched in one call: guest writes wait for it, and it takes about a tenth of a millisecond for each
-/// 64 KiB, but a millisecond at least.
-const PIECE: u64 = 2 << 20;
 
 /// Clusters taken out of Junk, into Roots: back in Junk when this is dropped.
 struct Taken<'a> {
@@ -42,12 +39,13 @@ pub(super) async fn punch<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &
     image.logger().log(LogLevel::Debug, || {
         format!("{}: giving the space of {} bytes back", image.options.id, taken.set.len() << bits)
     });
+    let mut steps = Steps::new();
     for run in taken.set.runs() {
         let (mut at, end) = (run.start << bits, run.end << bits);
         while at < end {
-            let piece = (end - at).min(PIECE);
+            let piece = (end - at).min(steps.size());
             pacer.spend(piece).await;
-            image.volume.punch(at, piece).await?;
+            steps.take(image.volume.punch(at, piece)).await?;
             at += piece;
         }
     }
