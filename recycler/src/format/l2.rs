@@ -172,8 +172,19 @@ impl Mapping {
         }
     }
 
-    /// Decodes an entry of an image whose guest data is in an external data file, for the guest cluster that starts at byte
-    /// `guest` of the disk. There it lies at the same offset, and has one owner, whatever COPIED says: nothing counts it.
+    /// Decodes an entry of an image of this geometry whose guest data is in an external data file, for the guest cluster that
+    /// starts at byte `guest` of the disk. There it lies at the same offset, and has one owner, whatever COPIED says: nothing
+    /// counts it.
+    ///
+    /// # Errors
+    /// As for [`of`](Self::of); a compressed cluster; any other offset.
+    #[inline]
+    pub fn of_external(entry: Entry, guest: u64, geometry: Geometry) -> Result<Mapping, &'static str> {
+        let mapping = Mapping::decode_external(entry.word, guest)?;
+        if geometry.extended_l2 { Self::extended(mapping, entry.subclusters) } else { Ok(mapping) }
+    }
+
+    /// Decodes the first word of such an entry.
     ///
     /// # Errors
     /// As for [`decode`](Self::decode); a compressed cluster; any other offset.
