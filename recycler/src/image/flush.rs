@@ -71,6 +71,9 @@ impl<D: BlockDevice> Image<D> {
             states.erased.clone()
         };
         self.vacated.lock().commit_begins();
+        if broken(Mutation::PunchBeforeEntry) {
+            self.punch_vacated().await;
+        }
         if broken(Mutation::UncountSourceEarly) {
             self.uncount(|states| &mut states.committing).await?;
         }

@@ -58,7 +58,7 @@ impl Vacated {
         let mut ready = ClusterSet::default();
         self.grace.iter().filter(|(ticket, _)| epochs.elapsed(*ticket)).for_each(|(_, set)| ready.add_all(set));
         if broken(Mutation::PunchBeforeEntry) {
-            ready.add_all(&self.unlinked);
+            ready.add_all(&self.committing);
         }
         ready
     }
