@@ -549,6 +549,30 @@ def test_snapshots_are_refused_as_by_qemu(image_path: Path) -> None:
         qemu.img("snapshot", "-c", "one", image_path)
 
 
+@pytest.mark.parametrize("kind", ["luks", "luks-extended", "aes"])
+def test_without_a_passphrase_tables_move_and_discards_give_space_back(image_path: Path, kind: str) -> None:
+    data = qemu_creates(image_path, SIZE, kind=kind)
+    disk = new_disk(image_path, SIZE, kind)
+    with open_image(image_path, kind) as image:
+        image.write(0, b"\1" * SIZE)
+    disk.write(0, b"\1" * SIZE)
+    with qcow_recycler.open(image_path, data_file="skip") as image:
+        pinned = " ".join(image.info.pinned)
+        assert "external data file" in pinned and "no passphrase" not in pinned, pinned
+        image.compact()
+    with open_image(image_path, kind, passphrase=None) as image:
+        with pytest.raises(qcow_recycler.PassphraseNeeded):
+            image.read(0, 512)
+        with pytest.raises(qcow_recycler.PassphraseNeeded):
+            image.write(0, bytes(512))
+        full = data.stat().st_blocks
+        image.discard(1 << 20, 6 << 20)
+        disk.zero(1 << 20, 6 << 20)
+        image.flush()
+        assert data.stat().st_blocks <= full - (6 << 20) // 512
+    assert_both(image_path, data, disk, kind=kind)
+
+
 def test_locks(tmp_path: Path, image_path: Path) -> None:
     """Whoever uses the data file excludes us, and we exclude them, whatever image it is reached by."""
     data = qemu_creates(image_path, SIZE, kind="-raw")

@@ -410,6 +410,56 @@ fn mistakes_are_found() {
         let (runs, found) = found.unwrap_or_else(|| panic!("{mutation:?} was not found"));
         println!("{mutation:?}: {runs} runs: {found}");
     }
+    activate(Some(Mutation::ReuseWithoutGrace));
+    let found = (1..=60).find_map(|seed| reads_under_discards(seed).err());
+    activate(None);
+    println!("ReuseWithoutGrace: {}", found.expect("a hole before the reads under way had ended was not found"));
+}
+
+/// Reads under way while what they read is discarded and flushed: the hole in an encrypted data file comes after them. Each
+/// sector they find is what it was, or zeroes.
+fn reads_under_discards(seed: u64) -> Result<(), String> {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut config = Config::new(seed, &mut rng);
+    config.data.punch_hole = true;
+    config.encryption = if rng.random_bool(0.5) { Encryption::Aes } else { Encryption::Luks };
+    let (image, data) = made(config);
+    let settings = Settings::new(seed);
+    let slow = Settings { delay: Delay::Sleeps { yields: 2, millis: 20 }, features: config.data, ..settings };
+    let (image, data) = (SimDevice::new(image, settings), SimDevice::new(data, slow));
+    let found = in_paused_time(async {
+        let image = open(config, image, data).await?;
+        let sectors = config.sectors() & !1;
+        image.write(0, IoBuf::new(&content::data(0, sectors, 1))).await?;
+        image.flush().await?;
+        let mut bytes = vec![0; sectors as usize * SECTOR];
+        let read = image.read(0, IoBufMut::new(&mut bytes));
+        let lost = async {
+            image.discard(0, sectors * SECTOR as u64).await?;
+            image.flush().await
+        };
+        let (read, lost) = tokio::join!(read, lost);
+        read.and(lost)?;
+        image.close().await?;
+        Ok::<_, Error>(bytes)
+    });
+    let bytes = found.unwrap().unwrap_or_else(|e| panic!("{config:?}: {e}"));
+    for (sector, bytes) in (0..).zip(bytes.chunks(SECTOR)) {
+        match content::recognise(bytes) {
+            Content::Zero => {}
+            Content::Data { sector: s, version: 1 } if s == sector => {}
+            other => return Err(format!("{config:?}: sector {sector} reads as {other:?}")),
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_hole_comes_after_the_reads_under_way() {
+    let _alone = alone();
+    for seed in 1..=60 {
+        reads_under_discards(seed).unwrap_or_else(|found| panic!("seed {seed}: {found}"));
+    }
 }
 
 /// Every call of either device fails once: an error comes back, and nothing that was durable is lost.

@@ -358,6 +358,25 @@ mod tests {
     }
 
     #[test]
+    fn extended_entries_of_an_external_data_file_name_their_own_offset() {
+        let geometry = Geometry { cluster_bits: 16, refcount_order: 4, extended_l2: true };
+        let of = |word, bitmap, guest| {
+            Mapping::of_external(Entry { word, subclusters: Subclusters(bitmap) }, guest, geometry)
+        };
+        let (first, other) = (Some((HostOffset(0), true)), Some((HostOffset(0x50000), true)));
+        let parts = |host, bitmap| Ok(Mapping::Parts { host, subclusters: Subclusters(bitmap) });
+        assert_eq!(of(COPIED, 1, 0), parts(first, 1));
+        assert_eq!(of(COPIED, 0, 0), parts(first, 0));
+        assert_eq!(of(COPIED, 0xffff_ffff << 32, 0), Ok(Mapping::Zero { preallocated: first }));
+        assert_eq!(of(0x50000 | COPIED, 1 << 33 | 1, 0x50000), parts(other, 1 << 33 | 1));
+        assert_eq!(of(0, 1 << 33, 0x50000), parts(None, 1 << 33));
+        assert_eq!(of(0, 0, 0x50000), Ok(Mapping::Unallocated));
+        for (word, bitmap) in [(0, 1), (COPIED, 1), (0x50000, 1 << 32 | 1), (0x50001, 1), (COMPRESSED | 0x50000, 0)] {
+            assert!(of(word, bitmap, 0x50000).is_err(), "{word:#x} {bitmap:#x}");
+        }
+    }
+
+    #[test]
     fn entries_decode() {
         let host = HostOffset(0x50000);
         assert_eq!(Mapping::decode(0, 3, 65536), Ok(Mapping::Unallocated));

@@ -56,7 +56,9 @@ impl Vacated {
     /// What may be punched.
     fn ready(&self, epochs: &Epochs) -> ClusterSet {
         let mut ready = ClusterSet::default();
-        self.grace.iter().filter(|(ticket, _)| epochs.elapsed(*ticket)).for_each(|(_, set)| ready.add_all(set));
+        let early = broken(Mutation::ReuseWithoutGrace);
+        let elapsed = self.grace.iter().filter(|(ticket, _)| early || epochs.elapsed(*ticket));
+        elapsed.for_each(|(_, set)| ready.add_all(set));
         if broken(Mutation::PunchBeforeEntry) {
             ready.add_all(&self.committing);
         }
