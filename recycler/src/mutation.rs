@@ -69,6 +69,8 @@ pub enum Mutation {
     EntryBeforeDataFile,
     /// A cluster of an external data file is taken into use with what it held before around the data.
     KeepStaleAround,
+    /// What is discarded in an encrypted data file is punched before its entry is durable.
+    PunchBeforeEntry,
     /// A request does not look whether the epoch advanced while it entered.
     EnterUnchecked,
     /// A request leaves its epoch without waking up who waits for that.
@@ -119,7 +121,8 @@ impl Mutation {
     ];
 
     /// Those that power cuts over an image and its external data file must find.
-    pub const DATA_FILE: [Mutation; 2] = [Mutation::EntryBeforeDataFile, Mutation::KeepStaleAround];
+    pub const DATA_FILE: [Mutation; 3] =
+        [Mutation::EntryBeforeDataFile, Mutation::KeepStaleAround, Mutation::PunchBeforeEntry];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
     pub const INTERLEAVINGS: [Mutation; 6] = [

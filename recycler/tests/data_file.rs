@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use common::content::{self, Content, SECTOR};
 use common::crash::{Effort, Epoch};
+use common::encryption::Encryption;
 use common::memory::MemoryDevice;
 use common::model::Model;
 use common::sim::{Delay, Fault, Settings, SimDevice};
@@ -25,7 +26,7 @@ use qcow_recycler::{BlockDevice, CreateOptions, Error, ExtentKind, Image, Option
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-/// Size of the disk in sectors at first.
+/// Size of the disk in sectors at first, without subclusters.
 const SECTORS: u64 = 61;
 /// The number of the write that the data file's stale contents look like.
 const STALE: u64 = 1 << 40;
@@ -39,6 +40,8 @@ struct Config {
     seed: u64,
     raw: bool,
     cluster_size: u64,
+    extended_l2: bool,
+    encryption: Encryption,
     /// What the data file's device can do.
     data: Features,
 }
@@ -46,17 +49,43 @@ struct Config {
 impl Config {
     fn new(seed: u64, rng: &mut SmallRng) -> Config {
         let punch = rng.random_bool(0.7);
+        let extended_l2 = rng.random_bool(0.4);
+        // Subclusters of one, two or four sectors.
+        let cluster_sizes = if extended_l2 { [16384, 32768, 32768, 65536] } else { [512, 1024, 2048, 4096] };
         Config {
             seed,
             raw: rng.random_bool(0.4),
-            cluster_size: [512, 1024, 2048, 4096][rng.random_range(0..4)],
+            cluster_size: cluster_sizes[rng.random_range(0..4)],
+            extended_l2,
+            encryption: match rng.random_range(0..10) {
+                0..6 => Encryption::None,
+                6..8 => Encryption::Aes,
+                _ => Encryption::Luks,
+            },
             data: Features { resize: rng.random_bool(0.8), punch_hole: punch, write_zeroes: punch, copy_range: false },
         }
     }
+
+    /// Size of the disk in sectors at first.
+    fn sectors(&self) -> u64 {
+        if self.extended_l2 { 4 * SECTORS } else { SECTORS }
+    }
+
+    /// The most sectors that one request is for, but for those that are for much more.
+    fn longest(&self, rng: &mut SmallRng) -> u64 {
+        let cluster = self.cluster_size / SECTOR as u64;
+        if self.extended_l2 && rng.random_bool(0.2) { 2 * cluster } else { 13 }
+    }
 }
 
-fn options() -> Options {
-    Options { keep_erased: 4096, runtime_asserts: true, compact_after_unmaps: None, ..Options::default() }
+fn options(config: Config) -> Options {
+    Options {
+        keep_erased: 4096,
+        runtime_asserts: true,
+        compact_after_unmaps: None,
+        passphrase: config.encryption.passphrase(),
+        ..Options::default()
+    }
 }
 
 /// The bytes of a new image, and of a data file full of what somebody else left there, or empty if it is raw.
@@ -64,20 +93,21 @@ fn made(config: Config) -> (Vec<u8>, Vec<u8>) {
     let name = "data.raw".to_owned();
     let wanted = CreateOptions {
         cluster_size: config.cluster_size,
+        extended_l2: config.extended_l2,
         data_file: Some(DataFileOptions { name, raw: config.raw }),
-        ..CreateOptions::new(SECTORS * SECTOR as u64)
+        ..CreateOptions::new(config.sectors() * SECTOR as u64)
     };
     let (image, data) = (MemoryDevice::new(Vec::new()), MemoryDevice::new(Vec::new()));
     block_on(create_with_data(&image, &data, &wanted)).unwrap();
-    assert_eq!(data.contents().len(), SECTORS as usize * SECTOR);
+    assert_eq!(data.contents().len(), config.sectors() as usize * SECTOR);
     // A file of fixed length has room for a larger disk.
-    let sectors = if config.data.resize { SECTORS } else { SECTORS * 2 };
+    let sectors = if config.data.resize { config.sectors() } else { config.sectors() * 2 };
     let data = if config.raw { vec![0; sectors as usize * SECTOR] } else { content::data(0, sectors, STALE) };
-    (image.contents(), data)
+    (config.encryption.apply(image.contents()), data)
 }
 
-async fn open<D: BlockDevice>(image: D, data: D) -> Result<Image<D>, Error> {
-    Image::open_with_data(image, data, options()).await
+async fn open<D: BlockDevice>(config: Config, image: D, data: D) -> Result<Image<D>, Error> {
+    Image::open_with_data(image, data, options(config)).await
 }
 
 async fn contents<D: BlockDevice>(image: &Image<D>) -> Result<Vec<u8>, Error> {
@@ -93,7 +123,7 @@ fn judge(config: Config, image: Vec<u8>, data: Vec<u8>, model: &Model) -> Result
     let (image, data) = (MemoryDevice::new(image), MemoryDevice::new(data));
     // The runtime that this is called in would have a task that has done so much rest before it goes on.
     let found = verify::at_once(tokio::task::unconstrained(async {
-        let opened = open(image.clone(), data.clone()).await?;
+        let opened = open(config, image.clone(), data.clone()).await?;
         let found = contents(&opened).await?;
         opened.close().await?;
         Ok(found)
@@ -104,7 +134,7 @@ fn judge(config: Config, image: Vec<u8>, data: Vec<u8>, model: &Model) -> Result
     }
     model.survived(&found).map_err(|m| format!("{m}; {}", model.explain(m.sector)))?;
     verify::our_check(&image.contents(), Tolerance::Clean)?;
-    if config.raw {
+    if config.raw && config.encryption == Encryption::None {
         // As long as the disk, or longer where a change of the size was cut off.
         let there = &raw[..raw.len().min(found.len())];
         let same = there == &found[..there.len()] && found[there.len()..].iter().all(|&b| b == 0);
@@ -133,7 +163,7 @@ impl Scene {
             config,
             image: SimDevice::new(image, settings),
             data: SimDevice::new(data, data_settings),
-            model: Arc::new(Mutex::new(Model::new(SECTORS))),
+            model: Arc::new(Mutex::new(Model::new(config.sectors()))),
             failure: Arc::default(),
             looked_at: Arc::default(),
         }
@@ -239,15 +269,21 @@ fn some_change(rng: &mut SmallRng) -> Change {
     }
 }
 
-fn range(rng: &mut SmallRng, sectors: u64) -> (u64, u64) {
+fn range(config: Config, rng: &mut SmallRng, sectors: u64) -> (u64, u64) {
     let first = rng.random_range(0..sectors);
-    (first, rng.random_range(1..=(sectors - first).min(13)))
+    let longest = config.longest(rng);
+    (first, rng.random_range(1..=(sectors - first).min(longest)))
 }
 
 /// Two changes at once, of neighbouring ranges, which often share a cluster.
-async fn two_at_once(image: &Image<SimDevice>, model: &Mutex<Model>, rng: &mut SmallRng) -> Result<(), Error> {
+async fn two_at_once(
+    config: Config,
+    image: &Image<SimDevice>,
+    model: &Mutex<Model>,
+    rng: &mut SmallRng,
+) -> Result<(), Error> {
     let sectors = model.lock().size();
-    let (first, count) = range(rng, sectors);
+    let (first, count) = range(config, rng, sectors);
     let middle = first + count / 2;
     let (one, two) = (some_change(rng), some_change(rng));
     let left = async { if middle > first { change(image, model, one, first, middle - first).await } else { Ok(()) } };
@@ -270,20 +306,25 @@ async fn resize(image: &Image<SimDevice>, model: &Mutex<Model>, sectors: u64) ->
 }
 
 /// A random step; whether the image was closed by it.
-async fn step(image: &Image<SimDevice>, model: &Mutex<Model>, rng: &mut SmallRng) -> Result<bool, Error> {
+async fn step(
+    config: Config,
+    image: &Image<SimDevice>,
+    model: &Mutex<Model>,
+    rng: &mut SmallRng,
+) -> Result<bool, Error> {
     match rng.random_range(0..20) {
         0..9 => {
-            let (first, count) = range(rng, model.lock().size());
+            let (first, count) = range(config, rng, model.lock().size());
             change(image, model, some_change(rng), first, count).await?;
         }
-        9..12 => two_at_once(image, model, rng).await?,
+        9..12 => two_at_once(config, image, model, rng).await?,
         12..16 => {
             let began = model.lock().flush_begins();
             image.flush().await?;
             model.lock().flushed(began);
         }
         16 => {
-            let sectors = rng.random_range(20..SECTORS * 2);
+            let sectors = rng.random_range(20..config.sectors() * 2);
             resize(image, model, sectors).await?;
         }
         17 => {
@@ -314,10 +355,10 @@ fn play(seed: u64) -> Result<u64, String> {
     let failed = in_paused_time(async {
         let mut steps = rng.random_range(3..10);
         while steps > 0 && scene.failure.lock().is_none() {
-            let image = open(scene.image.clone(), scene.data.clone()).await?;
+            let image = open(scene.config, scene.image.clone(), scene.data.clone()).await?;
             let mut closed = false;
             while !closed && steps > 0 && scene.failure.lock().is_none() {
-                closed = step(&image, &scene.model, &mut rng).await?;
+                closed = step(scene.config, &image, &scene.model, &mut rng).await?;
                 steps -= 1;
             }
             if !closed {
@@ -369,6 +410,56 @@ fn mistakes_are_found() {
         let (runs, found) = found.unwrap_or_else(|| panic!("{mutation:?} was not found"));
         println!("{mutation:?}: {runs} runs: {found}");
     }
+    activate(Some(Mutation::ReuseWithoutGrace));
+    let found = (1..=60).find_map(|seed| reads_under_discards(seed).err());
+    activate(None);
+    println!("ReuseWithoutGrace: {}", found.expect("a hole before the reads under way had ended was not found"));
+}
+
+/// Reads under way while what they read is discarded and flushed: the hole in an encrypted data file comes after them. Each
+/// sector they find is what it was, or zeroes.
+fn reads_under_discards(seed: u64) -> Result<(), String> {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut config = Config::new(seed, &mut rng);
+    config.data.punch_hole = true;
+    config.encryption = if rng.random_bool(0.5) { Encryption::Aes } else { Encryption::Luks };
+    let (image, data) = made(config);
+    let settings = Settings::new(seed);
+    let slow = Settings { delay: Delay::Sleeps { yields: 2, millis: 20 }, features: config.data, ..settings };
+    let (image, data) = (SimDevice::new(image, settings), SimDevice::new(data, slow));
+    let found = in_paused_time(async {
+        let image = open(config, image, data).await?;
+        let sectors = config.sectors() & !1;
+        image.write(0, IoBuf::new(&content::data(0, sectors, 1))).await?;
+        image.flush().await?;
+        let mut bytes = vec![0; sectors as usize * SECTOR];
+        let read = image.read(0, IoBufMut::new(&mut bytes));
+        let lost = async {
+            image.discard(0, sectors * SECTOR as u64).await?;
+            image.flush().await
+        };
+        let (read, lost) = tokio::join!(read, lost);
+        read.and(lost)?;
+        image.close().await?;
+        Ok::<_, Error>(bytes)
+    });
+    let bytes = found.unwrap().unwrap_or_else(|e| panic!("{config:?}: {e}"));
+    for (sector, bytes) in (0..).zip(bytes.chunks(SECTOR)) {
+        match content::recognise(bytes) {
+            Content::Zero => {}
+            Content::Data { sector: s, version: 1 } if s == sector => {}
+            other => return Err(format!("{config:?}: sector {sector} reads as {other:?}")),
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_hole_comes_after_the_reads_under_way() {
+    let _alone = alone();
+    for seed in 1..=60 {
+        reads_under_discards(seed).unwrap_or_else(|found| panic!("seed {seed}: {found}"));
+    }
 }
 
 /// Every call of either device fails once: an error comes back, and nothing that was durable is lost.
@@ -382,14 +473,14 @@ fn failures_lose_nothing() {
             let device = if on_data { &scene.data } else { &scene.image };
             let errno = if rng.random_bool(0.5) { libc::EIO } else { libc::ENOSPC };
             in_paused_time(async {
-                let image = open(scene.image.clone(), scene.data.clone()).await.unwrap();
+                let image = open(scene.config, scene.image.clone(), scene.data.clone()).await.unwrap();
                 for _ in 0..3 {
-                    step(&image, &scene.model, &mut rng).await.ok();
+                    step(scene.config, &image, &scene.model, &mut rng).await.ok();
                 }
                 device.arm(Fault { after, errno, lasting: false, only: None });
                 for _ in 0..6 {
                     // Whatever becomes of it, the next one finds the image usable or closed to changes.
-                    step(&image, &scene.model, &mut rng).await.ok();
+                    step(scene.config, &image, &scene.model, &mut rng).await.ok();
                 }
                 device.disarm();
             })
@@ -404,10 +495,15 @@ fn failures_lose_nothing() {
 
 fn plain(raw: bool) -> (Image<MemoryDevice>, MemoryDevice, MemoryDevice) {
     let features = Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: false };
-    let config = Config { seed: 1, raw, cluster_size: 4096, data: features };
+    let (encryption, extended_l2) = (Encryption::None, false);
+    let config = Config { seed: 1, raw, cluster_size: 4096, extended_l2, encryption, data: features };
+    on_memory(config)
+}
+
+fn on_memory(config: Config) -> (Image<MemoryDevice>, MemoryDevice, MemoryDevice) {
     let (image, data) = made(config);
     let (image, data) = (MemoryDevice::new(image), MemoryDevice::new(data));
-    (block_on(open(image.clone(), data.clone())).unwrap(), image, data)
+    (block_on(open(config, image.clone(), data.clone())).unwrap(), image, data)
 }
 
 #[test]
@@ -440,12 +536,12 @@ fn a_device_without_a_data_file_is_refused_and_so_is_one_too_many() {
         (qcow_recycler::DataFilePolicy::Refuse, "did not allow"),
         (qcow_recycler::DataFilePolicy::Allow { directory }, "data.raw"),
     ] {
-        let refused = block_on(Image::open(bytes.clone(), Options { data_file: policy, ..options() }));
+        let refused = block_on(Image::open(bytes.clone(), Options { data_file: policy, ..Options::default() }));
         let error = refused.err().unwrap().to_string();
         assert!(error.contains(part), "{error}");
     }
     // Without it everything but the disk's contents is there.
-    let skip = Options { data_file: qcow_recycler::DataFilePolicy::Skip, ..options() };
+    let skip = Options { data_file: qcow_recycler::DataFilePolicy::Skip, ..Options::default() };
     let image = block_on(Image::open(bytes.clone(), skip)).unwrap();
     let refused = block_on(image.write(0, IoBuf::new(&[1; 512]))).unwrap_err();
     assert!(matches!(refused, Error::DataFileNotAllowed { .. }), "{refused}");
@@ -455,10 +551,10 @@ fn a_device_without_a_data_file_is_refused_and_so_is_one_too_many() {
 
     let plain = MemoryDevice::new(Vec::new());
     block_on(qcow_recycler::image::create(&plain, &CreateOptions::new(1 << 20))).unwrap();
-    let error = block_on(open(plain.clone(), plain)).err().unwrap();
+    let error = block_on(Image::open_with_data(plain.clone(), plain, Options::default())).err().unwrap();
     assert!(error.to_string().contains("no external data file"), "{error}");
     let short = MemoryDevice::with(vec![0; 512], Features::default());
-    let error = block_on(open(bytes.clone(), short)).err().unwrap();
+    let error = block_on(Image::open_with_data(bytes.clone(), short, Options::default())).err().unwrap();
     assert!(error.to_string().contains("cannot grow"), "{error}");
     verify::our_check(&before, Tolerance::Clean).unwrap();
 }

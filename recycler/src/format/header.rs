@@ -288,19 +288,8 @@ impl Header {
     /// Why the image's contents cannot be read, if so.
     #[must_use]
     pub fn unsupported_for_reading(&self) -> Option<String> {
-        let what = match self.incompatible {
-            bits if bits & incompatible::DATA_FILE != 0 && bits & incompatible::EXTENDED_L2 != 0 => {
-                "extended L2 entries in an image with an external data file"
-            }
-            bits if bits & incompatible::DATA_FILE != 0 && self.crypt_method != crypt::NONE => {
-                "encryption in an image with an external data file"
-            }
-            _ if self.has_raw_data_file() && self.backing_file.is_some() => {
-                "a backing file behind a raw external data file"
-            }
-            _ => return None,
-        };
-        Some(what.to_owned())
+        let hidden = self.has_raw_data_file() && self.backing_file.is_some();
+        hidden.then(|| "a backing file behind a raw external data file".to_owned())
     }
 
     /// Why the image cannot be changed, if so. Compressed clusters are not seen from here.
@@ -324,7 +313,7 @@ impl Header {
         self.incompatible & incompatible::DATA_FILE != 0
     }
 
-    /// Whether there is an external data file that reads as the disk does, without this image.
+    /// Whether there is an external data file that reads as the disk does, without this image; unless it is encrypted.
     #[must_use]
     pub fn has_raw_data_file(&self) -> bool {
         self.has_data_file() && self.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0

@@ -172,8 +172,19 @@ impl Mapping {
         }
     }
 
-    /// Decodes an entry of an image whose guest data is in an external data file, for the guest cluster that starts at byte
-    /// `guest` of the disk. There it lies at the same offset, and has one owner, whatever COPIED says: nothing counts it.
+    /// Decodes an entry of an image of this geometry whose guest data is in an external data file, for the guest cluster that
+    /// starts at byte `guest` of the disk. There it lies at the same offset, and has one owner, whatever COPIED says: nothing
+    /// counts it.
+    ///
+    /// # Errors
+    /// As for [`of`](Self::of); a compressed cluster; any other offset.
+    #[inline]
+    pub fn of_external(entry: Entry, guest: u64, geometry: Geometry) -> Result<Mapping, &'static str> {
+        let mapping = Mapping::decode_external(entry.word, guest)?;
+        if geometry.extended_l2 { Self::extended(mapping, entry.subclusters) } else { Ok(mapping) }
+    }
+
+    /// Decodes the first word of such an entry.
     ///
     /// # Errors
     /// As for [`decode`](Self::decode); a compressed cluster; any other offset.
@@ -343,6 +354,25 @@ mod tests {
         assert_eq!(external(0x50001 | COPIED, 0x50000), Ok(Mapping::Zero { preallocated: kept }));
         for wrong in [0x40000 | COPIED, 0x40001 | COPIED, 0x40000, COPIED, COMPRESSED | 0x50000, 0x50002, 1 << 56] {
             assert!(external(wrong, 0x50000).is_err(), "{wrong:#x}");
+        }
+    }
+
+    #[test]
+    fn extended_entries_of_an_external_data_file_name_their_own_offset() {
+        let geometry = Geometry { cluster_bits: 16, refcount_order: 4, extended_l2: true };
+        let of = |word, bitmap, guest| {
+            Mapping::of_external(Entry { word, subclusters: Subclusters(bitmap) }, guest, geometry)
+        };
+        let (first, other) = (Some((HostOffset(0), true)), Some((HostOffset(0x50000), true)));
+        let parts = |host, bitmap| Ok(Mapping::Parts { host, subclusters: Subclusters(bitmap) });
+        assert_eq!(of(COPIED, 1, 0), parts(first, 1));
+        assert_eq!(of(COPIED, 0, 0), parts(first, 0));
+        assert_eq!(of(COPIED, 0xffff_ffff << 32, 0), Ok(Mapping::Zero { preallocated: first }));
+        assert_eq!(of(0x50000 | COPIED, 1 << 33 | 1, 0x50000), parts(other, 1 << 33 | 1));
+        assert_eq!(of(0, 1 << 33, 0x50000), parts(None, 1 << 33));
+        assert_eq!(of(0, 0, 0x50000), Ok(Mapping::Unallocated));
+        for (word, bitmap) in [(0, 1), (COPIED, 1), (0x50000, 1 << 32 | 1), (0x50001, 1), (COMPRESSED | 0x50000, 0)] {
+            assert!(of(word, bitmap, 0x50000).is_err(), "{word:#x} {bitmap:#x}");
         }
     }
 

@@ -59,8 +59,10 @@ impl<D: BlockDevice> Image<D> {
             self.commit().await?;
             self.epochs.grace().await;
             self.reap().await;
+            self.punch_vacated().await;
+            let vacated = !self.vacated.lock().is_empty();
             let states = self.clusters.lock();
-            if states.unlinked.is_empty() && states.grace.is_empty() {
+            if states.unlinked.is_empty() && states.grace.is_empty() && !vacated {
                 break;
             }
         }

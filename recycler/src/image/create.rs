@@ -85,9 +85,6 @@ impl CreateOptions {
                 Err(bad("extended_l2", format!("needs clusters of 16 KiB at least, not {}", self.cluster_size)))
             }
             2 if self.data_file.is_some() => Err(bad("data_file", "needs version 3".to_owned())),
-            _ if self.extended_l2 && self.data_file.is_some() => {
-                Err(bad("extended_l2", "goes with no external data file".to_owned()))
-            }
             2 | 3 => Ok(Geometry {
                 cluster_bits: self.cluster_size.trailing_zeros(),
                 refcount_order: self.refcount_bits.trailing_zeros(),

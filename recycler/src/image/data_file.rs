@@ -153,6 +153,12 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external { self.data_volume().map(|_| ()) } else { Ok(()) }
     }
 
+    /// Whether the data file reads as the disk does, without the image, and so without the entries. An encrypted one cannot,
+    /// since zeroes in it read as something else: in such an image the entries say what is zero, whatever the header says.
+    pub(super) fn data_is_disk(&self) -> bool {
+        self.header.has_raw_data_file() && !self.encryption.is_on()
+    }
+
     /// Whether a request that was looked up so is for a cluster of the image, and not of the data file: then moves concern it.
     #[inline]
     pub(super) fn may_move(&self, purpose: Purpose) -> bool {
@@ -160,7 +166,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// The disk is to be `size` bytes long instead of `old`: what becomes part of it is made zero where the data file is raw,
-    /// and so read without the entries, and the file made as long.
+    /// and the file made as long.
     pub(super) async fn grow_data(&self, size: u64, old: u64) -> Result<()> {
         if self.header.has_raw_data_file() {
             self.clear_outside(old..size, Clear::Unmap).await?;

@@ -158,7 +158,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// Makes a piece of a cluster read as zeroes: it is overwritten, or unmapped where subclusters allow that.
     async fn zero_piece(&self, range: Range<u64>, access: Access) -> Result<()> {
-        if self.meta.geometry.extended_l2 {
+        if self.meta.geometry.extended_l2 && !self.data_is_disk() {
             self.zero_parts(range, access).await
         } else {
             self.overwrite_with_zeroes(range, access).await
@@ -190,7 +190,7 @@ impl<D: BlockDevice> Image<D> {
         let mut at = clusters.start;
         while at < clusters.end {
             let end = clusters.end.min((at / per_slice + 1) * per_slice);
-            if clear != Clear::Forget && self.header.has_raw_data_file() {
+            if clear != Clear::Forget && self.data_is_disk() {
                 // Somebody may be making the same clusters zero, to take them into use. Who has frozen the mapping has it for
                 // himself.
                 let _turn = match access {
@@ -243,7 +243,7 @@ impl<D: BlockDevice> Image<D> {
         self.prepare_changes().await?;
         let (slice, index) = self.slice_for_change(first).await?;
         self.check_targets(&slice, first, index, clusters.end - clusters.start).await?;
-        if self.meta.external && clear == Clear::Unmap {
+        if self.meta.external && clear == Clear::Unmap && !self.encryption.is_on() {
             self.punch_outside(&slice, index, clusters.clone()).await?;
         }
         self.clear_entries(&slice, index, clusters, clear)
@@ -253,7 +253,7 @@ impl<D: BlockDevice> Image<D> {
     fn cleared(&self, guest: u64, entry: Entry, mapping: Mapping, clear: Clear) -> Entry {
         let geometry = self.meta.geometry;
         // The first cluster of an external data file is like any other; but with the zero flag nothing would name it.
-        let names = |entry: Entry| !self.meta.external || entry.word & l2::OFFSET != 0;
+        let names = |entry: Entry| !self.meta.external || geometry.extended_l2 || entry.word & l2::OFFSET != 0;
         // Version 3 marks what was discarded, as QEMU does: should the image get a backing file, it must not show.
         let zero = |word| if self.meta.version >= 3 { Entry::zero(word, geometry) } else { Entry::default() };
         match (mapping, clear) {
@@ -269,6 +269,7 @@ impl<D: BlockDevice> Image<D> {
     /// frozen, or by the caller.
     fn clear_entries(&self, slice: &Arc<Slice>, index: usize, clusters: Range<u64>, clear: Clear) -> Result<()> {
         let geometry = self.meta.geometry;
+        let vacates = self.meta.external && clear == Clear::Unmap && self.encryption.is_on();
         let mut entries = slice.write();
         for (i, guest) in clusters.enumerate() {
             let entry = entries.get(index + i);
@@ -285,6 +286,9 @@ impl<D: BlockDevice> Image<D> {
                     self.moves.cancel(geometry.host_cluster(host), 1);
                 }
                 _ => self.unlink(mapping),
+            }
+            if vacates && mapping.host().is_some() {
+                self.vacate(guest << geometry.cluster_bits..(guest + 1) << geometry.cluster_bits);
             }
         }
         Ok(())

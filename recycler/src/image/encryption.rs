@@ -2,7 +2,8 @@
 //!
 //! Only guest data is encrypted; the tables, bitmaps and all else are as in any image. A sector's encryption depends on
 //! its number: with LUKS that of its place in the image file, with QEMU's first encryption (AES) that of its place on the
-//! virtual disk. So a cluster that moves is encrypted anew with LUKS, and copied as it is with AES.
+//! virtual disk. So a cluster that moves is encrypted anew with LUKS, and copied as it is with AES. In an external data file the
+//! two places are one, and nothing moves. The key is in the image in any case.
 //!
 //! Each sector is encrypted by itself, and written atomically, so what a power cut leaves of a write is old or new,
 //! sector by sector, as in any image. What differs is that zeroes in the file do not read as zeroes: see `write_new`.
@@ -174,7 +175,7 @@ impl<D: BlockDevice> Image<D> {
             let end = buf.len().min(done + PIECE);
             let piece = bytes.get_mut(..end - done).unwrap_or_default();
             let place = host.0 + done as u64;
-            self.volume.read("reading guest data", place, IoBufMut::new(piece)).await?;
+            self.guest_volume().read("reading guest data", place, IoBufMut::new(piece)).await?;
             key.1.decrypt(piece, number(key.0, place, at.0 + done as u64));
             buf.slice(done..end).copy_from(piece);
             done = end;
@@ -199,7 +200,7 @@ impl<D: BlockDevice> Image<D> {
             // The guest may change its memory meanwhile: what is encrypted is the copy.
             buf.slice(done..end).copy_to(piece);
             key.1.encrypt(piece, number(key.0, place, at.0 + done as u64));
-            self.volume.write(action, place, IoBuf::new(piece)).await?;
+            self.guest_volume().write(action, place, IoBuf::new(piece)).await?;
             done = end;
         }
         Ok(())

@@ -54,6 +54,7 @@ impl<D: BlockDevice> Image<D> {
             Ok(mut turn) => self.commit_in_turn(&mut turn, None).await?,
         };
         self.reap().await;
+        self.punch_vacated().await;
         self.work.notify_one();
         Ok(token)
     }
@@ -72,6 +73,10 @@ impl<D: BlockDevice> Image<D> {
             states.committing.merge(unlinked);
             states.erased.clone()
         };
+        self.vacated.lock().commit_begins();
+        if broken(Mutation::PunchBeforeEntry) {
+            self.punch_vacated().await;
+        }
         if broken(Mutation::UncountSourceEarly) {
             self.uncount(|states| &mut states.committing).await?;
         }
@@ -80,6 +85,7 @@ impl<D: BlockDevice> Image<D> {
         for m in self.moves.promote(&committed.token) {
             self.finish_move(&m);
         }
+        self.vacated.lock().committed(self.epochs.now());
         let mut states = self.clusters.lock();
         // Erased → Available: those erased before the flush began, and not handed out meanwhile.
         let late = broken(Mutation::PromoteLateWork);

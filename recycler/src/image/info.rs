@@ -57,7 +57,7 @@ impl<D: BlockDevice> Image<D> {
         if self.encryption.method() == Some(Method::Luks) {
             pinned.push("encryption: the LUKS header stays where it is, lest the only copy of the key move".to_owned());
         }
-        if !self.encryption.lets_data_move() {
+        if !self.encryption.lets_data_move() && !self.meta.external {
             pinned.push(
                 "encryption: data stays where it is, since its encryption depends on its place and no passphrase was given"
                     .to_owned(),

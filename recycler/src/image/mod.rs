@@ -27,6 +27,7 @@ pub(crate) mod snapshots;
 mod subclusters;
 pub(crate) mod turns;
 mod upgrade;
+mod vacated;
 mod write;
 
 pub use bitmaps::BitmapInfo;
@@ -54,6 +55,7 @@ use bitmaps::Bitmaps;
 use data_file::DataFile;
 use encryption::Encryption;
 use turns::Turns;
+use vacated::Vacated;
 
 /// An open image on a device of type `D`. All calls take `&self`; any number of tasks and threads may make them at once.
 ///
@@ -83,6 +85,8 @@ pub struct Image<D: BlockDevice> {
     backing: Backing,
     /// Where guest data is, if not in the image.
     pub(crate) data: DataFile<D>,
+    /// What of an encrypted data file is to be given back.
+    pub(crate) vacated: Mutex<Vacated>,
     pub(crate) bitmaps: Bitmaps,
     closed: AtomicBool,
     panicked: AtomicBool,

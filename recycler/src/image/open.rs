@@ -104,6 +104,7 @@ impl<D: BlockDevice> Image<D> {
             header,
             backing,
             data,
+            vacated: Mutex::default(),
             bitmaps: Bitmaps::default(),
             closed: AtomicBool::new(false),
             panicked: AtomicBool::new(false),

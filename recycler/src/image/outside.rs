@@ -15,10 +15,16 @@
 //! The data is gone once it is zero, though, so where something else than zeroes is to show afterwards (a backing file into
 //! which the image was committed), the entries are durable first.
 //!
+//! With extended entries all this holds for subclusters: one that is not in use is written whole before its entry shows it,
+//! those beside it are not touched, and what is discarded is made zero and taken out of use.
+//!
+//! An *encrypted* data file does not read as zeroes where it is zero. There what is discarded keeps its contents until that is
+//! durable and older requests have ended: see `vacated`.
+//!
 //! A *raw* data file reads as the disk does, without the image, at any moment. There discards and zeroes are nothing but zeroes
 //! in the data file, and no entry changes. Whoever writes to a cluster that is not in use lets all those that one slice maps
 //! be zero in the data file, takes them into use, and makes that durable before he writes: cut at any point, the data file
-//! has zeroes wherever an entry says so.
+//! has zeroes wherever an entry says so. An encrypted one never reads as the disk does, so it is used as if it were not raw.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -62,7 +68,7 @@ impl<D: BlockDevice> Image<D> {
         at: GuestOffset,
         buf: IoBuf<'_>,
     ) -> Result<usize> {
-        if self.header.has_raw_data_file() {
+        if self.data_is_disk() {
             self.use_slice(slice, at).await?;
             // In place now.
             return Ok(0);
@@ -90,25 +96,31 @@ impl<D: BlockDevice> Image<D> {
         let end = start + old.len() as u64 * cluster_size;
         let length = buf.len().min((end - at.0) as usize);
         let written = at.0..at.0 + length as u64;
+        // What is taken into use: whole clusters, or subclusters.
+        let unit = self.unit_size();
+        let taken = written.start & !(unit - 1)..written.end.next_multiple_of(unit);
         // The last cluster of the disk may be cut short, and so is the file.
-        let end = end.min(self.virtual_size().max(written.end));
-        for (around, mapping) in [(start..written.start, old.first()), (written.end..end, old.last())] {
-            if let Some(&(_, mapping)) = mapping
+        let visible = taken.end.min(self.virtual_size().max(written.end));
+        for (around, cluster) in [(taken.start..written.start, 0), (written.end..visible, old.len() - 1)] {
+            if let Some(&(_, mapping)) = old.get(cluster)
                 && !around.is_empty()
+                && !self.is_stored(mapping, start + cluster as u64 * cluster_size, &around)
                 && !broken(Mutation::KeepStaleAround)
             {
                 self.keep_around(volume, around, mapping).await?;
             }
         }
-        volume.write("writing guest data", at.0, buf.slice(0..length)).await?;
+        self.write_data("writing guest data", HostOffset(at.0), at, buf.slice(0..length)).await?;
         // Whatever they show now has been written, and a commit that has the entries flushes it before them.
         let mut entries = self.meta.l2.modify(slice);
         if old.iter().enumerate().any(|(i, o)| entries.get(index + i) != o.0) {
             return Ok(0);
         }
-        for i in 0..old.len() {
-            entries.set(index + i, Entry::data(HostOffset(start + i as u64 * cluster_size), geometry));
+        for (i, (_, mapping)) in old.iter().enumerate() {
+            let start = start + i as u64 * cluster_size;
+            entries.set(index + i, self.renewed(*mapping, start, &written, HostOffset(start)));
         }
+        self.retake(taken);
         drop(entries);
         self.work.notify_one();
         Ok(length)
@@ -116,7 +128,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// The clusters for which somebody who writes to `clusters` of them needs the turn.
     pub(super) fn turn_for(&self, clusters: Range<u64>) -> Range<u64> {
-        if !self.header.has_raw_data_file() {
+        if !self.data_is_disk() {
             return clusters;
         }
         let per_slice = self.meta.l2.per_slice();
@@ -130,25 +142,34 @@ impl<D: BlockDevice> Image<D> {
         let per_slice = self.meta.l2.per_slice();
         let first = (at.0 >> bits) / per_slice * per_slice;
         let mut unused = Vec::new();
+        let mut ranges: Vec<(Range<u64>, Clear)> = Vec::new();
         {
             let entries = slice.read();
             let size = self.meta.geometry.clusters_for(self.virtual_size());
             for (i, guest) in (first..size.min(first + per_slice)).enumerate() {
                 let entry = entries.get(i);
-                match self.decode(GuestCluster(guest), entry)? {
-                    Mapping::Data { .. } => {}
-                    Mapping::Zero { preallocated: Some(_) } => unused.push((i, entry, Clear::Keep)),
-                    _ => unused.push((i, entry, Clear::Unmap)),
+                let mapping = self.decode(GuestCluster(guest), entry)?;
+                let clear = match mapping {
+                    Mapping::Data { .. } => continue,
+                    Mapping::Zero { preallocated: Some(_) } => Clear::Keep,
+                    _ => Clear::Unmap,
+                };
+                unused.push((i, entry));
+                for part in self.not_stored(mapping, guest << bits) {
+                    match ranges.last_mut() {
+                        Some((range, c)) if range.end == part.start && *c == clear => range.end = part.end,
+                        _ => ranges.push((part, clear)),
+                    }
                 }
             }
         }
-        for run in unused.chunk_by(|a, b| a.0 + 1 == b.0 && a.2 == b.2) {
-            let (Some(start), Some(end)) = (run.first(), run.last()) else { continue };
-            self.clear_raw(first + start.0 as u64..first + end.0 as u64 + 1, start.2).await?;
+        let size = self.virtual_size();
+        for (range, clear) in ranges {
+            self.clear_outside(range.start..range.end.min(size), clear).await?;
         }
         {
             let mut entries = self.meta.l2.modify(slice);
-            for (i, entry, _) in unused {
+            for (i, entry) in unused {
                 if entries.get(i) == entry {
                     entries.set(i, Entry::data(HostOffset((first + i as u64) << bits), self.meta.geometry));
                 }
@@ -160,14 +181,18 @@ impl<D: BlockDevice> Image<D> {
     /// Lets a piece of a cluster that is about to be used hold what it reads as.
     async fn keep_around(&self, volume: &Volume<D>, piece: Range<u64>, mapping: Mapping) -> Result<()> {
         let length = piece.end - piece.start;
+        let encrypted = self.encryption.is_on();
         match mapping {
             // Kept for writes, so its space is.
-            Mapping::Zero { preallocated: Some(_) } => volume.zero(piece.start, length).await,
-            mapping if self.reads_as_zero(mapping, piece.start) => volume.erase(piece.start, length).await,
+            Mapping::Zero { preallocated: Some(_) } if !encrypted => volume.zero(piece.start, length).await,
+            mapping if !encrypted && self.reads_as_zero(mapping, piece.start) => {
+                volume.erase(piece.start, length).await
+            }
             _ => {
                 let mut bytes = vec![0; length as usize];
                 self.read_range(piece.start, IoBufMut::new(&mut bytes)).await?;
-                volume.write("copying old contents", piece.start, IoBuf::new(&bytes)).await
+                let (to, from) = (HostOffset(piece.start), GuestOffset(piece.start));
+                self.write_data("copying old contents", to, from, IoBuf::new(&bytes)).await
             }
         }
     }
@@ -191,7 +216,7 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// Gives the space of clusters back that one slice maps, as far as they are in use or kept, and are the disk's. They read
+    /// Gives the space of clusters back that one slice maps, as far as anything of them is in use or kept, and is the disk's. They read
     /// as zeroes then, where anything has happened at all.
     pub(super) async fn punch_outside(&self, slice: &Arc<Slice>, index: usize, clusters: Range<u64>) -> Result<()> {
         let volume = self.data_volume()?;
@@ -201,7 +226,7 @@ impl<D: BlockDevice> Image<D> {
             let entries = slice.read();
             for (i, guest) in clusters.enumerate() {
                 let mapping = self.decode(GuestCluster(guest), entries.get(index + i))?;
-                if !matches!(mapping, Mapping::Data { .. } | Mapping::Zero { preallocated: Some(_) }) {
+                if mapping.host().is_none() {
                     continue;
                 }
                 match runs.last_mut() {

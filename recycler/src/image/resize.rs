@@ -146,7 +146,7 @@ impl<D: BlockDevice> Image<D> {
     /// Makes `from..to` read as zeroes, skipping what has no L2 table unless a backing file shows there. The disk will end at
     /// `size`, in the last of these clusters.
     async fn clear_new(&self, from: u64, size: u64, to: u64) -> Result<()> {
-        if self.header.has_raw_data_file() {
+        if self.data_is_disk() {
             // What is new in the data file is zero, and so is what reads as zeroes by its entry.
             return Ok(());
         }

@@ -33,6 +33,11 @@ impl<D: BlockDevice> Image<D> {
         1 << self.meta.geometry.subcluster_bits()
     }
 
+    /// Of how many bytes an entry says how they are stored.
+    pub(super) fn unit_size(&self) -> u64 {
+        if self.meta.geometry.extended_l2 { self.subcluster_size() } else { self.meta.geometry.cluster_size() }
+    }
+
     /// What is stored from byte `within` of such a cluster on, up to the next subcluster that is stored in another way.
     pub(super) fn part_of(&self, host: Option<(HostOffset, bool)>, subclusters: Subclusters, within: u64) -> Run {
         let bits = self.meta.geometry.subcluster_bits();
@@ -69,6 +74,37 @@ impl<D: BlockDevice> Image<D> {
         entry
     }
 
+    /// Whether the subclusters of the cluster at byte `start` of the disk that a range touches are all stored, where it is mapped
+    /// as `mapping` says.
+    pub(super) fn is_stored(&self, mapping: Mapping, start: u64, range: &Range<u64>) -> bool {
+        self.meta.geometry.extended_l2 && self.touched(start, range) & !parts_of(mapping).stored() == 0
+    }
+
+    /// What of the cluster at byte `start` of the disk is not stored: ranges of the disk.
+    pub(super) fn not_stored(&self, mapping: Mapping, start: u64) -> Vec<Range<u64>> {
+        let cluster = start..start + self.meta.geometry.cluster_size();
+        let stored = parts_of(mapping).stored();
+        if !self.meta.geometry.extended_l2 || stored == 0 {
+            return vec![cluster];
+        }
+        self.ranges_of(!stored, start, &cluster)
+    }
+
+    /// The subclusters in a mask of the cluster at byte `start` of the disk, as far as they are in `within`: ranges of the disk.
+    fn ranges_of(&self, mask: u32, start: u64, within: &Range<u64>) -> Vec<Range<u64>> {
+        let mut found: Vec<Range<u64>> = Vec::new();
+        for index in (0..Subclusters::COUNT).filter(|i| mask >> i & 1 != 0) {
+            let first = start + index * self.subcluster_size();
+            let part = first.max(within.start)..(first + self.subcluster_size()).min(within.end);
+            match found.last_mut() {
+                _ if part.is_empty() => {}
+                Some(before) if before.end == part.start => before.end = part.end,
+                _ => found.push(part),
+            }
+        }
+        found
+    }
+
     /// Of `range`, a part of the cluster at byte `start` of the disk, what has to be copied to a [new](Self::renewed) one.
     pub(super) fn to_be_copied(
         &self,
@@ -83,18 +119,7 @@ impl<D: BlockDevice> Image<D> {
         if !self.meta.geometry.extended_l2 {
             return vec![range];
         }
-        let stored = parts_of(old).stored() | self.touched(start, written);
-        let mut found: Vec<Range<u64>> = Vec::new();
-        for index in (0..Subclusters::COUNT).filter(|i| stored >> i & 1 != 0) {
-            let first = start + index * self.subcluster_size();
-            let part = first.max(range.start)..(first + self.subcluster_size()).min(range.end);
-            match found.last_mut() {
-                _ if part.is_empty() => {}
-                Some(before) if before.end == part.start => before.end = part.end,
-                _ => found.push(part),
-            }
-        }
-        found
+        self.ranges_of(parts_of(old).stored() | self.touched(start, written), start, &range)
     }
 
     /// Writes to a cluster that has a host cluster of its own, of which not all is stored. Returns how many bytes were written: 0
@@ -186,6 +211,10 @@ impl<D: BlockDevice> Image<D> {
             self.prepare_changes().await?;
             let (slice, index) = self.slice_for_change(guest).await?;
             self.check_targets(&slice, guest, index, 1).await?;
+            if self.meta.external && !self.encryption.is_on() {
+                // Only what is cleared: others may be writing to subclusters beside it, which no entry shows yet.
+                self.data_volume()?.punch(range.start, range.end - range.start).await?;
+            }
             let mut entries = self.meta.l2.modify(&slice);
             let entry = entries.get(index);
             let mapping = self.decode(guest, entry)?;
@@ -195,6 +224,9 @@ impl<D: BlockDevice> Image<D> {
                 entries.set(index, new);
                 if new.word != entry.word {
                     self.unlink(mapping);
+                }
+                if self.meta.external && self.encryption.is_on() {
+                    self.vacate(range);
                 }
             }
         }

@@ -20,6 +20,19 @@ pub(crate) struct Turn<'a> {
 }
 
 impl Turns {
+    /// Takes the range, unless somebody holds any part of it.
+    pub(crate) fn try_take(&self, range: Range<u64>) -> Option<Turn<'_>> {
+        self.take_from(&mut self.held.lock(), &range)
+    }
+
+    fn take_from(&self, held: &mut Vec<Range<u64>>, range: &Range<u64>) -> Option<Turn<'_>> {
+        let free = !held.iter().any(|h| h.start < range.end && range.start < h.end);
+        free.then(|| {
+            held.push(range.clone());
+            Turn { turns: self, range: range.clone() }
+        })
+    }
+
     /// Waits until nobody holds any part of the range, and takes it.
     pub(crate) async fn take(&self, range: Range<u64>) -> Turn<'_> {
         loop {
@@ -27,9 +40,8 @@ impl Turns {
             tokio::pin!(released);
             {
                 let mut held = self.held.lock();
-                if !held.iter().any(|h| h.start < range.end && range.start < h.end) {
-                    held.push(range.clone());
-                    return Turn { turns: self, range };
+                if let Some(turn) = self.take_from(&mut held, &range) {
+                    return turn;
                 }
                 // Registered under the lock, so that a release after it is not missed.
                 released.as_mut().enable();

@@ -93,7 +93,7 @@ impl Metadata {
     #[inline]
     pub(crate) fn decode(&self, guest: GuestCluster, entry: Entry) -> std::result::Result<Mapping, &'static str> {
         if self.external {
-            return Mapping::decode_external(entry.word, guest.0 << self.geometry.cluster_bits);
+            return Mapping::of_external(entry, guest.0 << self.geometry.cluster_bits, self.geometry);
         }
         Mapping::of(entry, self.version, self.geometry)
     }

@@ -186,7 +186,7 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
     /// Looks at the image.
     fn look(&mut self) {
         let image = self.image;
-        let dirty = image.meta.l2.is_dirty();
+        let dirty = image.meta.l2.is_dirty() || !image.vacated.lock().is_empty();
         let states = image.clusters.lock();
         let bits = image.meta.geometry.cluster_bits;
         let now = self.began.elapsed();
@@ -226,6 +226,7 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
                 image.commit().await?;
                 image.epochs.grace().await;
                 image.reap().await;
+                image.punch_vacated().await;
                 self.view.unflushed_since = None;
                 Ok(())
             }

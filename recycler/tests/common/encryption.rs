@@ -4,6 +4,7 @@ use aes::Aes128;
 use aes::cipher::{Array, KeyInit};
 use pbkdf2::pbkdf2_hmac;
 use qcow_recycler::check::check;
+use qcow_recycler::format::extension::kind;
 use qcow_recycler::format::header::{Header, crypt};
 use qcow_recycler::format::luks;
 use qcow_recycler::{Passphrase, Repair};
@@ -56,8 +57,12 @@ fn with_luks(mut image: Vec<u8>) -> Vec<u8> {
     image.resize(offset, 0);
     image.extend(&luks);
     image.resize(image.len().next_multiple_of(cluster), 0);
-    // In the place of the names of features, for which small clusters have no room besides.
-    let at = u32::from_be_bytes(image[100..104].try_into().unwrap()) as usize;
+    // In the place of the names of features, for which small clusters have no room besides. What names a data file is kept.
+    let mut at = u32::from_be_bytes(image[100..104].try_into().unwrap()) as usize;
+    if image[at..at + 4] == kind::DATA_FILE.to_be_bytes() {
+        let length = u32::from_be_bytes(image[at + 4..at + 8].try_into().unwrap()) as usize;
+        at += 8 + length.next_multiple_of(8);
+    }
     let mut extensions = Vec::new();
     extensions.extend(0x0537_be77u32.to_be_bytes());
     extensions.extend(16u32.to_be_bytes());
