@@ -29,8 +29,9 @@ pub(crate) mod turns;
 mod upgrade;
 mod write;
 
+pub use backing::BackingFile;
 pub use bitmaps::BitmapInfo;
-pub use commit::{CommitReport, commit};
+pub use commit::{CommitReport, commit, commit_into};
 pub use create::{CreateOptions, DataFileOptions, create, create_with_data};
 pub use extents::{Extent, ExtentKind};
 pub use info::Info;
