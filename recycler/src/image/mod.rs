@@ -75,6 +75,8 @@ pub struct Image<D: BlockDevice> {
     compression_type: u8,
     /// The internal snapshots.
     snapshots: Mutex<snapshots::Snapshots>,
+    /// Whether the L2 tables that they refer to are among `meta.tables`: see `note_snapshot_tables`.
+    snapshot_tables_noted: AsyncMutex<bool>,
     virtual_size: AtomicU64,
     /// How guest data is encrypted.
     pub(crate) encryption: Encryption,

@@ -129,6 +129,7 @@ impl<D: BlockDevice> Image<D> {
             incompatible: header.incompatible & !incompatible::DIRTY,
             compression_type: header.compression_type,
             snapshots: Mutex::new(Snapshots::new(snapshots, header.snapshots_offset)),
+            snapshot_tables_noted: AsyncMutex::default(),
             virtual_size: AtomicU64::new(header.virtual_size),
             plain_span: if encryption.is_on() { 0 } else { header.geometry.cluster_size() },
             encryption,
