@@ -165,8 +165,8 @@ def test_a_whole_disk_that_is_marked(tmp_path: Path, image_path: Path) -> None:
 
 @pytest.mark.parametrize(("cluster_size", "size"), [(512, 16 << 20), (4096, 70 << 20)])
 def test_bitmaps_of_many_clusters(tmp_path: Path, image_path: Path, cluster_size: int, size: int) -> None:
-    """Tables with several entries: clusters of marks that are all zeroes, all ones, and neither. QEMU reads what we store,
-    we read what QEMU stores, and both follow the disk's size."""
+    """Tables with several entries: clusters of marks that are all zeroes, all ones, and neither. QEMU reads what we
+    store, we read what QEMU stores, and both follow the disk's size."""
     per_cluster = cluster_size * 8 * 512
     qemu.create(image_path, size, cluster_size=cluster_size)
     qemu.img("bitmap", "--add", "-g", 512, "-f", "qcow2", image_path, "theirs")
@@ -217,7 +217,7 @@ def test_bitmaps_of_many_clusters(tmp_path: Path, image_path: Path, cluster_size
 
 @pytest.mark.parametrize("size", [2 << 20, 3 << 20])
 def test_a_commit_marks_what_it_writes_in_the_base(tmp_path: Path, image_path: Path, size: int) -> None:
-    """Bitmaps of the base outlive the commit, and those that record mark all that has changed; also where the base grows."""
+    """The base's bitmaps outlive the commit, and those that record mark all that has changed, also if the base grows."""
     rng = random.Random(size)
     base = tmp_path / "base.qcow2"
     disk = guest.Disk(2 << 20, 65536)

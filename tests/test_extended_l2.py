@@ -192,7 +192,7 @@ def test_created_by_us(image_path: Path) -> None:
 
 @pytest.mark.parametrize("longer", [0, 1 << 20])
 def test_resized_over_a_backing_file(image_path: Path, tmp_path: Path, longer: int) -> None:
-    """What is new reads as zeroes, also where the backing file goes on, and where the disk ended within a subcluster."""
+    """What is new reads as zeroes, also where the backing file goes on, and if the disk ended within a subcluster."""
     rng = random.Random(longer)
     base = tmp_path / "base.raw"
     size = (1 << 20) + 1536

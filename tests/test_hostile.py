@@ -471,7 +471,7 @@ def test_a_live_cluster_with_refcount_0(victim: Victim) -> None:
 )
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_dirty_image_with_a_bad_refcount_table_entry(image_path: Path, index: int, value: int) -> None:
-    """Whoever opens it for writing repairs it, or refuses it and leaves it alone; nothing of the disk is lost either way."""
+    """Opened for writing it is repaired, or refused and left alone; nothing of the disk is lost either way."""
     victim = Victim(image_path)
     victim.put(victim.meta.get("refcount_table_offset") + 8 * index, value)
     victim.header("incompatible_features", DIRTY)
