@@ -217,7 +217,7 @@ def test_bitmaps_of_many_clusters(tmp_path: Path, image_path: Path, cluster_size
 
 @pytest.mark.parametrize("size", [2 << 20, 3 << 20])
 def test_a_commit_marks_what_it_writes_in_the_base(tmp_path: Path, image_path: Path, size: int) -> None:
-    """The base's bitmaps outlive the commit, and those that record mark all that has changed, also if the base grows."""
+    """The base's bitmaps outlive the commit, those that record mark all that has changed, also if it grows."""
     rng = random.Random(size)
     base = tmp_path / "base.qcow2"
     disk = guest.Disk(2 << 20, 65536)

@@ -80,13 +80,17 @@ def test_entries_stay_as_they_were(image_path: Path, extra: str, compat: str) ->
     after = {e[3]: (e[0][4:8], e[1], e[2]) for e in entries(image_path)}
     assert list(after) == [b"s1", b"s3", b"s5"]
     assert after[b"s1"] == before[b"s1"] and after[b"s3"] == before[b"s3"]
-    qemu.assert_clean(image_path)
+    # QEMU misses what version 3 wants in each, and nothing else.
+    incomplete = 2 * (compat == "1.1" and len(EXTRAS[extra]) < 16)
+    found = qemu.check(image_path)
+    assert (found.corruptions, found.leaks, found.check_errors) == (incomplete, 0, 0)
     for name in ("s1", "s3"):
         qemu.assert_contents(image_path, kept[name], snapshot=name)
     with qcow_recycler.open(image_path) as image:
         image.apply_snapshot("s1")
         assert image.read(0, SIZE) == kept["s1"]
-    qemu.assert_clean(image_path)
+    found = qemu.check(image_path)
+    assert (found.corruptions, found.leaks, found.check_errors) == (incomplete, 0, 0)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -110,7 +114,7 @@ def test_an_upgrade_needs_the_sizes_of_the_disks(image_path: Path, extra: str) -
 def test_no_more_snapshots_than_the_format_allows(image_path: Path) -> None:
     qemu.create(image_path, SIZE)
     qemu.io(image_path, "write -q -P 1 0 1M")
-    table = b""
+    table = bytearray()
     for n in range(65536):
         number = str(n + 1).encode()
         entry = struct.pack(FIXED, 0, 0, len(number), len(number) + 1, 0, 0, 0, 0, 16) + struct.pack(">QQ", 0, SIZE)
@@ -118,7 +122,8 @@ def test_no_more_snapshots_than_the_format_allows(image_path: Path) -> None:
         table += entry.ljust(-(-len(entry) // 8) * 8, b"\0")
     with open(image_path, "r+b") as file:
         at = -(-image_path.stat().st_size // 65536) * 65536
-        os.pwrite(file.fileno(), table.ljust(-(-len(table) // 65536) * 65536, b"\0"), at)
+        os.pwrite(file.fileno(), table, at)
+        file.truncate(at + -(-len(table) // 65536) * 65536)
         for name, value in (("nb_snapshots", 65536), ("snapshots_offset", at)):
             offset, width = HEADER[name]
             os.pwrite(file.fileno(), value.to_bytes(width, "big"), offset)
@@ -137,7 +142,7 @@ def test_no_more_snapshots_than_the_format_allows(image_path: Path) -> None:
     assert qcow_recycler.check(image_path).corruptions == 0
 
 
-@pytest.mark.parametrize("value", [4096 + 8, 1 << 40, (1 << 63) - 4096])
+@pytest.mark.parametrize("value", [0, 1 << 40, (1 << 63) - 4096])
 def test_the_offset_means_nothing_where_there_are_no_snapshots(image_path: Path, value: int) -> None:
     victim = Victim(image_path)
     victim.header("snapshots_offset", value)
