@@ -163,6 +163,90 @@ def test_a_whole_disk_that_is_marked(tmp_path: Path, image_path: Path) -> None:
     qemu.assert_clean(image_path)
 
 
+@pytest.mark.parametrize(("cluster_size", "size"), [(512, 16 << 20), (4096, 70 << 20)])
+def test_bitmaps_of_many_clusters(tmp_path: Path, image_path: Path, cluster_size: int, size: int) -> None:
+    """Tables with several entries: clusters of marks that are all zeroes, all ones, and neither. QEMU reads what we
+    store, we read what QEMU stores, and both follow the disk's size."""
+    per_cluster = cluster_size * 8 * 512
+    qemu.create(image_path, size, cluster_size=cluster_size)
+    qemu.img("bitmap", "--add", "-g", 512, "-f", "qcow2", image_path, "theirs")
+    # The second cluster of marks is full; in others the marks are at the ends, or there are none.
+    ranges = [
+        (per_cluster, per_cluster),
+        (2 * per_cluster + 512, 1024),
+        (3 * per_cluster - 512, 1024),
+        (size - 512, 512),
+    ]
+    marked = {s for at, length in ranges for s in range(at // 512, (at + length) // 512)}
+    with qcow_recycler.open(image_path, keep_erased=0) as image:
+        image.add_bitmap("ours", 512)
+        for at, length in ranges:
+            image.write(at, b"\5" * length)
+    for name in ("theirs", "ours"):
+        assert dirty(image_path, name, tmp_path) == marked
+    qemu.assert_clean(image_path)
+    qemu.io(image_path, "write -q -P 6 0 512", f"write -q -P 6 {4 * per_cluster - 1024} 2048")
+    more = {0, *range(4 * per_cluster // 512 - 2, 4 * per_cluster // 512 + 2)}
+    with qcow_recycler.open(image_path, keep_erased=0) as image:
+        assert ours(image, "theirs") == ours(image, "ours") == marked | more
+        image.discard(per_cluster, per_cluster)
+        image.compact()
+        image.resize(size + 3 * per_cluster)
+        image.write(size + 2 * per_cluster, b"\7" * 512)
+    more.add((size + 2 * per_cluster) // 512)
+    for name in ("theirs", "ours"):
+        assert dirty(image_path, name, tmp_path) == marked | more
+    qemu.assert_clean(image_path)
+    end = 2 * per_cluster + 1024
+    with qcow_recycler.open(image_path, keep_erased=0) as image:
+        image.resize(end, shrink=True)
+        image.remove_bitmap("ours")
+        image.add_bitmap("ours", 512)
+        image.merge_bitmap("ours", "theirs")
+    left = {s for s in marked | more if s < end // 512}
+    for name in ("theirs", "ours"):
+        assert dirty(image_path, name, tmp_path) == left
+    with qcow_recycler.open(image_path, keep_erased=0) as image:
+        image.clear_bitmap("theirs")
+        image.resize(size)
+        assert ours(image, "theirs") == set()
+    assert dirty(image_path, "theirs", tmp_path) == set()
+    assert dirty(image_path, "ours", tmp_path) == left
+    qemu.assert_clean(image_path)
+
+
+@pytest.mark.parametrize("size", [2 << 20, 3 << 20])
+def test_a_commit_marks_what_it_writes_in_the_base(tmp_path: Path, image_path: Path, size: int) -> None:
+    """The base's bitmaps outlive the commit, those that record mark all that has changed, also if it grows."""
+    rng = random.Random(size)
+    base = tmp_path / "base.qcow2"
+    disk = guest.Disk(2 << 20, 65536)
+    qemu.create(base, disk.size)
+    guest.qemu_session(base, disk, rng, 10)
+    granularity = {"fine": 512, "coarse": 65536, "quiet": 4096}
+    for name, unit in granularity.items():
+        disabled = ["--disable"] if name == "quiet" else []
+        qemu.img("bitmap", "--add", "-g", unit, *disabled, "-f", "qcow2", base, name)
+    before = bytes(disk.bytes)
+    disk.resize(size)
+    qemu.create(image_path, size, backing=base.name)
+    guest.qemu_session(image_path, disk, rng, 10)
+    own = [e for e in json.loads(qemu.img("map", "--output=json", image_path)) if e["depth"] == 0]
+    held = {s for e in own for s in range(e["start"] // 512, (e["start"] + e["length"]) // 512)}
+    qcow_recycler.commit(image_path)
+    qemu.assert_clean(base)
+    qemu.assert_contents(base, disk.bytes)
+    assert qemu_bitmaps(base) == {"fine": ["auto"], "coarse": ["auto"], "quiet": []}
+    fine = dirty(base, "fine", tmp_path)
+    assert changed(before.ljust(size, b"\0"), disk.bytes) <= fine <= held
+    assert dirty(base, "coarse", tmp_path) == units(fine, 65536, size)
+    assert dirty(base, "quiet", tmp_path) == set()
+    # And they go on.
+    with qcow_recycler.open(base) as image:
+        image.write(size - 512, b"\1" * 512)
+    assert dirty(base, "fine", tmp_path) == fine | {size // 512 - 1}
+
+
 def test_bitmaps_do_not_keep_the_file_long(image_path: Path) -> None:
     """They lie at the end, behind what is freed; the file still becomes as short as its data."""
     qemu.create(image_path, 256 << 20)
@@ -227,7 +311,10 @@ def test_a_damaged_directory_is_refused_for_writing_and_left_alone(image_path: P
     content = bytearray(image_path.read_bytes())
     extension = content.index((0x23852875).to_bytes(4, "big"))
     directory = int.from_bytes(content[extension + 24 : extension + 32], "big")
-    for at, damage in [(0, b"\0\0\0\0\0\1\2\3"), (8, b"\xff\xff\xff\xff"), (16, b"\7"), (17, b"\77"), (18, b"\0\0")]:
+    fields = [(0, b"\0\0\0\0\0\1\2\3"), (8, b"\xff\xff\xff\xff"), (16, b"\7"), (17, b"\77"), (18, b"\0\0")]
+    # Flags that nobody has given a meaning.
+    fields += [(12, b"\x80"), (15, b"\x82")]
+    for at, damage in fields:
         bad = content[:]
         bad[directory + at : directory + at + len(damage)] = damage
         image_path.write_bytes(bad)

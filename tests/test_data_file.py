@@ -547,6 +547,13 @@ def test_snapshots_are_refused_as_by_qemu(image_path: Path) -> None:
     qemu_creates(image_path, SIZE)
     with pytest.raises(qemu.ToolFailed, match="not supported"):
         qemu.img("snapshot", "-c", "one", image_path)
+    before = image_path.read_bytes()
+    with qcow_recycler.open(image_path, data_file="allow") as image:
+        for call in (image.create_snapshot, image.delete_snapshot, image.apply_snapshot):
+            with pytest.raises(qcow_recycler.Unsupported, match="external data file"):
+                call("one")
+        assert image.snapshots() == ()
+    assert image_path.read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["luks", "luks-extended", "aes"])

@@ -190,6 +190,28 @@ def test_created_by_us(image_path: Path) -> None:
         qcow_recycler.create(image_path.with_suffix(".old"), 1 << 20, version=2, extended_l2=True)
 
 
+@pytest.mark.parametrize("longer", [0, 1 << 20])
+def test_resized_over_a_backing_file(image_path: Path, tmp_path: Path, longer: int) -> None:
+    """What is new reads as zeroes, also where the backing file goes on, and if the disk ended within a subcluster."""
+    rng = random.Random(longer)
+    base = tmp_path / "base.raw"
+    size = (1 << 20) + 1536
+    content = rng.randbytes(size + longer)
+    base.write_bytes(content)
+    disk = create(image_path, size, backing=base.name, backing_format="raw")
+    disk.write(0, content[:size])
+    for new in (size + 65536, (600 << 10) + 512, (600 << 10) + 2048, 3 << 20, size):
+        with qcow_recycler.open(image_path, config=CONFIG, backing="allow") as image:
+            image.write(4096, b"\4" * 1024)
+            image.resize(new, shrink=True)
+            disk.write(4096, b"\4" * 1024)
+            disk.resize(new)
+            guest.assert_reads(image, disk)
+            image.write(new - 1024, b"\5" * 512)
+            disk.write(new - 1024, b"\5" * 512)
+        verify(image_path, disk)
+
+
 def test_an_entry_that_cannot_be_is_an_error_that_names_it(image_path: Path) -> None:
     create(image_path, 1 << 20)
     qemu.io(image_path, "write -P 1 0 4k")
@@ -207,6 +229,18 @@ def test_an_entry_that_cannot_be_is_an_error_that_names_it(image_path: Path) -> 
         with qcow_recycler.open(image_path, read_only=True) as image, pytest.raises(qcow_recycler.Error) as caught:
             image.read(0, 4096)
         assert reason in str(caught.value) and f"{at:#x}" in str(caught.value)
+        with qcow_recycler.open(image_path) as image:
+            for change in (
+                lambda: image.write(0, b"\2" * 512),
+                lambda: image.write(0, b"\2" * 65536),
+                lambda: image.discard(0, 65536),
+                lambda: image.write_zeroes(0, 4096),
+            ):
+                with pytest.raises(qcow_recycler.Error) as caught:
+                    change()
+                assert reason in str(caught.value) and f"{at:#x}" in str(caught.value)
+            image.write(65536, b"\3" * 512)
+        assert Qcow2(image_path).subclusters(0) == bitmap
         with open(image_path, "r+b") as file:
             file.seek(at)
             file.write(old)

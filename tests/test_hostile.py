@@ -464,6 +464,53 @@ def test_a_live_cluster_with_refcount_0(victim: Victim) -> None:
     qemu.io(victim.path, "read -P 0x11 0 256k")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [1 << 40, (1 << 63) - CLUSTER, 9 * CLUSTER + 512, 9 * CLUSTER + 8],
+    ids=["past-the-end", "far-past-the-end", "unaligned", "reserved-bits"],
+)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_dirty_image_with_a_bad_refcount_table_entry(image_path: Path, index: int, value: int) -> None:
+    """Opened for writing it is repaired, or refused and left alone; nothing of the disk is lost either way."""
+    victim = Victim(image_path)
+    victim.put(victim.meta.get("refcount_table_offset") + 8 * index, value)
+    victim.header("incompatible_features", DIRTY)
+    before = digest(image_path)
+    steps = meet("write-open", image_path)
+    if steps["open"]["error"]:
+        assert digest(image_path) == before, "refused, and changed"
+        qcow_recycler.check(image_path, repair="all")
+    else:
+        assert not steps["read"]["error"], steps
+    qemu.assert_clean(image_path)
+    qemu.io(image_path, "read -q -P 0x11 0 256k", "read -q -P 0x22 3M 64k")
+    with qcow_recycler.open(image_path) as image:
+        image.write(1 << 20, b"\5" * (1 << 20))
+        image.compact()
+    qemu.assert_clean(image_path)
+    qemu.io(image_path, "read -q -P 0x11 0 256k", "read -q -P 5 1M 1M")
+
+
+@pytest.mark.parametrize("change", ["write", "discard", "write_zeroes"])
+def test_an_unaligned_zero_cluster(victim: Victim, change: str) -> None:
+    """A change of it is refused and reaches none of its neighbours. Our repair reports it only; QEMU's clears it."""
+    at, entry = victim.meta.mapping(0)
+    victim.put(at, (entry & OFFSET_MASK) + 512 | COPIED | ZERO)
+    assert meet("check", victim.path)["check"]["corruptions"]
+    with qcow_recycler.open(victim.path) as image:
+        with pytest.raises(qcow_recycler.InvalidImage) as raised:
+            image.write(0, b"\xee" * 512) if change == "write" else getattr(image, change)(0, CLUSTER)
+        assert raised.value.offset == at
+        image.write(CLUSTER, b"\5" * CLUSTER)
+        image.compact()
+    report = qcow_recycler.check(victim.path, repair="all")
+    assert report.corruptions > report.corruptions_fixed and "not aligned" in " ".join(report.messages), report
+    assert Qcow2(victim.path).mapping(0)[1] & (OFFSET_MASK | ZERO) == (entry & OFFSET_MASK) + 512 | ZERO
+    qemu.check(victim.path, repair="all")
+    qemu.assert_clean(victim.path)
+    qemu.io(victim.path, "read -q -P 5 4k 4k", "read -q -P 0x11 8k 248k", "read -q -P 0x22 3M 64k", "read -q -P 0 0 4k")
+
+
 def test_what_only_a_snapshot_uses_is_not_free_though_it_is_counted_so(image_path: Path) -> None:
     """A guest that allocates and a compaction find room elsewhere."""
     qemu.create(image_path, 8 << 20, cluster_size=CLUSTER)

@@ -124,3 +124,56 @@ def test_a_failed_open_leaves_no_lock(image: Path) -> None:
     image.write_bytes(content)
     qemu.io(image, "read -P 1 0 512")
     assert e.value.errno == errno.EUCLEAN
+
+
+def test_an_overlay_keeps_writers_off_its_backing_file(tmp_path: Path, image_path: Path) -> None:
+    """Two overlays of one base are open at once, QEMU's and ours; nobody may write to the base meanwhile."""
+    base, theirs = tmp_path / "base.qcow2", tmp_path / "theirs.qcow2"
+    qemu.create(base, 4 << 20)
+    qemu.io(base, "write -q -P 1 0 1M")
+    for overlay in (image_path, theirs):
+        qemu.create(overlay, 4 << 20, backing=base.name)
+    with qcow_recycler.open(image_path, backing="allow") as ours:
+        with qemu.holding(theirs) as holder:
+            holder.command("write -q -P 2 0 64k")
+            ours.write(65536, b"\3" * 65536)
+            ours.compact()
+            holder.command("read -q -P 1 64k 64k")
+            assert ours.read(0, 65536) == b"\1" * 65536
+        assert_locked(base, read_only=False)
+        assert_qemu_locked(base)
+        with qcow_recycler.open(base, read_only=True) as reader:
+            assert reader.read(0, 512) == b"\1" * 512
+        # The reader has gone, and the overlay is still there.
+        assert_qemu_locked(base)
+    with qemu.holding(base), pytest.raises(qcow_recycler.Error) as e:
+        qcow_recycler.open(image_path, backing="allow")
+    assert e.value.errno == errno.EAGAIN and base.name in str(e.value)
+    with qcow_recycler.open(base), pytest.raises(qcow_recycler.Error) as e:
+        qcow_recycler.open(image_path, backing="allow")
+    assert e.value.errno == errno.EAGAIN
+    for overlay in (image_path, theirs, base):
+        qemu.assert_clean(overlay)
+
+
+def test_an_image_by_another_name(tmp_path: Path, image: Path) -> None:
+    link = tmp_path / "link.qcow2"
+    link.symlink_to(image.name)
+    hard = tmp_path / "hard.qcow2"
+    hard.hardlink_to(image)
+    for one, other in ((image, link), (link, image), (hard, link)):
+        with qemu.holding(one):
+            assert_locked(other, read_only=False)
+        with qcow_recycler.open(one):
+            assert_locked(other, read_only=True)
+            assert_qemu_locked(other)
+
+
+def test_one_of_two_readers_in_a_process_goes(image: Path) -> None:
+    """Locks that belonged to the process would go with the first of them."""
+    first = qcow_recycler.open(image, read_only=True)
+    with qcow_recycler.open(image, read_only=True) as second:
+        first.close()
+        assert_qemu_locked(image)
+        assert second.read(0, 512) == b"\1" * 512
+    qemu.io(image, "write -q -P 2 0 512")

@@ -28,7 +28,9 @@ pub use blocking::Disk;
 pub use check::{CheckReport, Repair};
 pub use device::BlockDevice;
 pub use error::{Error, Result};
-pub use image::{BitmapInfo, CreateOptions, DataFileOptions, Extent, ExtentKind, Image, Info, SnapshotInfo};
+pub use image::{
+    BackingFile, BitmapInfo, CreateOptions, DataFileOptions, Extent, ExtentKind, Image, Info, SnapshotInfo,
+};
 pub use options::{BackingFormat, BackingPolicy, DataFilePolicy, LogLevel, Logger, Options};
 pub use passphrase::Passphrase;
 pub use stats::Stats;

@@ -45,6 +45,10 @@ pub enum Mutation {
     LinkTableCopyEarly,
     /// Clusters that replace others are linked before their data is durable.
     LinkBeforeData,
+    /// Clusters that hide a backing file's are linked before their data is durable.
+    LinkBeforeCopyUp,
+    /// A commit empties the overlay before the backing file durably has what it held.
+    EmptyBeforeBase,
     /// Encrypted clusters are linked before all that they show is durable.
     LinkBeforeEncrypted,
     /// A zeroed cluster that kept its host cluster is shown before what it holds is durable.
@@ -87,7 +91,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// Those that power cuts and random histories must find.
-    pub const ALL: [Mutation; 30] = [
+    pub const ALL: [Mutation; 31] = [
         Mutation::RewriteBeforeFlush,
         Mutation::ReuseFreedAtOnce,
         Mutation::UncountSourceEarly,
@@ -108,6 +112,7 @@ impl Mutation {
         Mutation::HeaderBeforeL1,
         Mutation::LinkTableCopyEarly,
         Mutation::LinkBeforeData,
+        Mutation::LinkBeforeCopyUp,
         Mutation::LinkBeforeEncrypted,
         Mutation::ShowBeforeZeroes,
         Mutation::ErasedAsAvailable,
@@ -123,6 +128,9 @@ impl Mutation {
     /// Those that power cuts over an image and its external data file must find.
     pub const DATA_FILE: [Mutation; 3] =
         [Mutation::EntryBeforeDataFile, Mutation::KeepStaleAround, Mutation::PunchBeforeEntry];
+
+    /// Those that power cuts over an overlay and its backing file must find.
+    pub const COMMIT: [Mutation; 1] = [Mutation::EmptyBeforeBase];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
     pub const INTERLEAVINGS: [Mutation; 6] = [

@@ -12,6 +12,7 @@ mod common;
 
 use std::time::Duration;
 
+use common::chain::Behind;
 use common::config::{Config, ImageKind};
 use common::content::SECTOR;
 use common::crash::Effort;
@@ -24,8 +25,8 @@ use common::play;
 use common::sim::{Delay, Fault, Settings, SimDevice};
 use common::slice;
 use common::verify::{self, Depth};
+use qcow_recycler::Error;
 use qcow_recycler::device::Features;
-use qcow_recycler::{Error, Image};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -39,6 +40,7 @@ fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features:
         extended_l2: false,
         preallocated: false,
         encryption: Encryption::None,
+        backing: Behind::Nothing,
         sectors: 160 * cluster / SECTOR as u64,
     };
     Config {
@@ -166,6 +168,13 @@ fn every_operation_fails_with_subclusters() {
 }
 
 #[test]
+fn every_operation_fails_over_a_backing_file() {
+    let config = config(11, false, 4 << 20, EVERYTHING);
+    let image = config.image.over(Behind::Two(config.image.sectors - 3));
+    every_operation("2048-byte clusters over two backing files", Config { image, ..config });
+}
+
+#[test]
 fn random_histories_with_faults() {
     let (mut histories, mut faults, mut crash_images) = (0, 0, 0);
     for seed in slice::Slice::new(15, 10, 0.5) {
@@ -185,7 +194,7 @@ fn random_histories_with_faults() {
 
 /// Opens and closes the image on the device, as far as it goes.
 async fn recover(config: &Config, device: &SimDevice) -> Result<(), Error> {
-    let image = Image::open(device.clone(), config.options()).await?;
+    let image = config.open(device.clone()).await?;
     image.close().await
 }
 

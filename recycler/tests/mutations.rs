@@ -11,6 +11,7 @@ mod common;
 use std::fmt;
 use std::time::Instant;
 
+use common::chain::Behind;
 use common::crash::Effort;
 use common::cuts::{self, Budget, Counts, Made, Start};
 use common::directed;
@@ -61,6 +62,7 @@ const SNAPSHOT: Variant = Variant { name: "snapshot", made: Made::WithSnapshot, 
 const COMPRESSED: Variant =
     Variant { name: "compressed", cluster_bits: 11, sectors: 96, made: Made::Compressed, ..PLAIN };
 const ENCRYPTED: Variant = Variant { name: "encrypted", cluster_bits: 10, encryption: Encryption::Luks, ..PLAIN };
+const OVER_A_FILE: Variant = Variant { name: "over a file", cluster_bits: 11, backing: Behind::Raw(70), ..PLAIN };
 const PARTIAL: Variant = Variant { name: "partial clusters", cluster_bits: 10, ..PLAIN };
 const MANY_BLOCKS: Variant = Variant { name: "many refcount blocks", refcount_bits: 64, ..PLAIN };
 
@@ -78,6 +80,7 @@ fn sort(mutation: Mutation) -> Sort {
         M::RewriteSharedBeforeFlush | M::SkipBarrier | M::LinkTableCopyEarly | M::LinkBeforeData => {
             Sort::Steps(SNAPSHOT)
         }
+        M::LinkBeforeCopyUp => Sort::Steps(OVER_A_FILE),
         M::LinkBeforeEncrypted => Sort::Steps(ENCRYPTED),
         M::RewritePackedBeforeFlush => Sort::Steps(COMPRESSED),
         M::EntryBeforeBlock | M::ReferenceBeforeEntry | M::TablesBeforeCounts => Sort::Steps(MANY_BLOCKS),

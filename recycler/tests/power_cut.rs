@@ -60,12 +60,13 @@ fn random_histories() {
 
 /// Sequences of up to three steps on one kind of image each.
 mod sequences {
+    use crate::common::chain::Behind;
     use crate::common::cuts::Made;
     use crate::common::encryption::Encryption;
     use crate::common::sequences::{PLAIN, Variant};
 
     /// What each kind gets of a soak.
-    const SHARE: f64 = 0.5 / 16.0;
+    const SHARE: f64 = 0.5 / 24.0;
 
     macro_rules! on {
         ($name:ident, $threes:expr, $variant:expr) => {
@@ -108,4 +109,29 @@ mod sequences {
     // Every growth of the file needs new refcount blocks.
     on!(many_refcount_blocks, 40, Variant { refcount_bits: 64, ..PLAIN });
     on!(device_of_fixed_length, 20, Variant { room: 512, ..PLAIN });
+    on!(over_a_raw_file, 40, Variant { cluster_bits: 11, backing: Behind::Raw(70), ..PLAIN });
+    on!(over_a_shorter_file, 20, Variant { cluster_bits: 10, backing: Behind::Raw(39), ..PLAIN });
+    on!(over_a_longer_image, 20, Variant { cluster_bits: 11, backing: Behind::Image(101), ..PLAIN });
+    on!(over_two, 20, Variant { backing: Behind::Two(70), ..PLAIN });
+    on!(
+        over_two_snapshot,
+        20,
+        Variant { cluster_bits: 10, backing: Behind::Two(70), made: Made::WithSnapshot, ..PLAIN }
+    );
+    on!(
+        over_a_file_compressed,
+        10,
+        Variant { cluster_bits: 11, sectors: 96, backing: Behind::Raw(90), made: Made::Compressed, ..PLAIN }
+    );
+    on!(
+        over_an_image_subclusters,
+        10,
+        Variant { cluster_bits: 14, extended_l2: true, sectors: 130, backing: Behind::Image(120), ..PLAIN }
+    );
+    on!(over_an_image_version_2, 10, Variant { cluster_bits: 10, version: 2, backing: Behind::Image(70), ..PLAIN });
+    on!(
+        over_a_file_encrypted,
+        10,
+        Variant { cluster_bits: 11, backing: Behind::Raw(70), encryption: Encryption::Aes, ..PLAIN }
+    );
 }

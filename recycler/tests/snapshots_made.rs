@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::chain::Behind;
 use common::memory::MemoryDevice;
 use common::snapshots::{self, Anatomy};
 use common::taken::TakenAll;
@@ -132,7 +133,7 @@ fn refcounts_that_are_too_narrow_are_told_of_before_anything_changes() {
     let mut taken = TakenAll::default();
     taken.insert("one", &disk);
     taken.insert("two", &disk);
-    snapshots::stand(&file, &taken).unwrap();
+    snapshots::stand(&file, &taken, Behind::Nothing).unwrap();
     let (_, image) = new(CreateOptions { refcount_bits: 1, ..plain() });
     let error = block_on(image.create_snapshot("one")).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");

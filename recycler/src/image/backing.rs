@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
 use super::Image;
+use super::open::Given;
 use crate::buf::IoBufMut;
+use crate::device::BlockDevice;
 use crate::device::host::HostFile;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
@@ -15,18 +17,39 @@ use crate::options::{BackingFormat, BackingPolicy, DataFilePolicy, Options};
 /// A chain of backing files may be this long.
 const MAX_DEPTH: usize = 64;
 
-/// What is behind an image.
+/// A file behind an image, on a device: what shows through where the image holds nothing.
 #[cfg_attr(feature = "models", allow(clippy::large_enum_variant, reason = "the model checker's locks are large"))]
+pub enum BackingFile<D: BlockDevice> {
+    /// The disk as it is.
+    Raw(D),
+    /// Another image, open, with what is behind it in turn.
+    Image(Box<Image<D>>),
+}
+
+/// What is behind an image.
 pub(crate) enum Backing {
     /// Nothing: unallocated clusters read as zeroes.
     None,
     /// A file of this name that was not opened.
     Skipped(String),
-    /// A raw file.
-    Raw(Volume<HostFile>),
-    /// Another image.
-    Image(Box<Image<HostFile>>),
+    /// A file, on whatever device, which need not be of the image's own type.
+    Open(Box<dyn Behind>),
 }
+
+/// A disk that is only read.
+pub(crate) trait Behind: Send + Sync {
+    /// Its size in bytes.
+    fn size(&self) -> u64;
+
+    /// Whether it is encrypted, or something behind it is.
+    fn uses_passphrase(&self) -> bool;
+
+    /// Fills `buf` from byte `at`; what lies past the end reads as zeroes.
+    fn read<'a>(&'a self, at: u64, buf: IoBufMut<'a>) -> Boxed<'a, ()>;
+}
+
+/// An image may have an image behind it, so its futures are recursive: those that lead there are boxed.
+type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
 /// Where a backing file is, and what it is.
 pub(super) struct Located {
@@ -66,8 +89,26 @@ impl Located {
         Ok(Located { path, format })
     }
 
+    /// Opens it behind the images at the paths `above`, which were opened with `options`.
+    pub(super) async fn open(
+        &self,
+        options: &Options,
+        unrecorded: Option<BackingFormat>,
+        above: &[PathBuf],
+    ) -> Result<BackingFile<HostFile>> {
+        let file = HostFile::open(&self.path, options.read_only)?;
+        match self.format {
+            BackingFormat::Raw => Ok(BackingFile::Raw(file)),
+            BackingFormat::Qcow2 => {
+                let above = [above, std::slice::from_ref(&self.path)].concat();
+                let image = open_boxed(file, self.options(options, unrecorded), above).await?;
+                Ok(BackingFile::Image(Box::new(image)))
+            }
+        }
+    }
+
     /// Options for an image that is behind one opened with `options`.
-    pub(super) fn options(&self, options: &Options, unrecorded: Option<BackingFormat>) -> Options {
+    fn options(&self, options: &Options, unrecorded: Option<BackingFormat>) -> Options {
         let directory = self.path.parent().unwrap_or(Path::new("/")).to_owned();
         let data_file = match &options.data_file {
             DataFilePolicy::Allow { .. } => DataFilePolicy::Allow { directory: directory.clone() },
@@ -89,6 +130,16 @@ pub(super) fn failed(path: &Path, source: Error) -> Error {
     Error::Backing { path: path.display().to_string(), source: Box::new(source) }
 }
 
+impl<D: BlockDevice> BackingFile<D> {
+    /// To be read.
+    async fn behind(self) -> Result<Backing> {
+        Ok(Backing::Open(match self {
+            BackingFile::Raw(device) => Box::new(Volume::new(device).await?),
+            BackingFile::Image(image) => image,
+        }))
+    }
+}
+
 impl Backing {
     /// Opens what the header names, as far as the policy allows.
     pub(crate) async fn open(header: &Header, options: &Options, above: &[PathBuf]) -> Result<Backing> {
@@ -102,16 +153,19 @@ impl Backing {
             BackingPolicy::Allow { directory, unrecorded } => (directory, *unrecorded),
         };
         let located = Located::find(header, name, directory, unrecorded, above)?;
-        let failed = |source| failed(&located.path, source);
-        let file = HostFile::open(&located.path, true).map_err(failed)?;
-        match located.format {
-            BackingFormat::Raw => Ok(Backing::Raw(Volume::new(file).await.map_err(failed)?)),
-            BackingFormat::Qcow2 => {
-                let options = Options { read_only: true, ..located.options(options, unrecorded) };
-                let above = [above, std::slice::from_ref(&located.path)].concat();
-                Ok(Backing::Image(Box::new(open_boxed(file, options, above).await.map_err(failed)?)))
-            }
+        let options = Options { read_only: true, ..options.clone() };
+        let opened = async { located.open(&options, unrecorded, above).await?.behind().await };
+        opened.await.map_err(|e| failed(&located.path, e))
+    }
+
+    /// Takes the file that the program gave for what the header names, whatever the header calls it.
+    pub(super) async fn given<D: BlockDevice>(header: &Header, file: BackingFile<D>) -> Result<Backing> {
+        let bad = |reason: &str| Error::BadOption { name: "backing".to_owned(), reason: reason.to_owned() };
+        let Some(name) = &header.backing_file else { return Err(bad("the image has no backing file")) };
+        if matches!(&file, BackingFile::Image(image) if !image.options.read_only) {
+            return Err(bad("is open for writing"));
         }
+        file.behind().await.map_err(|e| failed(Path::new(name), e))
     }
 
     /// Whether there is a backing file, opened or not.
@@ -122,9 +176,9 @@ impl Backing {
     /// Whether an image in it is encrypted; unknown if it was skipped.
     pub(super) fn uses_passphrase(&self) -> bool {
         match self {
-            Backing::None | Backing::Raw(_) => false,
+            Backing::None => false,
             Backing::Skipped(_) => true,
-            Backing::Image(image) => image.uses_passphrase(),
+            Backing::Open(file) => file.uses_passphrase(),
         }
     }
 
@@ -133,8 +187,7 @@ impl Backing {
         match self {
             Backing::None => 0,
             Backing::Skipped(_) => u64::MAX,
-            Backing::Raw(volume) => volume.length(),
-            Backing::Image(image) => image.virtual_size(),
+            Backing::Open(file) => file.size(),
         }
     }
 
@@ -145,37 +198,57 @@ impl Backing {
 
     /// Fills `buf` from byte `at`; what lies past the end reads as zeroes.
     pub(crate) async fn read(&self, at: u64, mut buf: IoBufMut<'_>) -> Result<()> {
-        let wanted = buf.len();
         match self {
-            Backing::None => buf.fill_zero(),
+            Backing::None => {
+                buf.fill_zero();
+                Ok(())
+            }
             Backing::Skipped(path) => {
                 let reason = "its contents are needed".to_owned();
-                return Err(Error::BackingNotAllowed { path: path.clone(), reason });
+                Err(Error::BackingNotAllowed { path: path.clone(), reason })
             }
-            Backing::Raw(volume) => volume.read("reading the backing file", at, buf).await?,
-            Backing::Image(image) => {
-                let there = image.virtual_size().saturating_sub(at).min(wanted as u64) as usize;
-                if there > 0 {
-                    read_boxed(image, at, buf.slice(0..there)).await?;
-                }
-                buf.slice(there..wanted).fill_zero();
-            }
+            Backing::Open(file) => file.read(at, buf).await,
         }
-        Ok(())
     }
 }
 
-type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
+impl<D: BlockDevice> Behind for Volume<D> {
+    fn size(&self) -> u64 {
+        self.length()
+    }
 
-// An image may have an image behind it, so its futures are recursive: these two are boxed.
+    fn uses_passphrase(&self) -> bool {
+        false
+    }
 
-fn open_boxed(file: HostFile, options: Options, above: Vec<PathBuf>) -> Boxed<'static, Image<HostFile>> {
-    Box::pin(async move { Image::open_above(file, None, options, &above).await })
+    fn read<'a>(&'a self, at: u64, buf: IoBufMut<'a>) -> Boxed<'a, ()> {
+        Box::pin(async move { Volume::read(self, "reading the backing file", at, buf).await })
+    }
 }
 
-fn read_boxed<'a>(image: &'a Image<HostFile>, at: u64, buf: IoBufMut<'a>) -> Boxed<'a, ()> {
-    Box::pin(async move {
-        let _request = image.epochs.enter();
-        image.read_range(at, buf).await
-    })
+impl<D: BlockDevice> Behind for Image<D> {
+    fn size(&self) -> u64 {
+        self.virtual_size()
+    }
+
+    fn uses_passphrase(&self) -> bool {
+        Image::uses_passphrase(self)
+    }
+
+    fn read<'a>(&'a self, at: u64, mut buf: IoBufMut<'a>) -> Boxed<'a, ()> {
+        Box::pin(async move {
+            let wanted = buf.len();
+            let there = self.virtual_size().saturating_sub(at).min(wanted as u64) as usize;
+            if there > 0 {
+                let _request = self.epochs.enter();
+                self.read_range(at, buf.slice(0..there)).await?;
+            }
+            buf.slice(there..wanted).fill_zero();
+            Ok(())
+        })
+    }
+}
+
+fn open_boxed(file: HostFile, options: Options, above: Vec<PathBuf>) -> Boxed<'static, Image<HostFile>> {
+    Box::pin(async move { Image::open_above(file, Given::default(), options, &above).await })
 }

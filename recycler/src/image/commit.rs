@@ -10,16 +10,17 @@
 //!   backing file show: the same data, durable since the first flush.
 //! - Cut after the second: the clusters that the overlay had are leaks at worst.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::backing::{Located, failed};
+use super::backing::{BackingFile, Located, failed};
 use super::{ExtentKind, Image};
 use crate::buf::{IoBuf, IoBufMut};
 use crate::device::BlockDevice;
 use crate::device::host::HostFile;
 use crate::device::volume::{PIECE, Volume};
 use crate::error::{Error, Result};
-use crate::options::{BackingFormat, BackingPolicy, Options};
+use crate::mutation::{Mutation, broken};
+use crate::options::{BackingPolicy, Options};
 
 /// What a commit did, or has done so far. Sizes are in bytes of the virtual disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,9 +37,9 @@ pub struct CommitReport {
 
 /// Where the overlay's contents go.
 #[cfg_attr(feature = "models", allow(clippy::large_enum_variant, reason = "the model checker's locks are large"))]
-enum Target {
-    Raw(Volume<HostFile>),
-    Image(Box<Image<HostFile>>),
+enum Target<B: BlockDevice> {
+    Raw(Volume<B>),
+    Image(Box<Image<B>>),
 }
 
 /// Writes what the image at `path` holds into its backing file, and empties the image: the disk reads as before, and its
@@ -58,32 +59,75 @@ pub async fn commit(
     options: &Options,
     progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
 ) -> Result<CommitReport> {
-    let bad = |reason: &str| Error::BadOption { name: "backing".to_owned(), reason: reason.to_owned() };
     let BackingPolicy::Allow { directory, unrecorded } = &options.backing else {
         return Err(bad("must be allowed for a commit"));
     };
-    // Without its backing file the overlay shows what it holds itself, and nothing here needs to see more.
-    let own = Options { backing: BackingPolicy::Skip, ..options.clone() };
-    let overlay = Image::open(HostFile::open(path, false)?, own).await?;
-    overlay.ensure_writable()?;
-    let Some(name) = &overlay.header.backing_file else { return Err(bad("the image has no backing file")) };
+    let overlay = open_overlay(HostFile::open(path, false)?, options).await?;
+    let name = backing_name(&overlay)?;
     let above = [path.canonicalize().map_err(Error::io("opening the image file", 0))?];
     let located = Located::find(&overlay.header, name, directory, *unrecorded, &above)?;
-    let target = Target::open(&located, options, *unrecorded, &above).await.map_err(|e| failed(&located.path, e))?;
-    let report = copy(&overlay, &located, &target, progress).await?;
-    target.close().await.map_err(|e| failed(&located.path, e))?;
+    let writing = Options { discard: true, ..options.clone() };
+    let target = async { Target::of(located.open(&writing, *unrecorded, &above).await?).await };
+    let target = target.await.map_err(|e| failed(&located.path, e))?;
+    carry_out(&overlay, &target, &located.path, progress).await
+}
+
+/// The same, with the overlay on a device and its backing file, if that is an image then opened for writing, on another. The
+/// option for backing files is not asked.
+///
+/// # Errors
+/// As [`commit`].
+pub async fn commit_into<D: BlockDevice, B: BlockDevice>(
+    overlay: D,
+    backing: BackingFile<B>,
+    options: &Options,
+    progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
+) -> Result<CommitReport> {
+    let overlay = open_overlay(overlay, options).await?;
+    let name = Path::new(backing_name(&overlay)?);
+    let target = Target::of(backing).await.map_err(|e| failed(name, e))?;
+    carry_out(&overlay, &target, name, progress).await
+}
+
+fn bad(reason: &str) -> Error {
+    Error::BadOption { name: "backing".to_owned(), reason: reason.to_owned() }
+}
+
+/// Without its backing file the overlay shows what it holds itself, and nothing here needs to see more.
+async fn open_overlay<D: BlockDevice>(device: D, options: &Options) -> Result<Image<D>> {
+    let overlay = Image::open(device, Options { backing: BackingPolicy::Skip, ..options.clone() }).await?;
+    overlay.ensure_writable()?;
+    Ok(overlay)
+}
+
+fn backing_name<D: BlockDevice>(overlay: &Image<D>) -> Result<&str> {
+    overlay.header.backing_file.as_deref().ok_or_else(|| bad("the image has no backing file"))
+}
+
+/// All the steps. Errors of the backing file name its path.
+async fn carry_out<D: BlockDevice, B: BlockDevice>(
+    overlay: &Image<D>,
+    target: &Target<B>,
+    path: &Path,
+    progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
+) -> Result<CommitReport> {
+    let report = copy(overlay, target, path, progress).await?;
+    if broken(Mutation::EmptyBeforeBase) {
+        overlay.empty().await?;
+    }
+    target.close().await.map_err(|e| failed(path, e))?;
     overlay.empty().await?;
     overlay.close().await?;
     Ok(report)
 }
 
-async fn copy(
-    overlay: &Image<HostFile>,
-    located: &Located,
-    target: &Target,
+async fn copy<D: BlockDevice, B: BlockDevice>(
+    overlay: &Image<D>,
+    target: &Target<B>,
+    path: &Path,
     progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
 ) -> Result<CommitReport> {
-    let failed = |e| failed(&located.path, e);
+    let failed = |e| failed(path, e);
     let total = overlay.virtual_size();
     target.reach(total).await.map_err(failed)?;
     let mut report = CommitReport { total, ..CommitReport::default() };
@@ -114,20 +158,13 @@ async fn copy(
     Ok(report)
 }
 
-impl Target {
-    async fn open(
-        located: &Located,
-        options: &Options,
-        unrecorded: Option<BackingFormat>,
-        above: &[PathBuf],
-    ) -> Result<Target> {
-        let file = HostFile::open(&located.path, false)?;
-        match located.format {
-            BackingFormat::Raw => Ok(Target::Raw(Volume::new(file).await?)),
-            BackingFormat::Qcow2 => {
-                let options = Options { discard: true, ..located.options(options, unrecorded) };
-                let above = [above, std::slice::from_ref(&located.path)].concat();
-                Ok(Target::Image(Box::new(Image::open_above(file, None, options, &above).await?)))
+impl<B: BlockDevice> Target<B> {
+    async fn of(file: BackingFile<B>) -> Result<Self> {
+        match file {
+            BackingFile::Raw(device) => Ok(Target::Raw(Volume::new(device).await?)),
+            BackingFile::Image(image) => {
+                image.ensure_writable()?;
+                Ok(Target::Image(image))
             }
         }
     }

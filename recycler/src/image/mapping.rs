@@ -327,8 +327,8 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Refuses to write through entries of a slice that a damaged image points at a free cluster, which the next write may be
-    /// given, or at one of the image's own tables, which a guest write would destroy. Done once for each entry; entries set
-    /// later are right by construction.
+    /// given, or at one of the image's own tables or a snapshot's, which a guest write would destroy; and through an L2 table that
+    /// a snapshot has, too, though the image says otherwise. Done once for each entry; entries set later are right by construction.
     pub(crate) async fn check_targets(
         &self,
         slice: &Arc<Slice>,
@@ -355,6 +355,8 @@ impl<D: BlockDevice> Image<D> {
         let invalid = |i: usize, entry: Entry, reason: &str| {
             self.invalid_entry(GuestCluster(guest.0 - index as u64 + i as u64), entry, reason)
         };
+        self.note_snapshot_tables().await?;
+        self.check_undisputed(guest.0 / self.meta.geometry.l2_entries())?;
         loop {
             let mut next = None;
             {

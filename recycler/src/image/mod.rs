@@ -30,8 +30,9 @@ mod upgrade;
 mod vacated;
 mod write;
 
+pub use backing::BackingFile;
 pub use bitmaps::BitmapInfo;
-pub use commit::{CommitReport, commit};
+pub use commit::{CommitReport, commit, commit_into};
 pub use create::{CreateOptions, DataFileOptions, create, create_with_data};
 pub use extents::{Extent, ExtentKind};
 pub use info::Info;
@@ -76,6 +77,8 @@ pub struct Image<D: BlockDevice> {
     compression_type: u8,
     /// The internal snapshots.
     snapshots: Mutex<snapshots::Snapshots>,
+    /// Whether the L2 tables that they refer to are among `meta.tables`: see `note_snapshot_tables`.
+    snapshot_tables_noted: AsyncMutex<bool>,
     virtual_size: AtomicU64,
     /// How guest data is encrypted.
     pub(crate) encryption: Encryption,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::backing::Backing;
+use super::backing::{Backing, BackingFile};
 use super::bitmaps::Bitmaps;
 use super::data_file::DataFile;
 use super::encryption::Encryption;
@@ -25,6 +25,19 @@ use crate::options::{LogLevel, Options};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{AsyncMutex, AsyncRwLock, Mutex, Notify};
 
+/// What a program gives with an image, so that it is not looked for on the host.
+pub(super) struct Given<D> {
+    /// The device of its external data file.
+    pub(super) data: Option<D>,
+    pub(super) backing: Option<Backing>,
+}
+
+impl<D> Default for Given<D> {
+    fn default() -> Self {
+        Given { data: None, backing: None }
+    }
+}
+
 impl<D: BlockDevice> Image<D> {
     /// Opens the image on `device`: reads the header, the L1 table and the refcount table. An image that was not closed
     /// cleanly is checked and repaired first, unless it is opened read-only (a version 2 image always, since it has no
@@ -35,7 +48,7 @@ impl<D: BlockDevice> Image<D> {
     /// changed; [`Error::WrongPassphrase`], the same; [`Error::BackingNotAllowed`]; [`Error::DataFileNotAllowed`];
     /// [`Error::Io`]; [`Error::BadOption`] for a passphrase and no image that it could be for.
     pub async fn open(device: D, options: Options) -> Result<Self> {
-        Self::open_above(device, None, options, &[]).await
+        Self::open_above(device, Given::default(), options, &[]).await
     }
 
     /// Opens the image on `device` whose guest data is in an external data file, which is on `data`, whatever the image calls
@@ -44,17 +57,32 @@ impl<D: BlockDevice> Image<D> {
     /// # Errors
     /// As [`open`](Self::open); [`Error::BadOption`] if the image has no external data file.
     pub async fn open_with_data(device: D, data: D, options: Options) -> Result<Self> {
-        Self::open_above(device, Some(data), options, &[]).await
+        Self::open_above(device, Given { data: Some(data), backing: None }, options, &[]).await
+    }
+
+    /// Opens the image on `device` whose backing file is `backing`, whatever the image calls it and says of its format. The option
+    /// for backing files is not asked. An image behind another must have been opened read-only.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); [`Error::BadOption`] if the image has no backing file, or `backing` is open for writing;
+    /// [`Error::Backing`].
+    pub async fn open_with_backing<B: BlockDevice>(
+        device: D,
+        backing: BackingFile<B>,
+        options: Options,
+    ) -> Result<Self> {
+        let volume = Volume::new(device).await?;
+        let (header, _) = read_header(&volume).await?;
+        let backing = Backing::given(&header, backing).await?;
+        Self::open_volume(volume, Given { data: None, backing: Some(backing) }, options, &[]).await
     }
 
     /// Opens an image that is behind those at the given paths.
-    pub(super) async fn open_above(
-        device: D,
-        data: Option<D>,
-        mut options: Options,
-        above: &[PathBuf],
-    ) -> Result<Self> {
-        let volume = Volume::new(device).await?;
+    pub(super) async fn open_above(device: D, given: Given<D>, options: Options, above: &[PathBuf]) -> Result<Self> {
+        Self::open_volume(Volume::new(device).await?, given, options, above).await
+    }
+
+    async fn open_volume(volume: Volume<D>, given: Given<D>, mut options: Options, above: &[PathBuf]) -> Result<Self> {
         let (mut header, mut sector) = read_header(&volume).await?;
         let refusal =
             if options.read_only { header.unsupported_for_reading() } else { header.unsupported_for_writing() };
@@ -62,7 +90,10 @@ impl<D: BlockDevice> Image<D> {
             return Err(Error::Unsupported { what });
         }
         let encryption = Encryption::open(&volume, &header, options.passphrase.as_ref()).await?;
-        let backing = Backing::open(&header, &options, above).await?;
+        let backing = match given.backing {
+            Some(backing) => backing,
+            None => Backing::open(&header, &options, above).await?,
+        };
         let used = encryption.is_on() || backing.uses_passphrase() || !above.is_empty();
         if options.passphrase.take().is_some() && !used {
             // Somebody may have exchanged the image for one that would store the guest's secrets as they are.
@@ -78,7 +109,7 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         let (snapshots, snapshots_end) = read_snapshots(&volume, &header).await?;
-        let data = DataFile::open(&header, volume.device(), data, &options, above).await?;
+        let data = DataFile::open(&header, volume.device(), given.data, &options, above).await?;
         if !options.read_only && (header.version < 3 || header.incompatible & incompatible::DIRTY != 0) {
             recover(&volume, &header, &options).await?;
             // A repair may have made tables anew at the end of the file.
@@ -98,6 +129,7 @@ impl<D: BlockDevice> Image<D> {
             incompatible: header.incompatible & !incompatible::DIRTY,
             compression_type: header.compression_type,
             snapshots: Mutex::new(Snapshots::new(snapshots, header.snapshots_offset)),
+            snapshot_tables_noted: AsyncMutex::default(),
             virtual_size: AtomicU64::new(header.virtual_size),
             plain_span: if encryption.is_on() { 0 } else { header.geometry.cluster_size() },
             encryption,

@@ -63,6 +63,7 @@ impl Drop for Holes<'_> {
 impl<D: BlockDevice> Image<D> {
     /// Puts what was free when the image was opened into Junk. The caller has the compaction's turn, or the image to itself.
     pub(crate) async fn find_junk(&self) -> Result<()> {
+        self.note_snapshot_tables().await?;
         let (_, mut snapshots) = self.snapshot_l1_tables();
         let contradictions = scan::find_junk(&self.volume, &self.meta, &self.clusters, &mut snapshots).await?;
         if contradictions > 0 {

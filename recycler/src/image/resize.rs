@@ -91,6 +91,8 @@ impl<D: BlockDevice> Image<D> {
         let first = geometry.clusters_for(size);
         for l1_index in first / per_table..self.meta.l1.len() {
             let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? else { continue };
+            self.note_snapshot_tables().await?;
+            self.check_undisputed(l1_index)?;
             let start = first.max(l1_index * per_table);
             let end = (l1_index + 1) * per_table;
             self.clear_clusters(start..end, Clear::Forget, Access::Frozen).await?;

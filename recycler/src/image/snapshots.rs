@@ -12,10 +12,11 @@ use std::ops::Range;
 use super::Image;
 use super::encryption::Contents;
 use crate::buf::IoBuf;
+use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Place, L1Tables};
 use crate::device::BlockDevice;
 use crate::device::volume::PIECE;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::header;
 use crate::format::snapshot::Snapshot;
 use crate::units::{Geometry, HostCluster, HostOffset};
@@ -28,11 +29,13 @@ pub(crate) struct Snapshots {
     pub(super) table: HostOffset,
     /// Changes when somebody moves what the snapshots' tables refer to.
     generation: u64,
+    /// L2 tables that the disk claims for itself, in a damaged image, and a snapshot refers to.
+    disputed: ClusterSet,
 }
 
 impl Snapshots {
     pub(crate) fn new(entries: Vec<Snapshot>, table: HostOffset) -> Self {
-        Snapshots { entries, table, generation: 0 }
+        Snapshots { entries, table, generation: 0, disputed: ClusterSet::default() }
     }
 
     /// The clusters that the table occupies.
@@ -44,7 +47,8 @@ impl Snapshots {
 
     /// Another table, at another place.
     fn exchange(&mut self, other: Snapshots) {
-        *self = Snapshots { generation: self.generation + 1, ..other };
+        let disputed = std::mem::take(&mut self.disputed);
+        *self = Snapshots { generation: self.generation + 1, disputed, ..other };
     }
 
     /// The table stands at a new place.
@@ -81,6 +85,49 @@ impl<D: BlockDevice> Image<D> {
         let snapshots = self.snapshots.lock();
         let place = |s: &Snapshot| L1Place { offset: s.l1_offset, entries: s.l1_entries.into() };
         (snapshots.generation, L1Tables::new(snapshots.entries.iter().map(place).collect()))
+    }
+
+    /// Takes note, once, of the L2 tables that snapshots refer to: guests are kept away from them as from the image's own. Only L1
+    /// tables are read.
+    ///
+    /// The caller needs no turn. Whoever makes or deletes snapshots, or moves what they refer to, has called this before, and from
+    /// then on follows what he does in `meta.tables`; so the snapshots' tables stand still until it is done.
+    pub(crate) async fn note_snapshot_tables(&self) -> Result<()> {
+        let mut noted = self.snapshot_tables_noted.lock().await;
+        if *noted {
+            return Ok(());
+        }
+        let geometry = self.meta.geometry;
+        let (_, mut snapshots) = self.snapshot_l1_tables();
+        let mut found = ClusterSet::default();
+        for l1_index in 0..snapshots.len() {
+            for table in snapshots.at(&self.volume, &self.meta, l1_index).await? {
+                found.insert(geometry.host_cluster(table.host));
+            }
+            if l1_index % 4096 == 4095 {
+                // A large image must not keep other work from this thread.
+                tokio::task::yield_now().await;
+            }
+        }
+        // A table that guests have made since is none of these: no snapshot refers to what was free.
+        let active = (0..self.meta.l1.len()).filter_map(|i| self.meta.l1.get(i, self.volume.length()).ok().flatten());
+        let sole = active.filter(|table| table.copied).map(|table| geometry.host_cluster(table.host));
+        let disputed: Vec<_> = sole.filter(|&c| found.contains(c)).collect();
+        disputed.into_iter().for_each(|c| _ = self.snapshots.lock().disputed.insert(c));
+        self.meta.tables.lock().add_all(&found);
+        *noted = true;
+        Ok(())
+    }
+
+    /// Refuses an L2 table that the disk claims for itself, so that guests would change it, and a snapshot refers to.
+    pub(super) fn check_undisputed(&self, l1_index: u64) -> Result<()> {
+        let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? else { return Ok(()) };
+        if table.copied && self.snapshots.lock().disputed.contains(self.meta.geometry.host_cluster(table.host)) {
+            let at = self.meta.l1.clusters().start * self.meta.geometry.cluster_size() + l1_index * 8;
+            let reason = format!("{}: the L2 table is said to be the disk's alone, and a snapshot has it", table.host);
+            return Err(Error::invalid("L1 table entry", at, reason));
+        }
+        Ok(())
     }
 
     /// Moves the snapshots' L1 tables, and the snapshot table, into holes below cluster `limit`, as far as they lie past it

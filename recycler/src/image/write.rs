@@ -192,7 +192,10 @@ impl<D: BlockDevice> Image<D> {
         // old contents. Otherwise the data must be durable first, lest neither old nor new shows. And zeroes that are not
         // durable yet must become so first, lest what the cluster once held shows. In an encrypted image the pool's zeroes
         // decrypt to garbage: the clusters were written whole, and all of it must be durable first.
-        let zeroes_before = old.iter().zip(first.0..).all(|(o, g)| self.reads_as_zero(o.1, g << geometry.cluster_bits));
+        let read_as_zero = |mapping: Mapping, at: u64| {
+            self.reads_as_zero(mapping, at) || mapping == Mapping::Unallocated && broken(Mutation::LinkBeforeCopyUp)
+        };
+        let zeroes_before = old.iter().zip(first.0..).all(|(o, g)| read_as_zero(o.1, g << geometry.cluster_bits));
         let must_show_all = encrypted && !broken(Mutation::LinkBeforeEncrypted);
         if !allocation.durable || must_show_all || !zeroes_before && !broken(Mutation::LinkBeforeData) {
             self.meta.require_barrier();

@@ -7,12 +7,13 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use qcow_recycler::Options;
 use qcow_recycler::device::Features;
-use rand::Rng;
+use qcow_recycler::{BlockDevice, Error, Image, Options};
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
 
+use super::chain::{self, Behind};
 use super::content::SECTOR;
 use super::encryption::Encryption;
 use super::sim::{Delay, Settings};
@@ -28,6 +29,7 @@ pub struct ImageKind {
     pub extended_l2: bool,
     pub preallocated: bool,
     pub encryption: Encryption,
+    pub backing: Behind,
     /// Size of the virtual disk in sectors.
     pub sectors: u64,
 }
@@ -36,6 +38,11 @@ impl ImageKind {
     /// Sectors in a cluster.
     pub fn cluster_sectors(&self) -> u64 {
         (1u64 << self.cluster_bits) / SECTOR as u64
+    }
+
+    /// The same with this behind it, if QEMU makes such an image.
+    pub fn over(self, backing: Behind) -> ImageKind {
+        ImageKind { backing, preallocated: self.preallocated && !backing.exists(), ..self }
     }
 
     /// For `qemu-img -o`.
@@ -59,22 +66,44 @@ impl ImageKind {
         if let Some(bytes) = MADE.lock().get(self) {
             return bytes.clone();
         }
-        let directory = tempfile::tempdir().expect("a temporary directory");
-        let path = directory.path().join("image.qcow2");
+        // Where its backing file is.
+        let chain = self.backing.chain();
+        let file = tempfile::NamedTempFile::new_in(chain::directory()).expect("a temporary file");
+        let path = file.path();
         let mut options = self.options();
         if self.preallocated {
             options.push_str(",preallocation=metadata");
         }
         let output = Command::new("qemu-img")
             .args(["create", "-q", "-f", "qcow2", "-o", &options])
-            .arg(&path)
+            .args(chain.iter().flat_map(|chain| chain.arguments()))
+            .arg(path)
             .arg((self.sectors * SECTOR as u64).to_string())
             .output()
             .expect("these tests need qemu-img");
         assert!(output.status.success(), "qemu-img create -o {options}: {}", String::from_utf8_lossy(&output.stderr));
-        let bytes = self.encryption.apply(std::fs::read(&path).expect("the new image"));
+        let bytes = self.encryption.apply(std::fs::read(path).expect("the new image"));
         MADE.lock().insert(*self, bytes.clone());
         bytes
+    }
+}
+
+/// What is behind some of the images with a disk of so many sectors: shorter than it, longer, or as long.
+fn random_backing(seed: u64, sectors: u64) -> Behind {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x6261_636b);
+    if rng.random_bool(0.7) {
+        return Behind::Nothing;
+    }
+    let size = match rng.random_range(0..4) {
+        0 => rng.random_range(1..=sectors),
+        1 => sectors + rng.random_range(1..=sectors),
+        _ => sectors,
+    };
+    // Where it matters, a chain is a short one.
+    match rng.random_range(0..4) {
+        0 | 1 => Behind::Raw(size),
+        2 => Behind::Image(size),
+        _ => Behind::Two(size),
     }
 }
 
@@ -141,8 +170,10 @@ impl Config {
             extended_l2,
             preallocated: rng.random_bool(0.1),
             encryption: Encryption::None,
+            backing: Behind::Nothing,
             sectors: clusters * cluster_sectors + ragged,
         };
+        let image = image.over(random_backing(seed, image.sectors));
         let cluster = 1u64 << cluster_bits;
         let all = Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true };
         let features = match rng.random_range(0..4) {
@@ -206,6 +237,25 @@ impl Config {
         }
     }
 
+    /// Opens the image, with what is behind it.
+    ///
+    /// # Errors
+    /// The library's.
+    pub async fn open<D: BlockDevice>(&self, device: D) -> Result<Image<D>, Error> {
+        self.open_as(device, self.options(), Delay::None).await
+    }
+
+    /// The same with other options, and with backing files that take their time.
+    ///
+    /// # Errors
+    /// The library's.
+    pub async fn open_as<D: BlockDevice>(&self, device: D, options: Options, delay: Delay) -> Result<Image<D>, Error> {
+        match self.image.backing.open(delay).await {
+            Some(backing) => Image::open_with_backing(device, backing, options).await,
+            None => Image::open(device, options).await,
+        }
+    }
+
     /// How the device behaves.
     pub fn device(&self, record: bool) -> Settings {
         Settings {
@@ -223,7 +273,7 @@ impl fmt::Display for Config {
         let i = &self.image;
         write!(
             f,
-            "clusters of {} B, refcounts of {} bits, version {}{}{}{}{}, disk of {} sectors, L2 cache {} B, \
+            "clusters of {} B, refcounts of {} bits, version {}{}{}{}{}{}, disk of {} sectors, L2 cache {} B, \
             keep_erased {}, \
              compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}{}",
             1u64 << i.cluster_bits,
@@ -237,6 +287,7 @@ impl fmt::Display for Config {
                 Encryption::Aes => ", AES",
                 Encryption::Luks => ", LUKS",
             },
+            if i.backing.exists() { format!(", over {:?}", i.backing) } else { String::new() },
             i.sectors,
             self.l2_cache_size,
             self.keep_erased,

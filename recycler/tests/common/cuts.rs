@@ -11,12 +11,12 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use qcow_recycler::Image;
 use qcow_recycler::device::Features;
 use qcow_recycler::recycler::compact;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::chain::Behind;
 use super::config::{Config, ImageKind, Scale};
 use super::content::{Content, SECTOR, recognise};
 use super::crash::{Atom, Effort, Epoch};
@@ -51,7 +51,7 @@ pub enum Made {
 impl Start {
     /// A new image.
     pub fn empty(config: &Config) -> Start {
-        Start { image: config.create(), model: Model::new(config.image.sectors) }
+        Start { image: config.create(), model: Model::over(config.image.backing, config.image.sectors) }
     }
 
     /// What a history leaves after it was closed.
@@ -66,7 +66,7 @@ impl Start {
         let image = match made {
             Made::Plain => image,
             Made::WithSnapshot => verify::with_snapshot(&image),
-            Made::Compressed => verify::compressed(&image, &history.config.image.options()),
+            Made::Compressed => verify::compressed(&image, &history.config.image),
         };
         if made == Made::WithSnapshot {
             model.taken.insert(verify::SNAPSHOT, &disk);
@@ -129,21 +129,24 @@ pub fn overtaken_history(seed: u64) -> (History, Start) {
 }
 
 /// A file that is about to outgrow what its refcount table can name: the next growth needs a larger table, and a new place
-/// for it.
+/// for it. In every other one a snapshot has what is there, so that what is discarded stays counted.
 pub fn outgrowing_history(seed: u64) -> (History, Start) {
-    static MADE: LazyLock<Start> = LazyLock::new(|| {
+    fn filled(made: Made) -> Start {
         let config = outgrowing_config(1);
         let history =
             History { config, compare: false, rounds: vec![Round::of(&[Op::Write { first: 0, count: 3620 }])] };
-        Start::after(&history, Made::Plain).unwrap_or_else(|failure| panic!("filling: {failure}"))
-    });
+        Start::after(&history, made).unwrap_or_else(|failure| panic!("filling: {failure}"))
+    }
+    static MADE: LazyLock<Start> = LazyLock::new(|| filled(Made::Plain));
+    static SNAPSHOT: LazyLock<Start> = LazyLock::new(|| filled(Made::WithSnapshot));
+    let start = if seed / 16 % 2 == 0 { &MADE } else { &SNAPSHOT };
     let (config, mut rng) = (outgrowing_config(seed), SmallRng::seed_from_u64(seed));
     let mut ops = Vec::new();
     for first in [3630, 3640] {
         ops.extend([Op::Write { first, count: rng.random_range(1..5) }, Op::Flush]);
         ops.push(Op::Discard { first: rng.random_range(0..3600), count: 3 });
     }
-    (History { config, compare: false, rounds: vec![Round::of(&ops)] }, MADE.clone())
+    (History { config, compare: false, rounds: vec![Round::of(&ops)] }, Start::clone(start))
 }
 
 fn outgrowing_config(seed: u64) -> Config {
@@ -156,6 +159,7 @@ fn outgrowing_config(seed: u64) -> Config {
         extended_l2: false,
         preallocated: false,
         encryption: Encryption::None,
+        backing: Behind::Nothing,
         sectors: 3700,
     };
     let config = Config::random(seed, Scale::Tiny, &mut SmallRng::seed_from_u64(seed));
@@ -163,10 +167,17 @@ fn outgrowing_config(seed: u64) -> Config {
     Config { image, features, delay: Delay::None, l2_cache_size: 4 << 20, room: 0, ..config }
 }
 
-/// A disk that was written whole and then discarded in places.
+/// A disk that was written whole, or in places if something is behind it, and then discarded in places.
 pub fn full_of_holes(config: Config, rng: &mut SmallRng) -> Start {
     let (sectors, cluster) = (config.image.sectors, config.image.cluster_sectors());
-    let mut ops = vec![Op::Write { first: 0, count: sectors }];
+    let mut ops = if config.image.backing.exists() {
+        // Something shows of what is behind it, in pieces of clusters, too.
+        let written = |_: &u64| rng.random_bool(0.6);
+        let starts = (0..sectors).step_by(cluster.div_ceil(2) as usize).filter(written);
+        starts.map(|first| Op::Write { first, count: cluster.div_ceil(2).min(sectors - first) }).collect()
+    } else {
+        vec![Op::Write { first: 0, count: sectors }]
+    };
     for first in (0..sectors).step_by(cluster as usize) {
         if rng.random_bool(0.4) {
             ops.push(Op::Discard { first, count: cluster.min(sectors - first) });
@@ -432,7 +443,7 @@ fn cut_again(image: &[u8], model: &Model, config: &Config) -> Result<u64, String
         }
     });
     verify::in_paused_time(async {
-        let disk = Image::open(device.clone(), config.options()).await.map_err(|e| format!("opening again: {e}"))?;
+        let disk = config.open(device.clone()).await.map_err(|e| format!("opening again: {e}"))?;
         compact(&disk, &mut |_| true).await.map_err(|e| format!("compacting after recovery: {e}"))?;
         disk.close().await.map_err(|e| format!("closing after recovery: {e}"))
     })??;

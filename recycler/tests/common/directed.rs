@@ -6,6 +6,7 @@ use std::time::Duration;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::chain::Behind;
 use super::config::Config;
 use super::cuts::{Made, Start, full_of_holes};
 use super::history::{After, History, Op, Round};
@@ -14,12 +15,13 @@ use super::sim::Delay;
 
 /// Any of these.
 pub fn any(seed: u64) -> (History, Start) {
-    match seed / 8 % 6 {
+    match seed / 8 % 7 {
         0 => held_writes(seed),
         1 => held_writes_under_moves(seed),
         2 => writes_under_slow_moves(seed),
         3 => late_work(seed),
         4 => held_writes_under_snapshots(seed),
+        5 => first_writes(seed),
         _ => moving_tables(seed),
     }
 }
@@ -64,6 +66,32 @@ pub fn held_writes_under_snapshots(seed: u64) -> (History, Start) {
         guests[4].push(Op::Forget(0));
     }
     (concurrently(config, guests, After::Nothing), start)
+}
+
+/// Guests write to the same clusters for the first time, all at once and none to the sectors of another: what is around them is a
+/// backing file's, and must not come back over what another has just written.
+pub fn first_writes(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x6669_7273);
+    let backing = [Behind::Raw(90), Behind::Image(100), Behind::Two(96)][rng.random_range(0..3)];
+    let subclusters = rng.random_bool(0.3);
+    let cluster_bits = if subclusters { 14 } else { 12 };
+    let variant = Variant { cluster_bits, extended_l2: subclusters, sectors: 96, backing, ..PLAIN };
+    let config = Config { delay: Delay::Sleeps { yields: 3, millis: 4 }, ..variant.config(seed) };
+    let mut guests = vec![Vec::new(); 4];
+    for first in (0..96).step_by(8) {
+        for (guest, at) in guests.iter_mut().zip([0, 2, 4, 6]) {
+            let (first, count) = (first + at + rng.random_range(0..2), 1);
+            guest.push(match rng.random_range(0..8) {
+                0 => Op::Discard { first, count },
+                1 => Op::WriteZeroes { first, count, may_unmap: rng.random() },
+                _ => Op::Write { first, count },
+            });
+            if rng.random_bool(0.2) {
+                guest.push(Op::Flush);
+            }
+        }
+    }
+    (concurrently(config, guests, After::Nothing), Start::empty(&config))
 }
 
 /// Guests write to what is being moved while the copies are being flushed, which takes long.

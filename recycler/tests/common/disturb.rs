@@ -37,7 +37,7 @@ async fn live(
     guests: &[Vec<Op>],
     outcome: &mut Outcome,
 ) -> Result<bool, Failure> {
-    let image = match Image::open(device.clone(), config.options()).await {
+    let image = match config.open(device.clone()).await {
         Ok(image) => Arc::new(image),
         Err(e) => {
             outcome.fired = !device.disarm().is_empty();
@@ -156,8 +156,8 @@ pub fn with_fault(
     if closed {
         verify::our_check(&file, Tolerance::Clean).map_err(|e| error(format!("after closing: {e}")))?;
         let reopened = verify::in_paused_time(async {
-            let image = Image::open(device.clone(), config.options()).await.map_err(|e| e.to_string())?;
-            verify::whole_disk(&image, &mut model.clone()).await?;
+            let image = config.open(device.clone()).await.map_err(|e| e.to_string())?;
+            verify::whole_disk(&image, &mut model.clone(), config.image.backing).await?;
             image.close().await.map_err(|e| e.to_string())
         });
         let reopened = reopened.unwrap_or_else(|hangs| Err(hangs.to_owned()));

@@ -143,7 +143,7 @@ impl Shared {
     pub fn new(config: Config, clock: Clock, policy: Errors) -> Arc<Shared> {
         Arc::new(Shared {
             config,
-            model: Mutex::new(Model::new(config.image.sectors)),
+            model: Mutex::new(Model::over(config.image.backing, config.image.sectors)),
             errors: Mutex::default(),
             after_flush: Mutex::default(),
             work: Mutex::default(),
@@ -313,6 +313,14 @@ impl Shared {
                 let range = cut(first, count);
                 let _guard = self.exclude(range.clone()).await;
                 let length = range.end - range.start;
+                if self.config.image.version < 3 && self.config.image.backing.exists() {
+                    // What is behind it would show.
+                    let result = image.discard(range.start * SECTOR as u64, length * SECTOR as u64).await;
+                    return match result {
+                        Err(Error::Unsupported { .. }) => self.read_back(&what, image, range).await,
+                        other => Err(self.failure(format!("{what}: {other:?}, and should be refused"))),
+                    };
+                }
                 let request = self.model.lock().begin(range.start, length, |_, _| vec![Content::Zero]);
                 self.note(format!("{what} begins"));
                 let result = at_most(polls, image.discard(range.start * SECTOR as u64, length * SECTOR as u64)).await;
@@ -480,6 +488,13 @@ impl Shared {
             // Version 2 does not do that.
             return Ok(());
         }
+        if self.config.image.version < 3 && sectors > before && self.config.image.backing.sectors() > before {
+            // What is behind it would show.
+            return match image.resize(sectors * SECTOR as u64, false).await {
+                Err(Error::Unsupported { .. }) => Ok(()),
+                other => Err(self.failure(format!("growing to {sectors} sectors: {other:?}, and should be refused"))),
+            };
+        }
         self.note(format!("resize from {before} to {sectors} sectors"));
         self.model.lock().resize(sectors);
         if let Err(e) = image.resize(sectors * SECTOR as u64, sectors < before).await {
@@ -498,7 +513,9 @@ impl Shared {
     pub async fn compare<D: BlockDevice>(&self, image: &Image<D>) -> Result<(), Failure> {
         // The copy is compared, so that the model's lock is not held while the device works.
         let mut model = self.model.lock().clone();
-        verify::whole_disk(image, &mut model).await.map_err(|e| self.failure(format!("whole disk: {e}")))?;
+        verify::whole_disk(image, &mut model, self.config.image.backing)
+            .await
+            .map_err(|e| self.failure(format!("whole disk: {e}")))?;
         let report = image.check().await.map_err(|e| self.failure(format!("check of the open image: {e}")))?;
         verify::judge(&report, Tolerance::Clean).map_err(|e| self.failure(format!("check of the open image: {e}")))
     }

@@ -1,6 +1,7 @@
 //! Machinery that the simulation tests share. Each test program uses a part of it.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod chain;
 pub mod config;
 pub mod content;
 pub mod crash;

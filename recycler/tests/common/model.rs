@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::chain::Behind;
 use super::content::{Content, SECTOR, recognise};
 use super::taken::TakenAll;
 
@@ -137,6 +138,15 @@ impl Model {
             taken: TakenAll::default(),
             tightened: 0,
         }
+    }
+
+    /// A disk of `size` sectors that durably holds nothing, and shows what is behind it.
+    pub fn over(behind: Behind, size: u64) -> Self {
+        let mut model = Model::new(size);
+        for (cell, sector) in model.cells.iter_mut().zip(0..) {
+            cell.flushed = vec![behind.content(sector)];
+        }
+        model
     }
 
     /// Size of the disk in sectors.

@@ -35,7 +35,7 @@ pub async fn play<D: BlockDevice + Clone>(
             }
         });
         let options = Options { logger, ..history.config.options() };
-        let image = Image::open(device.clone(), options).await;
+        let image = history.config.open_as(device.clone(), options, history.config.delay).await;
         image.map(Arc::new).map_err(|e| shared.failure(format!("opening: {e}")))
     };
     let closed = &closed;

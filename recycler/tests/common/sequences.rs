@@ -6,6 +6,7 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 
+use super::chain::Behind;
 use super::config::{Config, ImageKind};
 use super::crash::Effort;
 use super::cuts::{self, Budget, Counts, Made, Start};
@@ -25,6 +26,7 @@ pub struct Variant {
     pub lazy_refcounts: bool,
     pub extended_l2: bool,
     pub encryption: Encryption,
+    pub backing: Behind,
     /// Of the disk.
     pub sectors: u64,
     pub l2_cache_size: u64,
@@ -43,6 +45,7 @@ pub const PLAIN: Variant = Variant {
     lazy_refcounts: false,
     extended_l2: false,
     encryption: Encryption::None,
+    backing: Behind::Nothing,
     sectors: 70,
     l2_cache_size: 4 << 20,
     made: Made::Plain,
@@ -80,6 +83,13 @@ pub fn steps(variant: &Variant) -> Vec<(&'static str, Round)> {
         ("grow", round(&[], false, After::Resize(variant.sectors * 2))),
         ("reopen", round(&[], false, After::Reopen)),
     ];
+    if variant.backing.exists() {
+        // Where nothing was written before.
+        steps.push(("hide", op(Op::Discard { first: 31, count: 6 })));
+        steps.push(("zero part", op(Op::WriteZeroes { first: 45, count: 1, may_unmap: true })));
+        let beside = [Op::Write { first: 33, count: 1 }, Op::Write { first: 32, count: 1 }];
+        steps.push(("write beside", round(&beside, false, After::Nothing)));
+    }
     if variant.made == Made::Compressed {
         steps.push(("compress", op(Op::Compress)));
         steps.push(("pack", op(Op::Pack { first: 2, count: 9 })));
@@ -98,6 +108,7 @@ impl Variant {
             extended_l2: self.extended_l2,
             preallocated: false,
             encryption: self.encryption,
+            backing: self.backing,
             sectors: self.sectors,
         };
         let features = Settings::new(0).features;

@@ -9,6 +9,7 @@ use qcow_recycler::format::refcount;
 use qcow_recycler::format::snapshot::{Snapshot, parse_entry};
 use qcow_recycler::format::subclusters::{Part, Subclusters};
 
+use super::chain::Behind;
 use super::content::SECTOR;
 use super::taken::TakenAll;
 
@@ -137,6 +138,35 @@ impl<'a> Anatomy<'a> {
         Ok(held)
     }
 
+    /// The disk of a snapshot without compressed clusters, over what shows where it holds nothing.
+    fn disk(&self, snapshot: &Snapshot, behind: Vec<u8>) -> Result<Vec<u8>, String> {
+        let geometry = self.header.geometry;
+        let cluster_size = geometry.cluster_size() as usize;
+        let part_size = cluster_size / Subclusters::COUNT as usize;
+        let mut disk = behind;
+        self.each(snapshot.l1_offset.0, snapshot.l1_entries.into(), |guest, _, mapping| {
+            let (host, subclusters) = match mapping {
+                Mapping::Data { host, .. } => (host.0, Subclusters::STORED),
+                Mapping::Zero { .. } => (0, Subclusters::ZERO),
+                Mapping::Parts { host, subclusters } => (host.map_or(0, |(host, _)| host.0), subclusters),
+                Mapping::Unallocated | Mapping::Compressed { .. } => return,
+            };
+            let start = (guest as usize * cluster_size).min(disk.len());
+            let end = (start + cluster_size).min(disk.len());
+            let there = self.image.get(host as usize..).unwrap_or_default();
+            for (at, byte) in disk[start..end].iter_mut().enumerate() {
+                // Clusters without subclusters may be smaller than so many.
+                let index = if part_size == 0 { 0 } else { at / part_size };
+                match subclusters.part(index as u64) {
+                    Part::Stored => *byte = there.get(at).copied().unwrap_or_default(),
+                    Part::Zero => *byte = 0,
+                    Part::Unallocated => {}
+                }
+            }
+        })?;
+        Ok(disk)
+    }
+
     fn is_compressed(&self, snapshot: &Snapshot) -> Result<bool, String> {
         let mut found = false;
         self.each(snapshot.l1_offset.0, snapshot.l1_entries.into(), |_, _, mapping| {
@@ -171,24 +201,17 @@ pub fn all(image: &[u8]) -> Result<BTreeMap<(String, String), Held>, String> {
 ///
 /// # Errors
 /// One is missing, unknown, or holds something else.
-pub fn stand(image: &[u8], taken: &TakenAll) -> Result<(), String> {
+pub fn stand(image: &[u8], taken: &TakenAll, behind: Behind) -> Result<(), String> {
     let anatomy = Anatomy::of(image)?;
     let names: Vec<String> = anatomy.entries.iter().map(|s| s.name.clone()).collect();
     taken.all_there(&names)?;
-    let cluster_size = anatomy.header.geometry.cluster_size() as usize;
     for snapshot in &anatomy.entries {
         let size = snapshot.virtual_size.unwrap_or(anatomy.header.virtual_size) as usize;
         if anatomy.is_compressed(snapshot)? {
             // For QEMU to read.
             continue;
         }
-        let mut disk = vec![0; size.next_multiple_of(cluster_size.max(SECTOR))];
-        for (guest, bytes) in anatomy.held(snapshot)? {
-            if let Some(cluster) = disk.get_mut(guest as usize * cluster_size..(guest as usize + 1) * cluster_size) {
-                cluster.copy_from_slice(&bytes);
-            }
-        }
-        disk.truncate(size);
+        let disk = anatomy.disk(snapshot, behind.bytes((size / SECTOR) as u64))?;
         taken.survived(&snapshot.name, &disk)?;
     }
     Ok(())

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -12,11 +11,13 @@ use qcow_recycler::check::check;
 use qcow_recycler::format::header::{Header, incompatible};
 use qcow_recycler::{BlockDevice, CheckReport, ExtentKind, Image, Options, Repair};
 
-use super::config::Config;
+use super::chain::{self, Behind};
+use super::config::{Config, ImageKind};
 use super::content::SECTOR;
 use super::encryption::{Encryption, PASSPHRASE};
 use super::memory::MemoryDevice;
 use super::model::Model;
+use super::sim::Delay;
 use super::snapshots;
 use super::taken::TakenAll;
 
@@ -25,9 +26,8 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new(bytes: &[u8]) -> Scratch {
-        static DIRECTORY: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let path = DIRECTORY.path().join(format!("{}.img", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let path = chain::directory().join(format!("{}.img", NEXT.fetch_add(1, Ordering::Relaxed)));
         std::fs::write(&path, bytes).unwrap();
         Scratch(path)
     }
@@ -118,7 +118,7 @@ pub fn disk_contents(image: &[u8], config: &Config) -> Result<Vec<u8>, String> {
     let device = MemoryDevice::new(image.to_vec());
     let options = Options { read_only: true, ..config.options() };
     at_once(async {
-        let image = Image::open(device, options).await.map_err(|e| e.to_string())?;
+        let image = config.open_as(device, options, Delay::None).await.map_err(|e| e.to_string())?;
         contents(&image).await
     })?
 }
@@ -158,7 +158,7 @@ fn snapshots_stand(image: &[u8], taken: &TakenAll, config: &Config) -> Result<()
 /// The same, as the tables say, or, where those lead to encrypted data, as the library goes back to each.
 fn snapshots_held(image: &[u8], taken: &TakenAll, config: &Config) -> Result<(), String> {
     if config.image.encryption == Encryption::None {
-        return snapshots::stand(image, taken);
+        return snapshots::stand(image, taken, config.image.backing);
     }
     let names = snapshots::names(image)?;
     taken.all_there(&names.iter().map(|(_, name)| name.clone()).collect::<Vec<_>>())?;
@@ -166,7 +166,7 @@ fn snapshots_held(image: &[u8], taken: &TakenAll, config: &Config) -> Result<(),
         let device = MemoryDevice::with(image.to_vec(), config.features);
         // Wherever this is called from, nobody else's turn is waited for.
         let disk = at_once(tokio::task::unconstrained(async {
-            let image = Image::open(device, config.options()).await.map_err(|e| e.to_string())?;
+            let image = config.open(device).await.map_err(|e| e.to_string())?;
             match image.apply_snapshot(&id).await {
                 Ok(()) => contents(&image).await.map(Some),
                 // No room in the refcounts.
@@ -194,10 +194,17 @@ pub fn with_snapshot(image: &[u8]) -> Vec<u8> {
 }
 
 /// The image again, with everything in it compressed.
-pub fn compressed(image: &[u8], options: &str) -> Vec<u8> {
+pub fn compressed(image: &[u8], kind: &ImageKind) -> Vec<u8> {
     let (from, to) = (Scratch::new(image), Scratch::new(&[]));
-    let convert = ["convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", options];
-    let output = Command::new("qemu-img").args(convert).args([&from.0, &to.0]).output();
+    let options = kind.options();
+    let mut convert = vec!["convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", &options];
+    let chain = kind.backing.chain();
+    if let Some(chain) = &chain {
+        // What is behind it stays behind it.
+        convert.extend(["-B", &chain.name, "-F", chain.format]);
+    }
+    let mut command = Command::new("qemu-img");
+    let output = command.current_dir(chain::directory()).args(convert).args([&from.0, &to.0]).output();
     let output = output.expect("these tests need qemu-img");
     assert!(output.status.success(), "qemu-img convert -c: {}", String::from_utf8_lossy(&output.stderr));
     std::fs::read(&to.0).unwrap()
@@ -256,13 +263,14 @@ pub async fn contents<D: BlockDevice>(image: &Image<D>) -> Result<Vec<u8>, Strin
 ///
 /// # Errors
 /// What differs.
-pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model) -> Result<(), String> {
+pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model, behind: Behind) -> Result<(), String> {
     let size = image.info().virtual_size;
     if size != model.size() * SECTOR as u64 {
         return Err(format!("the disk has {size} bytes, {} sectors are right", model.size()));
     }
     let bytes = contents(image).await?;
     model.read(0, &bytes).map_err(|m| format!("{m}; {}", model.explain(m.sector)))?;
+    let backing = behind.bytes(model.size());
     let (mut offset, mut ranges) = (0, Vec::new());
     while offset < size {
         let extent = image.extent(offset, size - offset).await.map_err(|e| format!("extent at {offset:#x}: {e}"))?;
@@ -272,9 +280,15 @@ pub async fn whole_disk<D: BlockDevice>(image: &Image<D>, model: &mut Model) -> 
         let end = offset + extent.length;
         match extent.kind {
             ExtentKind::Data { host_offset } => ranges.push((host_offset, host_offset + extent.length)),
-            ExtentKind::Zero | ExtentKind::Unallocated => {
+            ExtentKind::Zero => {
                 if bytes[offset as usize..end as usize].iter().any(|&b| b != 0) {
-                    return Err(format!("extent {offset:#x}..{end:#x} is {:?} but holds data", extent.kind));
+                    return Err(format!("extent {offset:#x}..{end:#x} is zero but holds data"));
+                }
+            }
+            ExtentKind::Unallocated => {
+                let range = offset as usize..end as usize;
+                if bytes[range.clone()] != backing[range] {
+                    return Err(format!("extent {offset:#x}..{end:#x} is unallocated but holds other data"));
                 }
             }
             // Its place is for the checks to judge; that it is read was seen above.
@@ -344,7 +358,7 @@ pub fn crash_image(image: &[u8], model: &Model, config: &Config, depth: Depth) -
     snapshots_held(image, &model.taken, config)?;
     let device = MemoryDevice::with(image.to_vec(), config.features);
     in_paused_time(async {
-        let open = || Image::open(device.clone(), config.options());
+        let open = || config.open(device.clone());
         let disk = open().await.map_err(|e| format!("opening: {e}"))?;
         let size = disk.info().virtual_size / SECTOR as u64;
         if !model.size_may_survive(size) {
