@@ -186,6 +186,10 @@ impl BlockDevice for Device {
         }
     }
 
+    fn copies_bytes(&self) -> bool {
+        self.host_file().is_some_and(BlockDevice::copies_bytes)
+    }
+
     async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
         match self.bytes()? {
             Bytes::File(file) => file.copy_range(from, to, length).await,

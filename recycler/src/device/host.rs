@@ -25,6 +25,7 @@ pub struct HostFile {
     file: File,
     kind: Kind,
     features: Features,
+    copies_bytes: bool,
     direct: Option<Direct>,
 }
 
@@ -105,7 +106,8 @@ impl HostFile {
             lock::acquire(&file, read_only)?;
         }
         let features = if read_only { Features::default() } else { features(&file, kind, metadata.len()) };
-        Ok(HostFile { file, kind, features, direct: None })
+        let copies_bytes = copies_bytes(&file);
+        Ok(HostFile { file, kind, features, copies_bytes, direct: None })
     }
 
     /// Has transfers pass the host's page cache (O_DIRECT) from now on. Callers need not care for alignment: what the kernel
@@ -207,6 +209,13 @@ fn features(file: &File, kind: Kind, length: u64) -> Features {
     Features { resize: regular, punch_hole, write_zeroes: true, copy_range: regular }
 }
 
+/// Whether the file system is one that can only copy byte for byte.
+fn copies_bytes(file: &File) -> bool {
+    const EXT: u64 = 0xef53;
+    const TMPFS: u64 = 0x0102_1994;
+    rustix::fs::fstatfs(file).is_ok_and(|fs| matches!(fs.f_type as u64, EXT | TMPFS))
+}
+
 /// Tells the caller to do it by other means wherever the system says that it does not do this, or not so.
 fn unsupported(error: Errno, kind: Kind) -> io::Error {
     match error {
@@ -287,6 +296,10 @@ impl BlockDevice for HostFile {
     }
 
     // Also where nothing is shared: the system copies once, from cache to cache, and not twice through our memory.
+    fn copies_bytes(&self) -> bool {
+        self.copies_bytes
+    }
+
     async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
         let (mut from, mut to, mut left) = (from, to, length);
         while left > 0 {

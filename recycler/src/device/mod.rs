@@ -114,6 +114,12 @@ pub trait BlockDevice: Send + Sync + 'static {
         done.complete(Err(io::ErrorKind::Unsupported.into()));
     }
 
+    /// Whether [`copy_range`](Self::copy_range) only reads and writes, so that it is worth no more than that. Must not change
+    /// while the image is open.
+    fn copies_bytes(&self) -> bool {
+        false
+    }
+
     /// Makes everything that completed before this call durable. After an error, nothing is assumed about any of it.
     fn flush(&self) -> impl Future<Output = io::Result<()>> + Send;
 

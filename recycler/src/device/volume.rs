@@ -14,6 +14,16 @@ pub(crate) const PIECE: usize = 1 << 20;
 
 static ZEROES: [u8; PIECE] = [0; PIECE];
 
+/// What copies are made with.
+#[derive(Debug, Default)]
+pub(crate) struct Copier {
+    /// Memory for what the device does not copy.
+    pub(crate) scratch: Vec<u8>,
+    /// What comes from several places is written in one call, as long as the device copies no faster: the writes of guests wait
+    /// for each of ours.
+    pub(crate) in_one: bool,
+}
+
 /// A device with what the engine knows about it.
 pub(crate) struct Volume<D> {
     device: D,
@@ -218,19 +228,21 @@ impl<D: BlockDevice> Volume<D> {
     }
 
     /// Copies a range of at most [`PIECE`] bytes inside the file; what lies past its end is zero.
-    pub(crate) async fn copy(&self, from: u64, to: u64, length: u64, scratch: &mut Vec<u8>) -> Result<()> {
-        self.gather(std::slice::from_ref(&(from..from + length)), to, scratch).await
+    pub(crate) async fn copy(&self, from: u64, to: u64, length: u64, copier: &mut Copier) -> Result<()> {
+        self.gather(std::slice::from_ref(&(from..from + length)), to, copier).await
     }
 
     /// Copies ranges of the file, at most [`PIECE`] bytes in all, to one place, where they follow one another; what lies past
     /// the end of the file is zero. If the device cannot copy, they are written in one piece.
-    pub(crate) async fn gather(&self, sources: &[Range<u64>], to: u64, scratch: &mut Vec<u8>) -> Result<()> {
+    pub(crate) async fn gather(&self, sources: &[Range<u64>], to: u64, copier: &mut Copier) -> Result<()> {
         self.ensure_sound()?;
         let length: u64 = sources.iter().map(|s| s.end - s.start).sum();
         let inside = sources.iter().all(|s| s.end <= self.length()) && to + length <= self.length();
-        if inside && self.can_copy.load(Ordering::Relaxed) && self.copy_each(sources, to).await? {
+        let by_device = self.can_copy.load(Ordering::Relaxed) && !(copier.in_one && self.device.copies_bytes());
+        if inside && by_device && self.copy_each(sources, to).await? {
             return Ok(());
         }
+        let scratch = &mut copier.scratch;
         scratch.resize(length as usize, 0);
         let mut rest = IoBufMut::new(scratch);
         let mut done = 0;

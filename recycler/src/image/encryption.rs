@@ -17,7 +17,7 @@ use crate::buf::{IoBuf, IoBufMut};
 use crate::crypto::cipher::{SECTOR, SectorCipher};
 use crate::crypto::keys;
 use crate::device::BlockDevice;
-use crate::device::volume::{PIECE, Volume};
+use crate::device::volume::{Copier, PIECE, Volume};
 use crate::error::{Error, Result};
 use crate::format::header::{Header, crypt};
 use crate::format::luks::{self, LuksHeader};
@@ -212,14 +212,14 @@ impl<D: BlockDevice> Image<D> {
         contents: Contents,
         sources: &[Range<u64>],
         to: u64,
-        scratch: &mut Vec<u8>,
+        copier: &mut Copier,
     ) -> Result<()> {
         match (&self.encryption, contents) {
             (Encryption::Open(Method::Luks, cipher), Contents::Data) => {
-                self.gather_encrypted(cipher, sources, to, scratch).await
+                self.gather_encrypted(cipher, sources, to, &mut copier.scratch).await
             }
             (Encryption::Locked(Method::Luks), Contents::Data) => Err(Error::PassphraseNeeded),
-            _ => self.volume.gather(sources, to, scratch).await,
+            _ => self.volume.gather(sources, to, copier).await,
         }
     }
 

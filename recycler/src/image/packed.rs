@@ -24,6 +24,7 @@ use crate::clusters::packed::{self, Extent, Packed};
 use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Tables, read_table};
 use crate::device::BlockDevice;
+use crate::device::volume::Copier;
 use crate::error::Result;
 use crate::format::l2::{self, Entry, Mapping};
 use crate::metadata::slices::{Entries as _, Slice};
@@ -185,9 +186,9 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Copies the data of a compressed cluster. The file may end before the sector does in which the data ends.
-    pub(crate) async fn copy_packed(&self, e: &Extent, scratch: &mut Vec<u8>) -> Result<()> {
+    pub(crate) async fn copy_packed(&self, e: &Extent, copier: &mut Copier) -> Result<()> {
         let (offset, length) = l2::compressed_extent(e.descriptor, self.meta.geometry);
-        self.volume.copy(offset, e.to, length, scratch).await
+        self.volume.copy(offset, e.to, length, copier).await
     }
 
     /// The slice that maps a guest cluster, if its L2 table is the disk's alone, and the turn for the table: no guest copies it

@@ -9,7 +9,7 @@ use crate::clusters::moves::{Move, Reference};
 use crate::clusters::scan;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
-use crate::device::volume::PIECE;
+use crate::device::volume::{Copier, PIECE};
 use crate::error::{Error, Result};
 use crate::metadata::commit::L1Move;
 use crate::metadata::refcounts::Refcounts;
@@ -131,7 +131,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Copies moves whose destinations follow one another.
-    pub(crate) async fn copy_moves(&self, moves: &[Move], contents: Contents, scratch: &mut Vec<u8>) -> Result<()> {
+    pub(crate) async fn copy_moves(&self, moves: &[Move], contents: Contents, copier: &mut Copier) -> Result<()> {
         let Some(first) = moves.first() else { return Ok(()) };
         let bits = self.meta.geometry.cluster_bits;
         let mut sources: Vec<Range<u64>> = Vec::new();
@@ -142,12 +142,12 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         if (moves.len() as u64) << bits <= PIECE as u64 {
-            return self.gather(contents, &sources, first.dst.0 << bits, scratch).await;
+            return self.gather(contents, &sources, first.dst.0 << bits, copier).await;
         }
         let mut dst = first.dst;
         for run in sources {
             let count = (run.end - run.start) >> bits;
-            self.copy_clusters((HostCluster(run.start >> bits), dst), count, contents, scratch).await?;
+            self.copy_clusters((HostCluster(run.start >> bits), dst), count, contents, copier).await?;
             dst.0 += count;
         }
         Ok(())
@@ -159,7 +159,7 @@ impl<D: BlockDevice> Image<D> {
         (src, dst): (HostCluster, HostCluster),
         count: u64,
         contents: Contents,
-        scratch: &mut Vec<u8>,
+        copier: &mut Copier,
     ) -> Result<()> {
         let bits = self.meta.geometry.cluster_bits;
         let (src, dst, length) = (src.0 << bits, dst.0 << bits, count << bits);
@@ -167,7 +167,7 @@ impl<D: BlockDevice> Image<D> {
         while done < length {
             let piece = (length - done).min(PIECE as u64);
             let source = src + done..src + done + piece;
-            self.gather(contents, std::slice::from_ref(&source), dst + done, scratch).await?;
+            self.gather(contents, std::slice::from_ref(&source), dst + done, copier).await?;
             done += piece;
         }
         Ok(())
@@ -177,13 +177,13 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// The copy is made while nobody writes metadata back, so it is what is on disk; what is changed in memory follows to
     /// both places.
-    pub(crate) async fn copy_table(&self, m: &Move, scratch: &mut Vec<u8>) -> Result<bool> {
+    pub(crate) async fn copy_table(&self, m: &Move, copier: &mut Copier) -> Result<bool> {
         let geometry = self.meta.geometry;
         let _turn = self.meta.exclusive_turn().await;
         if !self.is_referenced(m).await? {
             return Ok(false);
         }
-        self.copy_moves(std::slice::from_ref(m), Contents::Tables, scratch).await?;
+        self.copy_moves(std::slice::from_ref(m), Contents::Tables, copier).await?;
         self.meta.tables.lock().insert(m.dst);
         self.meta.mirrors.lock().begin(geometry.host_offset(m.src), geometry.host_offset(m.dst));
         Ok(true)

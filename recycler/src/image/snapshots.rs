@@ -15,7 +15,7 @@ use crate::buf::IoBuf;
 use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Place, L1Tables};
 use crate::device::BlockDevice;
-use crate::device::volume::PIECE;
+use crate::device::volume::{Copier, PIECE};
 use crate::error::{Error, Result};
 use crate::format::header;
 use crate::format::snapshot::Snapshot;
@@ -159,7 +159,7 @@ impl<D: BlockDevice> Image<D> {
             let all = snapshots.entries.iter().map(clusters).enumerate();
             all.filter(|(_, old)| !old.is_empty() && old.end > limit).collect()
         };
-        let mut scratch = Vec::new();
+        let mut copier = Copier::default();
         let mut copies = Vec::new();
         for (index, old) in far {
             let length = old.end - old.start;
@@ -167,7 +167,7 @@ impl<D: BlockDevice> Image<D> {
                 continue;
             };
             let ends = (HostCluster(old.start), hole.first());
-            self.copy_clusters(ends, length, Contents::Tables, &mut scratch).await?;
+            self.copy_clusters(ends, length, Contents::Tables, &mut copier).await?;
             copies.push((index, old, hole));
         }
         if copies.is_empty() {

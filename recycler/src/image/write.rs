@@ -8,7 +8,7 @@ use crate::buf::{IoBuf, IoBufMut};
 use crate::clusters::allocator::Allocation;
 use crate::clusters::epochs::InFlight;
 use crate::device::BlockDevice;
-use crate::device::volume::{PIECE, zeroes};
+use crate::device::volume::{Copier, PIECE, zeroes};
 use crate::error::Result;
 use crate::format::l2::{self, Entry, Mapping};
 use crate::metadata::patches::lay_over;
@@ -297,11 +297,11 @@ impl<D: BlockDevice> Image<D> {
     async fn copy_shared_table(&self, from: HostOffset, to: HostOffset) -> Result<()> {
         let cluster_size = self.meta.geometry.cluster_size();
         let changed = self.meta.patches.within(from.0..from.0 + cluster_size);
-        let mut scratch = Vec::new();
+        let mut copier = Copier::default();
         let mut at = 0;
         while at < cluster_size {
             let piece = (cluster_size - at).min(PIECE as u64);
-            self.volume.copy(from.0 + at, to.0 + at, piece, &mut scratch).await?;
+            self.volume.copy(from.0 + at, to.0 + at, piece, &mut copier).await?;
             at += piece;
         }
         // Entries that are not written back yet: the old ones may name what is free by the time the copy is read.

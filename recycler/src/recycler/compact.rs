@@ -16,6 +16,7 @@ use crate::clusters::moves::{Batch, Copying, Move, Reference};
 use crate::clusters::scan::{Limits, scan};
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
+use crate::device::volume::Copier;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::encryption::Contents;
@@ -82,7 +83,7 @@ pub async fn compact<D: BlockDevice>(
         turn: Some(turn),
         pacer: Pacer::new(image.options.rate_limit, &image.epochs),
         progress: Progress::default(),
-        scratch: Vec::new(),
+        copier: Copier::default(),
         moved: 0,
         gathered: false,
     };
@@ -145,7 +146,7 @@ pub(super) struct Compaction<'a, D: BlockDevice> {
     turn: Option<AsyncMutexGuard<'a, ()>>,
     pub(super) pacer: Pacer<'a>,
     pub(super) progress: Progress,
-    pub(super) scratch: Vec<u8>,
+    pub(super) copier: Copier,
     /// Clusters moved.
     pub(super) moved: u64,
     /// Clusters that hold little compressed data have been emptied: that is done once, since what fits nowhere better would be
@@ -364,7 +365,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             }
             if !matches!(first.reference, Reference::L2Entry(_)) {
                 self.pacer.spend(cluster_size).await;
-                if image.copy_table(first, &mut self.scratch).await? {
+                if image.copy_table(first, &mut self.copier).await? {
                     standing.push(*first);
                 }
                 rest = &rest[1..];
@@ -385,7 +386,8 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 continue;
             }
             self.pacer.spend(count as u64 * cluster_size).await;
-            image.copy_moves(run, Contents::Data, &mut self.scratch).await?;
+            self.copier.in_one = self.pacer.is_busy();
+            image.copy_moves(run, Contents::Data, &mut self.copier).await?;
             standing.extend_from_slice(run);
         }
         Ok(Ended::Whole)

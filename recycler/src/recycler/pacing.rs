@@ -7,11 +7,11 @@ use crate::clusters::epochs::Epochs;
 /// After so many bytes the pacer looks whether guests are at work.
 const SLICE: u64 = 256 << 10;
 /// While they are, it rests this many times as long as the slice took, within these bounds.
-const REST: u32 = 15;
+const REST: u32 = 31;
 const REST_LEAST: Duration = Duration::from_millis(1);
 const REST_MOST: Duration = Duration::from_millis(100);
 
-/// Lets work pass in slices: at full speed while guests do nothing, about a sixteenth of the time while they do (less time
+/// Lets work pass in slices: at full speed while guests do nothing, about a thirtieth of the time while they do (less time
 /// than they take from one another), and never more than so many bytes a second.
 ///
 /// It is asked, and sets no timer, only while there is work.
@@ -46,6 +46,11 @@ impl<'a> Pacer<'a> {
         self.busy |= self.guests.requests() != self.seen;
         let most = if self.busy { most / 32 } else { most };
         self.limit.map_or(most, |l| most.min(l))
+    }
+
+    /// Whether guests were at work when it last looked.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy
     }
 
     /// The most that should be copied in one call, of `most` bytes: guests' writes may have to wait for it.
@@ -160,6 +165,6 @@ mod tests {
         assert_eq!(rest(|_| ()).await, Duration::ZERO);
         // (Nothing passed yet before the first slice.)
         let busy = rest(|epochs| epochs.enter().count(Counter::Writes, 1)).await;
-        assert!((99 * 30..=100 * 32).contains(&(busy.as_millis() as u64)), "{busy:?}");
+        assert!((99 * 62..=100 * 64).contains(&(busy.as_millis() as u64)), "{busy:?}");
     }
 }

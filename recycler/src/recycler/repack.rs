@@ -90,7 +90,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         }
         for e in &repack.extents {
             self.pacer.spend(length(e, geometry)).await;
-            image.copy_packed(e, &mut self.scratch).await?;
+            image.copy_packed(e, &mut self.copier).await?;
         }
         // The copies and their counts are durable after this.
         if !broken(Mutation::RewritePackedBeforeFlush) {
