@@ -416,8 +416,8 @@ fn mistakes_are_found() {
     println!("ReuseWithoutGrace: {}", found.expect("a hole before the reads under way had ended was not found"));
 }
 
-/// Reads under way while what they read is discarded and flushed: the hole in an encrypted data file comes after them. Each
-/// sector they find is what it was, or zeroes.
+/// Reads under way while what they read is discarded and flushed: the hole in an encrypted data file comes after them.
+/// Each sector they find is what it was, or zeroes.
 fn reads_under_discards(seed: u64) -> Result<(), String> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut config = Config::new(seed, &mut rng);

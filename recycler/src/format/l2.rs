@@ -172,9 +172,9 @@ impl Mapping {
         }
     }
 
-    /// Decodes an entry of an image of this geometry whose guest data is in an external data file, for the guest cluster that
-    /// starts at byte `guest` of the disk. There it lies at the same offset, and has one owner, whatever COPIED says: nothing
-    /// counts it.
+    /// Decodes an entry of an image of this geometry whose guest data is in an external data file, for the guest
+    /// cluster that starts at byte `guest` of the disk. There it lies at the same offset, and has one owner, whatever
+    /// COPIED says: nothing counts it.
     ///
     /// # Errors
     /// As for [`of`](Self::of); a compressed cluster; any other offset.

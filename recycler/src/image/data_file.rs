@@ -153,8 +153,9 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external { self.data_volume().map(|_| ()) } else { Ok(()) }
     }
 
-    /// Whether the data file reads as the disk does, without the image, and so without the entries. An encrypted one cannot,
-    /// since zeroes in it read as something else: in such an image the entries say what is zero, whatever the header says.
+    /// Whether the data file reads as the disk does, without the image, and so without the entries. An encrypted one
+    /// cannot, since zeroes in it read as something else: in such an image the entries say what is zero, whatever the
+    /// header says.
     pub(super) fn data_is_disk(&self) -> bool {
         self.header.has_raw_data_file() && !self.encryption.is_on()
     }

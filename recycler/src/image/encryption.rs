@@ -1,9 +1,9 @@
 //! Images whose guest data is encrypted: every transfer of data passes a buffer in which sectors are en- or decrypted.
 //!
 //! Only guest data is encrypted; the tables, bitmaps and all else are as in any image. A sector's encryption depends on
-//! its number: with LUKS that of its place in the image file, with QEMU's first encryption (AES) that of its place on the
-//! virtual disk. So a cluster that moves is encrypted anew with LUKS, and copied as it is with AES. In an external data file the
-//! two places are one, and nothing moves. The key is in the image in any case.
+//! its number: with LUKS that of its place in the image file, with QEMU's first encryption (AES) that of its place on
+//! the virtual disk. So a cluster that moves is encrypted anew with LUKS, and copied as it is with AES. In an external
+//! data file the two places are one, and nothing moves. The key is in the image in any case.
 //!
 //! Each sector is encrypted by itself, and written atomically, so what a power cut leaves of a write is old or new,
 //! sector by sector, as in any image. What differs is that zeroes in the file do not read as zeroes: see `write_new`.

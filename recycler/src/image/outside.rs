@@ -15,16 +15,17 @@
 //! The data is gone once it is zero, though, so where something else than zeroes is to show afterwards (a backing file into
 //! which the image was committed), the entries are durable first.
 //!
-//! With extended entries all this holds for subclusters: one that is not in use is written whole before its entry shows it,
-//! those beside it are not touched, and what is discarded is made zero and taken out of use.
+//! With extended entries all this holds for subclusters: one that is not in use is written whole before its entry shows
+//! it, those beside it are not touched, and what is discarded is made zero and taken out of use.
 //!
-//! An *encrypted* data file does not read as zeroes where it is zero. There what is discarded keeps its contents until that is
-//! durable and older requests have ended: see `vacated`.
+//! An *encrypted* data file does not read as zeroes where it is zero. There what is discarded keeps its contents until
+//! that is durable and older requests have ended: see `vacated`.
 //!
-//! A *raw* data file reads as the disk does, without the image, at any moment. There discards and zeroes are nothing but zeroes
-//! in the data file, and no entry changes. Whoever writes to a cluster that is not in use lets all those that one slice maps
-//! be zero in the data file, takes them into use, and makes that durable before he writes: cut at any point, the data file
-//! has zeroes wherever an entry says so. An encrypted one never reads as the disk does, so it is used as if it were not raw.
+//! A *raw* data file reads as the disk does, without the image, at any moment. There discards and zeroes are nothing
+//! but zeroes in the data file, and no entry changes. Whoever writes to a cluster that is not in use lets all those
+//! that one slice maps be zero in the data file, takes them into use, and makes that durable before he writes: cut at
+//! any point, the data file has zeroes wherever an entry says so. An encrypted one never reads as the disk does, so it
+//! is used as if it were not raw.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -216,8 +217,8 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// Gives the space of clusters back that one slice maps, as far as anything of them is in use or kept, and is the disk's. They read
-    /// as zeroes then, where anything has happened at all.
+    /// Gives the space of clusters back that one slice maps, as far as anything of them is in use or kept, and is the
+    /// disk's. They read as zeroes then, where anything has happened at all.
     pub(super) async fn punch_outside(&self, slice: &Arc<Slice>, index: usize, clusters: Range<u64>) -> Result<()> {
         let volume = self.data_volume()?;
         let bits = self.meta.geometry.cluster_bits;

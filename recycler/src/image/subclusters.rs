@@ -74,8 +74,8 @@ impl<D: BlockDevice> Image<D> {
         entry
     }
 
-    /// Whether the subclusters of the cluster at byte `start` of the disk that a range touches are all stored, where it is mapped
-    /// as `mapping` says.
+    /// Whether the subclusters of the cluster at byte `start` of the disk that a range touches are all stored, where it
+    /// is mapped as `mapping` says.
     pub(super) fn is_stored(&self, mapping: Mapping, start: u64, range: &Range<u64>) -> bool {
         self.meta.geometry.extended_l2 && self.touched(start, range) & !parts_of(mapping).stored() == 0
     }
@@ -90,7 +90,8 @@ impl<D: BlockDevice> Image<D> {
         self.ranges_of(!stored, start, &cluster)
     }
 
-    /// The subclusters in a mask of the cluster at byte `start` of the disk, as far as they are in `within`: ranges of the disk.
+    /// The subclusters in a mask of the cluster at byte `start` of the disk, as far as they are in `within`: ranges of
+    /// the disk.
     fn ranges_of(&self, mask: u32, start: u64, within: &Range<u64>) -> Vec<Range<u64>> {
         let mut found: Vec<Range<u64>> = Vec::new();
         for index in (0..Subclusters::COUNT).filter(|i| mask >> i & 1 != 0) {

@@ -2,11 +2,11 @@
 //!
 //! A hole reads as garbage there, not as zeroes. So nothing is punched that an entry may show:
 //!
-//! - Not before the entry that says zeroes is durable. Cut before the hole: the space is not given back, until its cluster
-//!   is in use again and is discarded again. Cut after it, or in the middle: no entry shows what is there.
+//! - Not before the entry that says zeroes is durable. Cut before the hole: the space is not given back, until its
+//!   cluster is in use again and is discarded again. Cut after it, or in the middle: no entry shows what is there.
 //! - Not before the requests have ended that may have looked at the entry when it showed the data.
-//! - Not while somebody may be taking it into use again. Who does has the turn for its cluster, and takes it off these sets when
-//!   the entry shows it; who punches takes that turn first, and looks at the sets then.
+//! - Not while somebody may be taking it into use again. Who does has the turn for its cluster, and takes it off these
+//!   sets when the entry shows it; who punches takes that turn first, and looks at the sets then.
 
 use std::ops::Range;
 
@@ -17,7 +17,8 @@ use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::mutation::{Mutation, broken};
 
-/// Clusters of the data file, or subclusters where entries are extended, that no entry shows and that are to be punched.
+/// Clusters of the data file, or subclusters where entries are extended, that no entry shows and that are to be
+/// punched.
 #[derive(Default)]
 pub(crate) struct Vacated {
     /// Taken out of use in memory.

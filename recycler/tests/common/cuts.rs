@@ -139,7 +139,7 @@ pub fn outgrowing_history(seed: u64) -> (History, Start) {
     }
     static MADE: LazyLock<Start> = LazyLock::new(|| filled(Made::Plain));
     static SNAPSHOT: LazyLock<Start> = LazyLock::new(|| filled(Made::WithSnapshot));
-    let start = if seed / 16 % 2 == 0 { &MADE } else { &SNAPSHOT };
+    let start = if (seed / 16).is_multiple_of(2) { &MADE } else { &SNAPSHOT };
     let (config, mut rng) = (outgrowing_config(seed), SmallRng::seed_from_u64(seed));
     let mut ops = Vec::new();
     for first in [3630, 3640] {

@@ -57,7 +57,8 @@ fn with_luks(mut image: Vec<u8>) -> Vec<u8> {
     image.resize(offset, 0);
     image.extend(&luks);
     image.resize(image.len().next_multiple_of(cluster), 0);
-    // In the place of the names of features, for which small clusters have no room besides. What names a data file is kept.
+    // In the place of the names of features, for which small clusters have no room besides. What names a data file is
+    // kept.
     let mut at = u32::from_be_bytes(image[100..104].try_into().unwrap()) as usize;
     if image[at..at + 4] == kind::DATA_FILE.to_be_bytes() {
         let length = u32::from_be_bytes(image[at + 4..at + 8].try_into().unwrap()) as usize;

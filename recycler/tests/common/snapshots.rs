@@ -156,7 +156,7 @@ impl<'a> Anatomy<'a> {
             let there = self.image.get(host as usize..).unwrap_or_default();
             for (at, byte) in disk[start..end].iter_mut().enumerate() {
                 // Clusters without subclusters may be smaller than so many.
-                let index = if part_size == 0 { 0 } else { at / part_size };
+                let index = at.checked_div(part_size).unwrap_or(0);
                 match subclusters.part(index as u64) {
                     Part::Stored => *byte = there.get(at).copied().unwrap_or_default(),
                     Part::Zero => *byte = 0,
