@@ -2,9 +2,10 @@
 
 use tokio::time::{Duration, Instant};
 
-/// A step is to take a fraction of a millisecond, if that can be.
-const QUICK: Duration = Duration::from_micros(100);
-const SLOW: Duration = Duration::from_micros(250);
+/// How long a step is to take, if that can be: at least, and at most.
+const WHILE_IDLE: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(1));
+/// The same while guests are at work.
+const WHILE_BUSY: (Duration, Duration) = (Duration::from_micros(100), Duration::from_micros(250));
 const FIRST: u64 = 1 << 20;
 const LEAST: u64 = 256 << 10;
 /// The most that is done in one step that is not quick.
@@ -34,24 +35,29 @@ impl Steps {
         self.next
     }
 
-    /// Makes a step of that size (or a shorter one, at the end of the work). Returns how long it took.
-    pub(crate) async fn take<E>(&mut self, work: impl Future<Output = Result<(), E>>) -> Result<Duration, E> {
+    /// Makes a step of that size (or a shorter one, at the end of the work). Returns how long it took. `busy`: guests are at
+    /// work.
+    pub(crate) async fn take<E>(
+        &mut self,
+        busy: bool,
+        work: impl Future<Output = Result<(), E>>,
+    ) -> Result<Duration, E> {
         let began = Instant::now();
         work.await?;
         let took = began.elapsed();
-        self.took(took);
+        self.took(took, if busy { WHILE_BUSY } else { WHILE_IDLE });
         Ok(took)
     }
 
     /// Much of a slow step may be time that every step takes, however short it is (a transaction of the file system's
     /// journal, and whatever else is in that): a shorter one is worth it only while it takes less time.
-    fn took(&mut self, took: Duration) {
+    fn took(&mut self, took: Duration, (quick, slow): (Duration, Duration)) {
         let (last, before) = (Step { size: self.next, took }, self.last);
         self.last = Some(last);
-        self.next = if took < QUICK {
+        self.next = if took < quick {
             // A hole of a terabyte is cut off in no time.
             last.size.saturating_mul(2)
-        } else if took <= SLOW {
+        } else if took <= slow {
             last.size
         } else {
             match before {
@@ -68,12 +74,12 @@ mod tests {
     use super::*;
 
     /// The sizes of steps in KiB, where so many KiB take so many microseconds.
-    fn steps(cost: impl Fn(u64) -> u64) -> Vec<u64> {
+    fn steps(limits: (Duration, Duration), cost: impl Fn(u64) -> u64) -> Vec<u64> {
         let mut steps = Steps::new();
         let mut sizes = Vec::new();
         for _ in 0..50 {
             sizes.push(steps.size() >> 10);
-            steps.took(Duration::from_micros(cost(steps.size() >> 10)));
+            steps.took(Duration::from_micros(cost(steps.size() >> 10)), limits);
         }
         sizes
     }
@@ -81,17 +87,18 @@ mod tests {
     #[test]
     fn steps_are_short_where_length_costs() {
         // 3 ms for each MiB.
-        assert!(steps(|kib| kib * 3)[10..].iter().all(|&kib| kib == 256));
+        assert!(steps(WHILE_BUSY, |kib| kib * 3)[10..].iter().all(|&kib| kib == 256));
         // A sixteenth of a millisecond.
-        assert!(steps(|kib| kib / 16)[10..].iter().all(|&kib| (2048..=4096).contains(&kib)));
+        assert!(steps(WHILE_BUSY, |kib| kib / 16)[10..].iter().all(|&kib| (2048..=4096).contains(&kib)));
+        assert!(steps(WHILE_IDLE, |kib| kib / 16)[10..].iter().all(|&kib| (8192..=16384).contains(&kib)));
     }
 
     #[test]
     fn steps_are_long_where_only_the_call_costs() {
-        let sizes = steps(|_| 3000);
+        let sizes = steps(WHILE_BUSY, |_| 3000);
         assert!(sizes[20..].iter().all(|&kib| kib >= 16 << 10), "{sizes:?}");
         assert!(sizes.iter().all(|&kib| kib <= MOST >> 10), "{sizes:?}");
-        let sizes = steps(|_| 10);
+        let sizes = steps(WHILE_BUSY, |_| 10);
         assert!(sizes[40] >= 1 << 40, "a hole of a petabyte is cut off at once: {sizes:?}");
     }
 }

@@ -138,7 +138,7 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         let mut steps = Steps::new();
-        let mut requests = self.epochs.requests();
+        let (mut requests, mut busy) = (self.epochs.requests(), false);
         loop {
             let took = {
                 // For one step: guests that need a longer file go in between, and take back what they need of it.
@@ -148,14 +148,17 @@ impl<D: BlockDevice> Image<D> {
                     return Ok(());
                 }
                 let to = length.max(old.saturating_sub(steps.size()));
-                let took = steps.take(self.volume.truncate(to)).await?;
+                let took = steps.take(busy, self.volume.truncate(to)).await?;
                 self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
                 took
             };
-            if std::mem::replace(&mut requests, self.epochs.requests()) == requests {
-                tokio::task::yield_now().await;
-            } else {
+            let now = self.epochs.requests();
+            busy = now != requests;
+            requests = now;
+            if busy {
                 tokio::time::sleep((took * CUT_REST).min(CUT_REST_MOST)).await;
+            } else {
+                tokio::task::yield_now().await;
             }
         }
     }

@@ -22,7 +22,7 @@ pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &
             let piece = run.start..run.end.min(run.start + (steps.size() >> bits).max(1));
             let length = (piece.end - piece.start) << bits;
             pacer.spend(length).await;
-            steps.take(image.volume.erase(piece.start << bits, length)).await?;
+            steps.take(pacer.is_busy(), image.volume.erase(piece.start << bits, length)).await?;
             run.start = piece.end;
             holes.erased(piece);
             erased += length;

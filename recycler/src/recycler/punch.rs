@@ -45,7 +45,7 @@ pub(super) async fn punch<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &
         while at < end {
             let piece = (end - at).min(steps.size());
             pacer.spend(piece).await;
-            steps.take(image.volume.punch(at, piece)).await?;
+            steps.take(pacer.is_busy(), image.volume.punch(at, piece)).await?;
             at += piece;
         }
     }
