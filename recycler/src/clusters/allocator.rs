@@ -184,24 +184,23 @@ impl Clusters {
             return Err(Error::unsupported("an image file of 2^56 bytes or more"));
         }
         if volume.can_resize() {
-            // While the file is being cut, or if that failed, it holds something past the end: only what appears anew is
-            // zero.
+            // If an earlier truncation failed, the file may hold something past the end: only what appears anew is zero.
             if volume.length() > start << bits {
-                volume.erase(start << bits, growth.total() << bits).await?;
+                volume.truncate(start << bits).await?;
             }
             // A long step may not fit where a short one does.
-            if let Err(e) = volume.extend(length(&growth)).await {
+            if let Err(e) = volume.truncate(length(&growth)).await {
                 if wanted == least {
                     return Err(e);
                 }
                 growth = refcounts.plan_growth(start, least)?;
-                volume.extend(length(&growth)).await?;
+                volume.truncate(length(&growth)).await?;
             }
         } else {
             if length(&growth) > volume.length() {
                 growth = refcounts.plan_growth(start, least)?;
             }
-            volume.extend(length(&growth)).await?;
+            volume.truncate(length(&growth)).await?;
             // What a device of fixed length holds past the image's end is arbitrary.
             volume.erase(start << bits, growth.total() << bits).await?;
         }

@@ -35,18 +35,12 @@ impl Steps {
         self.next
     }
 
-    /// Makes a step of that size (or a shorter one, at the end of the work). Returns how long it took. `busy`: guests are at
-    /// work.
-    pub(crate) async fn take<E>(
-        &mut self,
-        busy: bool,
-        work: impl Future<Output = Result<(), E>>,
-    ) -> Result<Duration, E> {
+    /// Makes a step of that size (or a shorter one, at the end of the work). `busy`: guests are at work.
+    pub(crate) async fn take<E>(&mut self, busy: bool, work: impl Future<Output = Result<(), E>>) -> Result<(), E> {
         let began = Instant::now();
         work.await?;
-        let took = began.elapsed();
-        self.took(took, if busy { WHILE_BUSY } else { WHILE_IDLE });
-        Ok(took)
+        self.took(began.elapsed(), if busy { WHILE_BUSY } else { WHILE_IDLE });
+        Ok(())
     }
 
     /// Much of a slow step may be time that every step takes, however short it is (a transaction of the file system's

@@ -136,7 +136,11 @@ impl<D: BlockDevice> Volume<D> {
 
     /// Writes. The file must be long enough, but for a cut-short last cluster, which is completed.
     pub(crate) async fn write(&self, action: &'static str, offset: u64, buf: IoBuf<'_>) -> Result<()> {
-        self.extend(offset.saturating_add(buf.len() as u64)).await?;
+        self.ensure_sound()?;
+        let end = offset.saturating_add(buf.len() as u64);
+        if end > self.length() {
+            self.truncate(end).await?;
+        }
         self.device.write(offset, buf).await.map_err(Error::io(action, offset))
     }
 
@@ -165,11 +169,6 @@ impl<D: BlockDevice> Volume<D> {
         self.device.truncate(length).await.map_err(Error::io("changing the length", length))?;
         self.length.store(length, Ordering::Release);
         Ok(())
-    }
-
-    /// Makes it at least `length` bytes long.
-    pub(crate) async fn extend(&self, length: u64) -> Result<()> {
-        if length > self.length() { self.truncate(length).await } else { self.ensure_sound() }
     }
 
     /// Whether space can be given back, as far as is known.

@@ -1,7 +1,5 @@
 //! Making the file shorter.
 
-use std::time::Duration;
-
 use super::Image;
 use crate::clusters::States;
 use crate::clusters::set::ClusterSet;
@@ -11,10 +9,6 @@ use crate::error::Result;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::Ordering;
 use crate::units::HostCluster;
-
-/// While guests are at work, a step is followed by a rest this many times as long, up to a limit.
-const CUT_REST: u32 = 15;
-const CUT_REST_MOST: Duration = Duration::from_millis(100);
 
 impl<D: BlockDevice> Image<D> {
     /// Cuts off what is free at the end of the file. The caller has the compaction's turn.
@@ -120,12 +114,11 @@ impl<D: BlockDevice> Image<D> {
         Ok(true)
     }
 
-    /// Makes the file end at cluster `end`, or higher if something past it is in use. Needs tokio's timers if guests are at
-    /// work.
+    /// Makes the file end at cluster `end`, or higher if something past it is in use.
     async fn truncate_to(&self, end: u64) -> Result<()> {
         let bits = self.meta.geometry.cluster_bits;
-        {
-            let _length = self.clusters.length_turn.lock().await;
+        let _length = self.clusters.length_turn.lock().await;
+        let length = {
             let mut states = self.clusters.lock();
             let needed = states.last_needed().max(end);
             let cut = needed..states.end;
@@ -136,30 +129,21 @@ impl<D: BlockDevice> Image<D> {
                 states.junk.remove_range(cut);
                 states.end = needed;
             }
-        }
+            states.end << bits
+        };
         let mut steps = Steps::new();
         let (mut requests, mut busy) = (self.epochs.requests(), false);
-        loop {
-            let took = {
-                // For one step: guests that need a longer file go in between, and take back what they need of it.
-                let _length = self.clusters.length_turn.lock().await;
-                let (old, length) = (self.volume.length(), self.clusters.lock().end << bits);
-                if !self.volume.can_resize() || old <= length {
-                    return Ok(());
-                }
-                let to = length.max(old.saturating_sub(steps.size()));
-                let took = steps.take(busy, self.volume.truncate(to)).await?;
-                self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
-                took
-            };
+        while self.volume.can_resize() && self.volume.length() > length {
+            let old = self.volume.length();
+            let to = length.max(old.saturating_sub(steps.size()));
+            steps.take(busy, self.volume.truncate(to)).await?;
+            self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
             let now = self.epochs.requests();
             busy = now != requests;
             requests = now;
-            if busy {
-                tokio::time::sleep((took * CUT_REST).min(CUT_REST_MOST)).await;
-            } else {
-                tokio::task::yield_now().await;
-            }
+            // Let guests in between.
+            tokio::task::yield_now().await;
         }
+        Ok(())
     }
 }
