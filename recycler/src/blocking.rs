@@ -63,8 +63,7 @@ impl<D: BlockDevice> Disk<D> {
     /// # Errors
     /// See [`Image::open`].
     pub fn open(device: D, options: Options) -> Result<Self> {
-        let image = Arc::new(block_on(Image::open(device, options))?);
-        Ok(Disk { image, worker: Mutex::new(None) })
+        block_on(Image::open(device, options)).map(Disk::from)
     }
 
     /// Opens the image on `device` whose external data file is on `data`.
@@ -72,8 +71,7 @@ impl<D: BlockDevice> Disk<D> {
     /// # Errors
     /// See [`Image::open_with_data`].
     pub fn open_with_data(device: D, data: D, options: Options) -> Result<Self> {
-        let image = Arc::new(block_on(Image::open_with_data(device, data, options))?);
-        Ok(Disk { image, worker: Mutex::new(None) })
+        block_on(Image::open_with_data(device, data, options)).map(Disk::from)
     }
 
     /// The image itself, for its asynchronous calls.
@@ -295,6 +293,13 @@ impl<D: BlockDevice> Disk<D> {
     pub fn close(&self) -> Result<()> {
         self.stop();
         block_on(self.image.close())
+    }
+}
+
+impl<D: BlockDevice> From<Image<D>> for Disk<D> {
+    /// An image that is open, however it was opened. Its recycler is not running.
+    fn from(image: Image<D>) -> Self {
+        Disk { image: Arc::new(image), worker: Mutex::new(None) }
     }
 }
 

@@ -70,7 +70,8 @@ fn play_on_threads(seed: u64) -> Result<(usize, Work), Failure> {
     let shared = Shared::new(config, Clock::Threads, Errors::None);
     let device = SimDevice::new(config.create(), config.device(false));
     for round in &history.rounds {
-        let disk = Disk::open(device.clone(), config.options()).map_err(|e| shared.failure(format!("opening: {e}")))?;
+        let opened = block_on(config.open(device.clone()));
+        let disk = opened.map(Disk::from).map_err(|e| shared.failure(format!("opening: {e}")))?;
         if round.recycler {
             disk.start().map_err(|e| shared.failure(format!("starting: {e}")))?;
         }
