@@ -9,7 +9,6 @@ use crate::image::Image;
 use crate::image::create::{CreateOptions, create};
 use crate::options::Options;
 use crate::recycler::compact;
-use crate::sync::atomic::{AtomicU8, Ordering};
 
 const CLUSTER: u64 = 512;
 const CLUSTERS: u64 = 12;
@@ -157,38 +156,6 @@ pub(super) fn hand_out() {
     giver.join().unwrap();
     taker.join().unwrap();
     ends_with(&device, image, &[(0, 1), (1, 0), (2, 3), (6, 16)]);
-}
-
-/// A snapshot is made while a guest overwrites: it has what was written before, and nothing of what was written afterwards.
-pub(super) fn snapshot() {
-    let (device, image) = blank();
-    write(&image, 0, 1);
-    let (begun, ended) = (Arc::new(AtomicU8::new(1)), Arc::new(AtomicU8::new(1)));
-    let guest = spawn({
-        let (image, begun, ended) = (image.clone(), begun.clone(), ended.clone());
-        move || {
-            for value in 2..5 {
-                begun.store(value, Ordering::SeqCst);
-                write(&image, 0, value);
-                ended.store(value, Ordering::SeqCst);
-                assert_eq!(read(&image, 0), value, "a write was lost");
-            }
-        }
-    });
-    let before = ended.load(Ordering::SeqCst);
-    block_on(image.create_snapshot("s")).unwrap();
-    let after = begun.load(Ordering::SeqCst);
-    guest.join().unwrap();
-    assert_eq!(read(&image, 0), 4);
-    block_on(image.apply_snapshot("s")).unwrap();
-    let seen = read(&image, 0);
-    assert!((before..=after).contains(&seen), "the snapshot has {seen}, not {before} to {after}");
-    ends_with(&device, image, &[(0, seen)]);
-}
-
-#[test]
-fn a_snapshot_is_of_one_moment() {
-    play("snapshot", 0.1, snapshot);
 }
 
 #[test]

@@ -115,7 +115,7 @@ mod explored {
         let _alone = MUTATED.write();
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
-        let weakenings: [(Mutation, fn()); 10] = [
+        let weakenings: [(Mutation, fn()); 9] = [
             (Mutation::EnterUnchecked, super::epochs::reuse),
             (Mutation::ReuseWithoutGrace, super::epochs::reuse),
             (Mutation::LeaveUnnoticed, super::epochs::waiters),
@@ -125,7 +125,6 @@ mod explored {
             (Mutation::CommitCancelledMove, super::image::moves),
             (Mutation::CopyWithoutGrace, super::image::moves),
             (Mutation::CleanAfterCopy, super::image::commits),
-            (Mutation::SnapshotUnderWrites, super::image::snapshot),
         ];
         let found = weakenings.map(|(mutation, scene)| (mutation, found(mutation, 200, scene)));
         std::panic::set_hook(hook);
