@@ -6,8 +6,9 @@ use tokio::time::{Duration, Instant};
 const WHILE_IDLE: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(1));
 /// The same while guests are at work.
 const WHILE_BUSY: (Duration, Duration) = (Duration::from_micros(100), Duration::from_micros(250));
-const FIRST: u64 = 1 << 20;
-const LEAST: u64 = 256 << 10;
+const FIRST: u64 = 4 << 20;
+/// What is never divided further: while guests are idle, and at work.
+const LEAST: [u64; 2] = [1 << 20, 256 << 10];
 /// The most that is done in one step that is not quick.
 const MOST: u64 = 64 << 20;
 
@@ -39,13 +40,14 @@ impl Steps {
     pub(crate) async fn take<E>(&mut self, busy: bool, work: impl Future<Output = Result<(), E>>) -> Result<(), E> {
         let began = Instant::now();
         work.await?;
-        self.took(began.elapsed(), if busy { WHILE_BUSY } else { WHILE_IDLE });
+        self.took(began.elapsed(), busy);
         Ok(())
     }
 
     /// Much of a slow step may be time that every step takes, however short it is (a transaction of the file system's
     /// journal, and whatever else is in that): a shorter one is worth it only while it takes less time.
-    fn took(&mut self, took: Duration, (quick, slow): (Duration, Duration)) {
+    fn took(&mut self, took: Duration, busy: bool) {
+        let (quick, slow) = if busy { WHILE_BUSY } else { WHILE_IDLE };
         let (last, before) = (Step { size: self.next, took }, self.last);
         self.last = Some(last);
         self.next = if took < quick {
@@ -57,7 +59,7 @@ impl Steps {
             match before {
                 Some(b) if b.size > last.size && took * 4 > b.took * 3 => b.size.min(MOST),
                 Some(b) if b.size < last.size && took * 2 < b.took * 3 => (last.size * 2).min(MOST),
-                _ => (last.size / 2).max(LEAST),
+                _ => (last.size / 2).max(LEAST[usize::from(busy)]),
             }
         };
     }
@@ -68,12 +70,12 @@ mod tests {
     use super::*;
 
     /// The sizes of steps in KiB, where so many KiB take so many microseconds.
-    fn steps(limits: (Duration, Duration), cost: impl Fn(u64) -> u64) -> Vec<u64> {
+    fn steps(busy: bool, cost: impl Fn(u64) -> u64) -> Vec<u64> {
         let mut steps = Steps::new();
         let mut sizes = Vec::new();
         for _ in 0..50 {
             sizes.push(steps.size() >> 10);
-            steps.took(Duration::from_micros(cost(steps.size() >> 10)), limits);
+            steps.took(Duration::from_micros(cost(steps.size() >> 10)), busy);
         }
         sizes
     }
@@ -81,18 +83,19 @@ mod tests {
     #[test]
     fn steps_are_short_where_length_costs() {
         // 3 ms for each MiB.
-        assert!(steps(WHILE_BUSY, |kib| kib * 3)[10..].iter().all(|&kib| kib == 256));
+        assert!(steps(true, |kib| kib * 3)[10..].iter().all(|&kib| kib == 256));
+        assert!(steps(false, |kib| kib * 3)[10..].iter().all(|&kib| kib == 1024));
         // A sixteenth of a millisecond.
-        assert!(steps(WHILE_BUSY, |kib| kib / 16)[10..].iter().all(|&kib| (2048..=4096).contains(&kib)));
-        assert!(steps(WHILE_IDLE, |kib| kib / 16)[10..].iter().all(|&kib| (8192..=16384).contains(&kib)));
+        assert!(steps(true, |kib| kib / 16)[10..].iter().all(|&kib| (2048..=4096).contains(&kib)));
+        assert!(steps(false, |kib| kib / 16)[10..].iter().all(|&kib| (8192..=16384).contains(&kib)));
     }
 
     #[test]
     fn steps_are_long_where_only_the_call_costs() {
-        let sizes = steps(WHILE_BUSY, |_| 3000);
+        let sizes = steps(true, |_| 3000);
         assert!(sizes[20..].iter().all(|&kib| kib >= 16 << 10), "{sizes:?}");
         assert!(sizes.iter().all(|&kib| kib <= MOST >> 10), "{sizes:?}");
-        let sizes = steps(WHILE_BUSY, |_| 10);
+        let sizes = steps(true, |_| 10);
         assert!(sizes[40] >= 1 << 40, "a hole of a petabyte is cut off at once: {sizes:?}");
     }
 }
