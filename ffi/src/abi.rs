@@ -30,6 +30,9 @@ pub(crate) unsafe trait Shared: Copy {
 }
 
 /// The size that the program gave its struct, checked.
+///
+/// # Safety
+/// `theirs` is NULL or points at as many readable bytes as its first member says.
 #[inline]
 unsafe fn size_of_theirs<T: Shared>(theirs: *const T) -> Result<usize, Fault> {
     if theirs.is_null() {

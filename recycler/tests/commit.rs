@@ -12,10 +12,10 @@ use std::sync::Arc;
 use common::chain::{self, Behind};
 use common::config::ImageKind;
 use common::content::{self, SECTOR};
-use common::crash::{Effort, Epoch};
+use common::crash;
 use common::encryption::Encryption;
 use common::memory::MemoryDevice;
-use common::sim::{Delay, Fault, Settings, SimDevice};
+use common::sim::{self, Delay, Fault, Settings, SimDevice};
 use common::slice::{self, Slice};
 use common::verify::{self, Tolerance, in_paused_time};
 use parking_lot::Mutex;
@@ -238,7 +238,7 @@ impl Stage {
                 if failure.lock().is_some() || !event.ends_with("in flight") {
                     return;
                 }
-                for (overlay, base) in pairs(&overlay.epoch(event), &base.epoch(event), &mut rng.lock()) {
+                for (overlay, base) in crash::pairs([&overlay.epoch(event), &base.epoch(event)], 2, &mut rng.lock()) {
                     *seen.lock() += 1;
                     let qemu = seen.lock().is_multiple_of(97);
                     if let Err(found) = scene.judge(&overlay, &base, &disk, qemu) {
@@ -257,33 +257,12 @@ impl Stage {
 
     /// What was wrong while it was watched.
     fn end(&self) -> Result<u64, String> {
-        self.overlay.ignore();
-        self.base.ignore();
-        for device in [&self.overlay, &self.base] {
-            if let Some(violation) = device.violations().first() {
-                return Err(format!("{:?}: {violation}", self.scene));
-            }
-        }
+        sim::end([&self.overlay, &self.base]).map_err(|violation| format!("{:?}: {violation}", self.scene))?;
         match self.failure.lock().take() {
             Some(found) => Err(found),
             None => Ok(*self.seen.lock()),
         }
     }
-}
-
-/// What the two may hold after a power cut: each has lost what it lost whatever became of the other.
-fn pairs(overlay: &Epoch, base: &Epoch, rng: &mut SmallRng) -> Vec<(Vec<u8>, Vec<u8>)> {
-    let effort = Effort { exhaustive: 2, random: 2, singles: 1 };
-    let (_, overlays) = overlay.selections(effort, rng);
-    let (_, bases) = base.selections(effort, rng);
-    // All of one with nothing of the other, and a few more.
-    let all = |epoch: &Epoch, happened| vec![happened; epoch.atoms.len()];
-    let mut chosen = vec![(all(overlay, true), all(base, false)), (all(overlay, false), all(base, true))];
-    for _ in 0..2 {
-        let overlay = overlays[rng.random_range(0..overlays.len())].clone();
-        chosen.push((overlay, bases[rng.random_range(0..bases.len())].clone()));
-    }
-    chosen.into_iter().map(|(o, b)| (overlay.image(&o), base.image(&b))).collect()
 }
 
 /// One commit, with power cuts at every moment; how many images were looked at.
@@ -343,7 +322,7 @@ fn failures_change_nothing_that_the_disk_holds() {
             let fired = device.disarm();
             let at = format!("seed {seed}, {scene:?}, {fired:?}");
             let mut rng = SmallRng::seed_from_u64(seed);
-            for (overlay, base) in pairs(&stage.overlay.epoch(""), &stage.base.epoch(""), &mut rng) {
+            for (overlay, base) in crash::pairs([&stage.overlay.epoch(""), &stage.base.epoch("")], 2, &mut rng) {
                 scene.judge(&overlay, &base, &stage.disk, false).unwrap_or_else(|found| panic!("{at}: {found}"));
             }
             if done.is_err() {

@@ -10,11 +10,11 @@ mod common;
 use std::sync::Arc;
 
 use common::content::{self, Content, SECTOR};
-use common::crash::{Effort, Epoch};
+use common::crash;
 use common::encryption::Encryption;
 use common::memory::MemoryDevice;
 use common::model::Model;
-use common::sim::{Delay, Fault, Settings, SimDevice};
+use common::sim::{self, Delay, Fault, Settings, SimDevice};
 use common::slice;
 use common::verify::{self, Tolerance, in_paused_time};
 use parking_lot::{Mutex, MutexGuard};
@@ -180,7 +180,7 @@ impl Scene {
                 }
                 let (image, data) = (image.epoch(event), data.epoch(event));
                 let model = model.lock();
-                for (image, data) in pairs(&image, &data, &mut rng.lock()) {
+                for (image, data) in crash::pairs([&image, &data], 3, &mut rng.lock()) {
                     *looked_at.lock() += 1;
                     if let Err(found) = judge(config, image, data, &model) {
                         *failure.lock() = Some(format!("{config:?}, cut at: {event}: {found}"));
@@ -192,35 +192,12 @@ impl Scene {
     }
 
     fn end(&self) -> Result<u64, String> {
-        self.image.ignore();
-        self.data.ignore();
-        for device in [&self.image, &self.data] {
-            if let Some(violation) = device.violations().first() {
-                return Err(format!("{:?}: {violation}", self.config));
-            }
-        }
+        sim::end([&self.image, &self.data]).map_err(|violation| format!("{:?}: {violation}", self.config))?;
         match self.failure.lock().take() {
             Some(found) => Err(found),
             None => Ok(*self.looked_at.lock()),
         }
     }
-}
-
-/// What the two files may hold after a power cut: each has lost what it lost whatever became of the other.
-fn pairs(image: &Epoch, data: &Epoch, rng: &mut SmallRng) -> Vec<(Vec<u8>, Vec<u8>)> {
-    let effort = Effort { exhaustive: 2, random: 2, singles: 1 };
-    let (_, images) = image.selections(effort, rng);
-    let (_, files) = data.selections(effort, rng);
-    // All of one with nothing of the other, and a few more.
-    let (first, all) = (vec![false; image.atoms.len()], vec![true; image.atoms.len()]);
-    let (none, whole) = (vec![false; data.atoms.len()], vec![true; data.atoms.len()]);
-    let mut chosen = vec![(all, none.clone()), (first, whole)];
-    for _ in 0..3 {
-        let i = rng.random_range(0..images.len());
-        let d = rng.random_range(0..files.len());
-        chosen.push((images[i].clone(), files[d].clone()));
-    }
-    chosen.into_iter().map(|(i, d)| (image.image(&i), data.image(&d))).collect()
 }
 
 /// A write, discard or zeroing of a range.
@@ -485,7 +462,7 @@ fn failures_lose_nothing() {
                 device.disarm();
             })
             .unwrap();
-            for (image, data) in pairs(&scene.image.epoch(""), &scene.data.epoch(""), &mut rng) {
+            for (image, data) in crash::pairs([&scene.image.epoch(""), &scene.data.epoch("")], 3, &mut rng) {
                 judge(scene.config, image, data, &scene.model.lock())
                     .unwrap_or_else(|found| panic!("seed {seed}, {on_data} {after}, {:?}: {found}", scene.config));
             }

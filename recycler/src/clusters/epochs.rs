@@ -243,6 +243,20 @@ mod tests {
         assert!(epochs.elapsed(ticket));
     }
 
+    /// Threads that come and go, more than have a slot to themselves.
+    #[test]
+    fn every_thread_counts() {
+        let epochs = Epochs::default();
+        for _ in 0..3 {
+            std::thread::scope(|scope| {
+                for _ in 0..2 * SLOTS {
+                    scope.spawn(|| (0..1000).for_each(|_| epochs.enter().count_here(Counter::Reads, 1)));
+                }
+            });
+        }
+        assert_eq!(epochs.total(Counter::Reads), 3 * 2 * SLOTS as u64 * 1000);
+    }
+
     #[tokio::test]
     async fn waiting_is_woken_by_the_last_leaver() {
         let epochs = Arc::new(Epochs::default());

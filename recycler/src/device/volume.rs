@@ -232,7 +232,7 @@ impl<D: BlockDevice> Volume<D> {
     }
 
     /// Copies ranges of the file, at most [`PIECE`] bytes in all, to one place, where they follow one another; what lies past
-    /// the end of the file is zero. If the device cannot copy, they are written in one piece.
+    /// the end of the file is zero. If the device cannot copy, or the copier wants it so, they are written in one piece.
     pub(crate) async fn gather(&self, sources: &[Range<u64>], to: u64, copier: &mut Copier) -> Result<()> {
         self.ensure_sound()?;
         let length: u64 = sources.iter().map(|s| s.end - s.start).sum();

@@ -123,10 +123,10 @@ impl<D: BlockDevice> Image<D> {
             let unlinked = std::mem::take(&mut states.unlinked);
             states.grace.push((self.epochs.now(), unlinked));
         }
-        while !self.next_freed().is_empty() {
+        while !self.next_freed(1).is_empty() {
             let mut refcounts = self.meta.refcounts.lock().await;
             // Only who has the refcounts takes from what is to be freed, so it is now as it is looked at.
-            for work in self.next_freed() {
+            for work in self.next_freed(FREED_AT_ONCE) {
                 let range = match &work {
                     Freed::Run(range) => range.clone(),
                     Freed::Shared(c) => c.0..c.0 + 1,
@@ -167,14 +167,14 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// Some of what may be Junk now.
-    fn next_freed(&self) -> Vec<Freed> {
+    /// What may be Junk now, at most so many runs of clusters.
+    fn next_freed(&self, most: usize) -> Vec<Freed> {
         let states = self.clusters.lock();
         for (ticket, batch) in &states.grace {
             let empty = batch.clusters.is_empty() && batch.shared.is_empty();
             if !empty && (self.epochs.elapsed(*ticket) || broken(Mutation::ReuseWithoutGrace)) {
                 let runs = batch.clusters.runs().map(|run| Freed::Run(run.start..run.end.min(run.start + 65536)));
-                return runs.chain(batch.shared.iter().rev().map(|&c| Freed::Shared(c))).take(FREED_AT_ONCE).collect();
+                return runs.chain(batch.shared.iter().rev().map(|&c| Freed::Shared(c))).take(most).collect();
             }
         }
         Vec::new()

@@ -364,7 +364,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 announced = end;
             }
             if !matches!(first.reference, Reference::L2Entry(_)) {
-                self.pacer.spend(cluster_size).await;
+                self.spend(cluster_size).await;
                 if image.copy_table(first, &mut self.copier).await? {
                     standing.push(*first);
                 }
@@ -385,12 +385,17 @@ impl<D: BlockDevice> Compaction<'_, D> {
             if run.iter().all(|m| image.moves.is_cancelled(m.src)) {
                 continue;
             }
-            self.pacer.spend(count as u64 * cluster_size).await;
-            self.copier.in_one = self.pacer.is_busy();
+            self.spend(count as u64 * cluster_size).await;
             image.copy_moves(run, Contents::Data, &mut self.copier).await?;
             standing.extend_from_slice(run);
         }
         Ok(Ended::Whole)
+    }
+
+    /// Waits until a copy of so many bytes may begin, and lets it be made as suits the guests.
+    pub(super) async fn spend(&mut self, bytes: u64) {
+        self.pacer.spend(bytes).await;
+        self.copier.in_one = self.pacer.is_busy();
     }
 
     /// Tells the device what is going to be read.

@@ -89,7 +89,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             return Ok(0);
         }
         for e in &repack.extents {
-            self.pacer.spend(length(e, geometry)).await;
+            self.spend(length(e, geometry)).await;
             image.copy_packed(e, &mut self.copier).await?;
         }
         // The copies and their counts are durable after this.

@@ -131,7 +131,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                     && (n as u64) * cluster_size < super::compact::COPY_BYTES
             };
             let count = rest.iter().enumerate().take_while(|&x| follows(x)).count().max(1);
-            self.pacer.spend(count as u64 * cluster_size).await;
+            self.spend(count as u64 * cluster_size).await;
             image.copy_clusters((first.src, first.dst), count as u64, contents, &mut self.copier).await?;
             rest = rest.get(count..).unwrap_or_default();
         }

@@ -72,6 +72,22 @@ pub struct Effort {
     pub singles: usize,
 }
 
+/// What two devices may hold after a power cut: each has lost what it lost whatever became of the other. All of one with
+/// nothing of the other, and `random` more.
+pub fn pairs(epochs: [&Epoch; 2], random: usize, rng: &mut SmallRng) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let effort = Effort { exhaustive: 2, random: 2, singles: 1 };
+    let [first, second] = epochs;
+    let (_, firsts) = first.selections(effort, rng);
+    let (_, seconds) = second.selections(effort, rng);
+    let all = |epoch: &Epoch, happened| vec![happened; epoch.atoms.len()];
+    let mut chosen = vec![(all(first, true), all(second, false)), (all(first, false), all(second, true))];
+    for _ in 0..random {
+        let one = firsts[rng.random_range(0..firsts.len())].clone();
+        chosen.push((one, seconds[rng.random_range(0..seconds.len())].clone()));
+    }
+    chosen.into_iter().map(|(one, other)| (first.image(&one), second.image(&other))).collect()
+}
+
 impl Epoch {
     /// The image that is left if exactly the selected atoms happened.
     pub fn image(&self, selection: &[bool]) -> Vec<u8> {

@@ -665,3 +665,12 @@ impl BlockDevice for SimDevice {
         self.modify(Kind::CopyRange, ranges, Effect::Patch { offset: to, bytes: Arc::new(bytes) }).await
     }
 }
+
+/// Stops observing these devices.
+///
+/// # Errors
+/// A rule of the device trait that was broken on one of them.
+pub fn end(devices: [&SimDevice; 2]) -> Result<(), String> {
+    devices.iter().for_each(|device| device.ignore());
+    devices.iter().find_map(|device| device.violations().into_iter().next()).map_or(Ok(()), Err)
+}
