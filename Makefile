@@ -53,7 +53,7 @@ rust-test: $(VENV_READY)
 		$(CARGO) test --workspace --locked -q; \
 	fi
 	# Deliberate mistakes, which only a library that is built for it can make.
-	$(CARGO) test -p qcow-recycler --locked -q --features mutations --test mutations --test data_file --test commit -- --nocapture
+	$(CARGO) test -p qcow-recycler --locked -q --features mutations --test simulation mutations:: -- --nocapture
 
 # PYTEST= takes further arguments, such as PYTEST='-k crash -x'.
 pytest: setup lib python-dev

@@ -52,8 +52,9 @@ class Part:
     weight: float
     command: list[str]
     prepare: list[str] = field(default_factory=list)
-    # A test program of a Rust package instead of a command, with its features.
+    # A test program of a Rust package instead of a command, which of its tests, and with which features.
     rust: str = ""
+    tests: str = ""
     package: str = "qcow-recycler"
     features: str = ""
     # Without this many minutes it is left out.
@@ -115,7 +116,7 @@ def build(parts: list[Part]) -> None:
         programs = {m["target"]["name"]: m["executable"] for m in messages if m.get("executable")}
         for part in wanted:
             # One thread: the parts share the cores out between them.
-            part.command = [programs[part.rust], "--nocapture", "--test-threads=1", *part.command]
+            part.command = [programs[part.rust], "--nocapture", "--test-threads=1", part.tests]
     for prepare in {tuple(p.prepare) for p in parts if p.prepare}:
         if subprocess.run(prepare, cwd=TOP, check=False).returncode != 0:
             for part in parts:

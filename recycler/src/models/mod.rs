@@ -23,10 +23,10 @@ mod image;
 mod slices;
 mod turns;
 
-#[path = "../../tests/common/memory.rs"]
+#[path = "../../tests/simulation/common/memory.rs"]
 #[allow(unreachable_pub, dead_code)]
 mod memory;
-#[path = "../../tests/common/slice.rs"]
+#[path = "../../tests/simulation/common/slice.rs"]
 #[allow(unreachable_pub, dead_code)]
 mod slice;
 

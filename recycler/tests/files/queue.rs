@@ -1,8 +1,5 @@
 //! The asynchronous queue on files of the host: random requests against a model, with the recycler at work and QEMU as the
 //! judge; sleeping, waking and ending.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
 
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
@@ -12,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::slice::Slice;
+use crate::slice::Slice;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{Held, IoBuf, IoBufMut, IoVec};
 use qcow_recycler::device::host::HostFile;

@@ -1,5 +1,4 @@
 //! What a compaction and the recycler do to a real file: how much space it takes, and what is next to what.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -1,5 +1,4 @@
-//! Machinery that the simulation tests share. Each test program uses a part of it.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+//! Machinery that the tests share.
 
 pub mod chain;
 pub mod config;
@@ -16,6 +15,7 @@ pub mod model;
 pub mod play;
 pub mod sequences;
 pub mod sim;
+mod sim_tests;
 pub mod slice;
 pub mod snapshots;
 pub mod taken;

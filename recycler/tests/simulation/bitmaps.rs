@@ -1,18 +1,15 @@
 //! Persistent bitmaps under power cuts and failures: a bitmap that the file does not mark as in use tells of every sector that
 //! differs from what its owner last saw.
 //!
-//! `QCR_SEED=n cargo test --test bitmaps` replays a seed.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
+//! `QCR_SEED=n cargo test --test simulation bitmaps::` replays a seed.
 
 use std::sync::Arc;
 
-use common::crash::Effort;
-use common::memory::MemoryDevice;
-use common::sim::{Fault, Settings, SimDevice};
-use common::slice;
-use common::verify::{self, Tolerance, in_paused_time};
+use crate::common::crash::Effort;
+use crate::common::memory::MemoryDevice;
+use crate::common::sim::{Fault, Settings, SimDevice};
+use crate::common::slice;
+use crate::common::verify::{self, Tolerance, in_paused_time};
 use parking_lot::Mutex;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};

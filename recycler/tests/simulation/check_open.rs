@@ -1,15 +1,10 @@
 //! Checks of an image that is open and in use: what is on its way from one state to another is no finding.
-#![allow(clippy::unwrap_used)]
-
-#[allow(unreachable_pub, dead_code)]
-#[path = "common/memory.rs"]
-mod memory;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
-use memory::MemoryDevice;
+use crate::common::memory::MemoryDevice;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::device::{BlockDevice, Features};

@@ -1,30 +1,33 @@
 //! Can the simulation see? With the feature `mutations` the library can be told to break one step of its own crash or
 //! concurrency argument; each such mistake must be found by histories that find nothing without it.
 //!
-//! `cargo test -p qcow-recycler --features mutations --test mutations -- --nocapture` prints by what, and after how many
-//! runs; `QCR_MUTATION=name` tries one only, `QCR_SEED=n` begins with another seed.
-#![cfg(feature = "mutations")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
+//! `cargo test -p qcow-recycler --features mutations --test simulation mutations:: -- --nocapture` prints by what, and after
+//! how many runs; `QCR_MUTATION=name` tries one only, `QCR_SEED=n` begins with another seed.
 
 use std::fmt;
+use std::panic::{RefUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use common::chain::Behind;
-use common::crash::Effort;
-use common::cuts::{self, Budget, Counts, Made, Start};
-use common::directed;
-use common::disturb;
-use common::encryption::Encryption;
-use common::guests::Failure;
-use common::history::History;
-use common::sequences::{PLAIN, Variant, steps};
-use common::sim::Kind;
-use common::slice;
+use crate::commit;
+use crate::common::chain::Behind;
+use crate::common::crash::Effort;
+use crate::common::cuts::{self, Budget, Counts, Made, Start};
+use crate::common::directed;
+use crate::common::disturb;
+use crate::common::encryption::Encryption;
+use crate::common::guests::Failure;
+use crate::common::history::History;
+use crate::common::sequences::{PLAIN, Variant, steps};
+use crate::common::sim::Kind;
+use crate::common::slice;
+use crate::data_file;
+use parking_lot::Mutex;
 use qcow_recycler::mutation::{Mutation, activate};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+
+/// Only one hunt at a time: it breaks the library for the whole process.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Within so many runs every mistake must be found. Most are in one to ten; the rest is margin, and what a run costs that
 /// has stopped seeing.
@@ -178,7 +181,8 @@ fn hunt_all(first: u64) -> (u64, Vec<Mutation>) {
 }
 
 #[test]
-fn every_mutation_is_found() {
+fn in_histories() {
+    let _alone = ALONE.lock();
     // A mutation may well end in a panic of the runtime asserts; that is found, too, and not worth a backtrace.
     std::panic::set_hook(Box::new(|info| {
         if info.to_string().contains("without a mutation") {
@@ -199,4 +203,31 @@ fn every_mutation_is_found() {
     };
     let _ = std::panic::take_hook();
     assert!(missed.is_empty(), "not found from seed {first} on: {missed:?}");
+}
+
+/// Which of these mistakes a test of its own finds, and within how many of its seeds.
+fn hunt_by_seed(mutations: &[Mutation], seeds: u64, play: impl Fn(u64) -> Result<(), String> + RefUnwindSafe) {
+    let _alone = ALONE.lock();
+    for &mutation in mutations {
+        let found = (1..=seeds).find_map(|seed| {
+            activate(Some(mutation));
+            let result = catch_unwind(|| play(seed));
+            activate(None);
+            result.map_or(Some((seed, "a panic".to_owned())), |played| played.err().map(|found| (seed, found)))
+        });
+        let (runs, found) = found.unwrap_or_else(|| panic!("{mutation:?} was not found"));
+        println!("{mutation:?}: {runs} runs: {found}");
+    }
+}
+
+#[test]
+fn over_a_data_file() {
+    hunt_by_seed(&Mutation::DATA_FILE, 200, |seed| data_file::play(seed).map(drop));
+    // A hole before the reads under way had ended.
+    hunt_by_seed(&[Mutation::ReuseWithoutGrace], 60, data_file::reads_under_discards);
+}
+
+#[test]
+fn in_a_commit() {
+    hunt_by_seed(&Mutation::COMMIT, 50, |seed| commit::play(seed).map(drop));
 }

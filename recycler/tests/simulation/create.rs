@@ -1,7 +1,4 @@
 //! New images, judged by QEMU.
-#![allow(clippy::unwrap_used, clippy::panic)]
-
-mod common;
 
 use std::fs;
 use std::io;
@@ -17,8 +14,8 @@ use qcow_recycler::device::{BlockDevice, Features};
 use qcow_recycler::format::header::Header;
 use qcow_recycler::image::{CreateOptions, create};
 
-use common::crash::Effort;
-use common::sim::{Fault, Settings, SimDevice};
+use crate::common::crash::Effort;
+use crate::common::sim::{Fault, Settings, SimDevice};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;

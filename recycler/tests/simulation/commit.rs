@@ -1,23 +1,19 @@
 //! Commits of an overlay into its backing file, under power cuts: at every moment each of the two may have lost any part of what
 //! was written to it since its own last flush, and the disk reads as before.
 //!
-//! `QCR_SEED=n cargo test --test commit` replays a seed. With the feature `mutations`, mistakes are made on purpose, and must be
-//! found.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
+//! `QCR_SEED=n cargo test --test simulation commit::` replays a seed.
 
 use std::sync::Arc;
 
-use common::chain::{self, Behind};
-use common::config::ImageKind;
-use common::content::{self, SECTOR};
-use common::crash;
-use common::encryption::Encryption;
-use common::memory::MemoryDevice;
-use common::sim::{self, Delay, Fault, Settings, SimDevice};
-use common::slice::{self, Slice};
-use common::verify::{self, Tolerance, in_paused_time};
+use crate::common::chain::{self, Behind};
+use crate::common::config::ImageKind;
+use crate::common::content::{self, SECTOR};
+use crate::common::crash;
+use crate::common::encryption::Encryption;
+use crate::common::memory::MemoryDevice;
+use crate::common::sim::{self, Delay, Fault, Settings, SimDevice};
+use crate::common::slice::{self, Slice};
+use crate::common::verify::{self, Tolerance, in_paused_time};
 use parking_lot::Mutex;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
@@ -25,9 +21,6 @@ use qcow_recycler::image::{CommitReport, commit_into};
 use qcow_recycler::{BackingFile, BlockDevice, Error, Image, Options};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-
-/// Only one test at a time: one of them breaks the library for the whole process.
-static ALONE: Mutex<()> = Mutex::new(());
 
 /// What a commit is played on.
 #[derive(Clone, Copy, Debug)]
@@ -266,7 +259,7 @@ impl Stage {
 }
 
 /// One commit, with power cuts at every moment; how many images were looked at.
-fn play(seed: u64) -> Result<u64, String> {
+pub fn play(seed: u64) -> Result<u64, String> {
     let stage = Stage::new(seed);
     let scene = stage.scene;
     stage.watch();
@@ -297,7 +290,6 @@ fn play(seed: u64) -> Result<u64, String> {
 
 #[test]
 fn power_cuts_change_nothing_that_the_disk_holds() {
-    let _alone = ALONE.lock();
     let (mut commits, mut crash_images) = (0, 0);
     for seed in Slice::new(30, 30, 0.8) {
         crash_images += play(seed).unwrap_or_else(|found| panic!("QCR_SEED={seed}: {found}"));
@@ -310,7 +302,6 @@ fn power_cuts_change_nothing_that_the_disk_holds() {
 /// Every call of either device fails once: an error comes back, the disk reads as before, and another attempt does the work.
 #[test]
 fn failures_change_nothing_that_the_disk_holds() {
-    let _alone = ALONE.lock();
     for seed in 1..16 {
         for (on_base, after) in (0..40).flat_map(|n| [(true, n), (false, n)]) {
             let stage = Stage::new(seed);
@@ -335,26 +326,8 @@ fn failures_change_nothing_that_the_disk_holds() {
     }
 }
 
-#[cfg(feature = "mutations")]
-#[test]
-fn mistakes_are_found() {
-    use qcow_recycler::mutation::{Mutation, activate};
-    let _alone = ALONE.lock();
-    for mutation in Mutation::COMMIT {
-        let found = (1..=50).find_map(|seed| {
-            activate(Some(mutation));
-            let result = std::panic::catch_unwind(|| play(seed));
-            activate(None);
-            result.map_or(Some((seed, "a panic".to_owned())), |played| played.err().map(|found| (seed, found)))
-        });
-        let (runs, found) = found.unwrap_or_else(|| panic!("{mutation:?} was not found"));
-        println!("{mutation:?}: {runs} runs: {found}");
-    }
-}
-
 #[test]
 fn what_cannot_be_behind_an_image_is_refused() {
-    let _alone = ALONE.lock();
     let stage = Stage::new(1);
     let memory = |device: &SimDevice| MemoryDevice::new(device.contents());
     let bad = |result: Result<(), Error>, part: &str| {

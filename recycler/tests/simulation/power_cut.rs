@@ -2,22 +2,17 @@
 //! images that a power cut would leave at that instant are made and looked at: all of them if few sectors are in doubt,
 //! a telling sample otherwise. Each must be sound, hold what the model allows, and recover.
 //!
-//! `QCR_SEED=n cargo test --test power_cut` replays a seed, `QCR_SEQUENCE='discard,flush'` a sequence of steps;
-//! `QCR_SOAK_MINUTES=n` makes the run longer.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
-#[path = "common/sim_tests.rs"]
-mod sim_tests;
+//! `QCR_SEED=n cargo test --test simulation power_cut::` replays a seed, `QCR_SEQUENCE='discard,flush'` a sequence of
+//! steps; `QCR_SOAK_MINUTES=n` makes the run longer.
 
 use std::time::Instant;
 
-use common::crash::Effort;
-use common::cuts::{self, Budget, Counts};
-use common::directed;
-use common::guests::Failure;
-use common::history::{self, History};
-use common::slice::{self, Slice};
+use crate::common::crash::Effort;
+use crate::common::cuts::{self, Budget, Counts};
+use crate::common::directed;
+use crate::common::guests::Failure;
+use crate::common::history::{self, History};
+use crate::common::slice::{self, Slice};
 
 /// Reports a failure after shortening what led to it.
 fn fail(seed: u64, history: History, first: Failure, play: impl Fn(&History) -> Result<(), Failure>) -> ! {
@@ -26,7 +21,8 @@ fn fail(seed: u64, history: History, first: Failure, play: impl Fn(&History) -> 
     let last = play(&short).err().unwrap_or(first);
     let History { config, rounds, .. } = short;
     panic!(
-        "seed {seed}, {config}\nshortened to {rounds:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test power_cut"
+        "seed {seed}, {config}\nshortened to {rounds:#?}\n{last}\n\
+         replay: QCR_SEED={seed} cargo test --test simulation random_histories"
     );
 }
 

@@ -4,27 +4,24 @@
 //! cut. The same with random histories and faults, and with faults while a crashed image is being recovered. And requests
 //! that are dropped at every await, while others free, reuse and move their clusters.
 //!
-//! `QCR_SEED=n cargo test --test faults` replays a seed, or shifts the delays and outcomes of the fixed histories by it;
+//! `QCR_SEED=n cargo test --test simulation faults::` replays a seed, or shifts the delays and outcomes of the fixed histories by it;
 //! `QCR_SOAK_MINUTES=n` makes the run longer.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
 
 use std::time::Duration;
 
-use common::chain::Behind;
-use common::config::{Config, ImageKind};
-use common::content::SECTOR;
-use common::crash::Effort;
-use common::cuts::{self, Budget, Counts, Made, Start, Watch};
-use common::disturb::{random_fault, with_fault};
-use common::encryption::Encryption;
-use common::guests::{Clock, Errors, Failure, Shared};
-use common::history::{After, History, Op, Round};
-use common::play;
-use common::sim::{Delay, Fault, Settings, SimDevice};
-use common::slice;
-use common::verify::{self, Depth};
+use crate::common::chain::Behind;
+use crate::common::config::{Config, ImageKind};
+use crate::common::content::SECTOR;
+use crate::common::crash::Effort;
+use crate::common::cuts::{self, Budget, Counts, Made, Start, Watch};
+use crate::common::disturb::{random_fault, with_fault};
+use crate::common::encryption::Encryption;
+use crate::common::guests::{Clock, Errors, Failure, Shared};
+use crate::common::history::{After, History, Op, Round};
+use crate::common::play;
+use crate::common::sim::{Delay, Fault, Settings, SimDevice};
+use crate::common::slice;
+use crate::common::verify::{self, Depth};
 use qcow_recycler::Error;
 use qcow_recycler::device::Features;
 use rand::rngs::SmallRng;
@@ -185,7 +182,9 @@ fn random_histories_with_faults() {
                 crash_images += outcome.crash_images;
             }
             Ok(None) => {}
-            Err(failure) => panic!("seed {seed}\n{failure}\nreplay: QCR_SEED={seed} cargo test --test faults random"),
+            Err(failure) => {
+                panic!("seed {seed}\n{failure}\nreplay: QCR_SEED={seed} cargo test --test simulation faults::random")
+            }
         }
     }
     println!("random histories with faults: {histories} histories, {faults} faults, {crash_images} crash images");
@@ -253,7 +252,9 @@ fn recovery_survives_faults_and_power_cuts() {
                 faults += fired;
                 crash_images += images;
             }
-            Err(failure) => panic!("seed {seed}\n{failure}\nreplay: QCR_SEED={seed} cargo test --test faults recovery"),
+            Err(failure) => {
+                panic!("seed {seed}\n{failure}\nreplay: QCR_SEED={seed} cargo test --test simulation faults::recovery")
+            }
         }
     }
     println!("faults during recovery: {faults} faults, {crash_images} crash images");

@@ -1,15 +1,12 @@
 //! From version 2 to version 3, with the power cut at every instant and every call of the device failing.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
 
 use std::sync::Arc;
 
-use common::crash::Effort;
-use common::memory::MemoryDevice;
-use common::sim::{Fault, Settings, SimDevice};
-use common::verify;
-use common::verify::Tolerance;
+use crate::common::crash::Effort;
+use crate::common::memory::MemoryDevice;
+use crate::common::sim::{Fault, Settings, SimDevice};
+use crate::common::verify;
+use crate::common::verify::Tolerance;
 use parking_lot::Mutex;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::IoBuf;

@@ -1,5 +1,4 @@
 //! The host-file device: transfers, space, and locks against real QEMU processes.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
 use std::io;

@@ -2,20 +2,17 @@
 //! zeroes, flushes, compactions, resizes and reopenings, several guests at once, with the recycler at work; on paused
 //! time, where a seed decides the order of everything, and on real threads.
 //!
-//! `QCR_SEED=n cargo test --test random_operations` replays a seed; `QCR_SOAK_MINUTES=n` makes the run longer.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
+//! `QCR_SEED=n cargo test --test simulation random_operations::` replays a seed; `QCR_SOAK_MINUTES=n` makes the run longer.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::config::{Config, Scale};
-use common::guests::{Clock, Errors, Failure, Shared, Work};
-use common::history::{self, History, Length, Op};
-use common::play as player;
-use common::sim::{Delay, SimDevice};
-use common::slice::{Slice, replay_seed, tell};
+use crate::common::config::{Config, Scale};
+use crate::common::guests::{Clock, Errors, Failure, Shared, Work};
+use crate::common::history::{self, History, Length, Op};
+use crate::common::play as player;
+use crate::common::sim::{Delay, SimDevice};
+use crate::common::slice::{Slice, replay_seed, tell};
 
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::{Disk, Error};
@@ -44,9 +41,8 @@ fn on_paused_time() {
         let short = history::shrink(history, |h| player::against_model(h, qemu).is_err());
         let last = player::against_model(&short, qemu).err().unwrap_or(first);
         panic!(
-            "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test \
-                random_operations \
-                 on_paused_time",
+            "seed {seed}, {}\nshortened to {:#?}\n{last}\nreplay: QCR_SEED={seed} cargo test --test simulation \
+             on_paused_time",
             short.config, short.rounds
         );
     }

@@ -11,10 +11,10 @@ use qcow_recycler::device::Features;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
-use super::common::content::{self, Content, SECTOR, recognise};
-use super::common::crash::{Effort, Epoch};
-use super::common::model::Model;
-use super::common::sim::{Delay, Fault, Kind, Settings, SimDevice};
+use super::content::{self, Content, SECTOR, recognise};
+use super::crash::{Effort, Epoch};
+use super::model::Model;
+use super::sim::{Delay, Fault, Kind, Settings, SimDevice};
 
 const ALL: Effort = Effort { exhaustive: 16, random: 0, singles: 0 };
 

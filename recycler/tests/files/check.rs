@@ -1,5 +1,4 @@
 //! The check against QEMU's, on images that QEMU made: sound ones, and ones damaged in named ways.
-#![allow(clippy::unwrap_used)]
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -1,14 +1,9 @@
 //! Damaged images that lead guests to what a snapshot has: entries that point at its L2 tables, and counts that say that its tables
 //! and data are free. Whatever guests do then, the snapshot holds what it held, as QEMU reads it.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-#[allow(unreachable_pub, dead_code)]
-#[path = "common/memory.rs"]
-mod memory;
 
 use std::process::Command;
 
-use memory::MemoryDevice;
+use crate::common::memory::MemoryDevice;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::image::{CreateOptions, create};

@@ -1,12 +1,7 @@
 //! A damaged image whose L2 entries point at clusters that are free by their counts: the next guest write may be given
 //! them, so nobody may write there through the entries.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
-#[allow(unreachable_pub)]
-#[path = "common/memory.rs"]
-mod memory;
-
-use memory::MemoryDevice;
+use crate::common::memory::MemoryDevice;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::image::{CreateOptions, create};

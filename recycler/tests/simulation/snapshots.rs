@@ -1,14 +1,11 @@
 //! Internal snapshots: the clusters that they use move, and they come and go while guests work.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
-
-mod common;
 
 use std::path::Path;
 use std::process::Command;
 
-use common::memory::MemoryDevice;
-use common::snapshots::{self, Anatomy};
-use common::verify::{self, Tolerance};
+use crate::common::memory::MemoryDevice;
+use crate::common::snapshots::{self, Anatomy};
+use crate::common::verify::{self, Tolerance};
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::recycler::compact;
 use qcow_recycler::{Image, Options};

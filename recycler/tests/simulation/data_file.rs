@@ -1,23 +1,19 @@
 //! Images whose guest data is in an external data file, under power cuts: at every moment each of the two files may have lost
 //! any part of what was written to it since its own last flush.
 //!
-//! `QCR_SEED=n cargo test --test data_file` replays a seed. With the feature `mutations`, mistakes are made on purpose, and
-//! must be found.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
+//! `QCR_SEED=n cargo test --test simulation data_file::` replays a seed.
 
 use std::sync::Arc;
 
-use common::content::{self, Content, SECTOR};
-use common::crash;
-use common::encryption::Encryption;
-use common::memory::MemoryDevice;
-use common::model::Model;
-use common::sim::{self, Delay, Fault, Settings, SimDevice};
-use common::slice;
-use common::verify::{self, Tolerance, in_paused_time};
-use parking_lot::{Mutex, MutexGuard};
+use crate::common::content::{self, Content, SECTOR};
+use crate::common::crash;
+use crate::common::encryption::Encryption;
+use crate::common::memory::MemoryDevice;
+use crate::common::model::Model;
+use crate::common::sim::{self, Delay, Fault, Settings, SimDevice};
+use crate::common::slice;
+use crate::common::verify::{self, Tolerance, in_paused_time};
+use parking_lot::Mutex;
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::device::Features;
@@ -30,9 +26,6 @@ use rand::{Rng, SeedableRng};
 const SECTORS: u64 = 61;
 /// The number of the write that the data file's stale contents look like.
 const STALE: u64 = 1 << 40;
-
-/// Only one test at a time: one of them breaks the library for the whole process.
-static ALONE: Mutex<()> = Mutex::new(());
 
 /// What a history is played on.
 #[derive(Clone, Copy, Debug)]
@@ -325,7 +318,7 @@ async fn step(
 }
 
 /// A history of random steps, with power cuts at every moment; how many images were looked at.
-fn play(seed: u64) -> Result<u64, String> {
+pub fn play(seed: u64) -> Result<u64, String> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let scene = Scene::new(Config::new(seed, &mut rng));
     scene.watch();
@@ -357,13 +350,8 @@ fn play(seed: u64) -> Result<u64, String> {
     Ok(looked_at)
 }
 
-fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock()
-}
-
 #[test]
 fn power_cuts_lose_nothing_of_either_file() {
-    let _alone = alone();
     let (mut histories, mut crash_images) = (0, 0);
     for seed in slice::Slice::new(20, 20, 0.8) {
         crash_images += play(seed).unwrap_or_else(|found| panic!("QCR_SEED={seed}: {found}"));
@@ -372,30 +360,9 @@ fn power_cuts_lose_nothing_of_either_file() {
     slice::tell(&[("histories", histories), ("crash_images", crash_images)]);
 }
 
-#[cfg(feature = "mutations")]
-#[test]
-fn mistakes_are_found() {
-    use qcow_recycler::mutation::{Mutation, activate};
-    let _alone = alone();
-    for mutation in Mutation::DATA_FILE {
-        let found = (1..=200).find_map(|seed| {
-            activate(Some(mutation));
-            let result = std::panic::catch_unwind(|| play(seed));
-            activate(None);
-            result.map_or(Some((seed, "a panic".to_owned())), |played| played.err().map(|found| (seed, found)))
-        });
-        let (runs, found) = found.unwrap_or_else(|| panic!("{mutation:?} was not found"));
-        println!("{mutation:?}: {runs} runs: {found}");
-    }
-    activate(Some(Mutation::ReuseWithoutGrace));
-    let found = (1..=60).find_map(|seed| reads_under_discards(seed).err());
-    activate(None);
-    println!("ReuseWithoutGrace: {}", found.expect("a hole before the reads under way had ended was not found"));
-}
-
 /// Reads under way while what they read is discarded and flushed: the hole in an encrypted data file comes after them.
 /// Each sector they find is what it was, or zeroes.
-fn reads_under_discards(seed: u64) -> Result<(), String> {
+pub fn reads_under_discards(seed: u64) -> Result<(), String> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut config = Config::new(seed, &mut rng);
     config.data.punch_hole = true;
@@ -433,7 +400,6 @@ fn reads_under_discards(seed: u64) -> Result<(), String> {
 
 #[test]
 fn a_hole_comes_after_the_reads_under_way() {
-    let _alone = alone();
     for seed in 1..=60 {
         reads_under_discards(seed).unwrap_or_else(|found| panic!("seed {seed}: {found}"));
     }
@@ -442,7 +408,6 @@ fn a_hole_comes_after_the_reads_under_way() {
 /// Every call of either device fails once: an error comes back, and nothing that was durable is lost.
 #[test]
 fn failures_lose_nothing() {
-    let _alone = alone();
     for seed in 1..13 {
         for (on_data, after) in (0..30).flat_map(|n| [(true, n), (false, n)]) {
             let mut rng = SmallRng::seed_from_u64(seed);
@@ -485,7 +450,6 @@ fn on_memory(config: Config) -> (Image<MemoryDevice>, MemoryDevice, MemoryDevice
 
 #[test]
 fn data_lies_where_it_is_on_the_disk() {
-    let _alone = alone();
     let (image, _, data) = plain(false);
     block_on(image.write(0, IoBuf::new(&[1; 512]))).unwrap();
     block_on(image.write(9 * 512, IoBuf::new(&[2; 512]))).unwrap();
@@ -504,7 +468,6 @@ fn data_lies_where_it_is_on_the_disk() {
 
 #[test]
 fn a_device_without_a_data_file_is_refused_and_so_is_one_too_many() {
-    let _alone = alone();
     let (image, bytes, _) = plain(false);
     block_on(image.close()).unwrap();
     let before = bytes.contents();

@@ -1,14 +1,11 @@
 //! Internal snapshots made, deleted and gone back to: what they hold, what is refused, and what a damaged image may not lead
 //! to. QEMU is the judge.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::chain::Behind;
-use common::memory::MemoryDevice;
-use common::snapshots::{self, Anatomy};
-use common::taken::TakenAll;
-use common::verify::{self, Tolerance};
+use crate::common::chain::Behind;
+use crate::common::memory::MemoryDevice;
+use crate::common::snapshots::{self, Anatomy};
+use crate::common::taken::TakenAll;
+use crate::common::verify::{self, Tolerance};
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::format::header::Header;

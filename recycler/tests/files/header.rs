@@ -1,6 +1,5 @@
 //! Header parsing: what qemu-img writes is understood, and every hostile header is refused by field, before anything is
 //! allocated for it.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::File;
 use std::io::Read;

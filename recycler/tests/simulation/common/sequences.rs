@@ -192,7 +192,7 @@ impl Variant {
                 let named: Vec<_> = sequence.iter().map(|&i| names[i]).collect();
                 panic!(
                     "{}, sequence {named:?}, {config}\n{failure}\nreplay: QCR_SEED={seed} QCR_SEQUENCE='{}' cargo test \
-                     --test power_cut sequences::{}",
+                     --test simulation sequences::{}",
                     self.name,
                     named.join(","),
                     self.name.replace(' ', "_")
