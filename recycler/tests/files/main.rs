@@ -1,6 +1,7 @@
 //! The library on files of the host, and on images that QEMU made.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[allow(dead_code)]
 #[path = "../simulation/common/slice.rs"]
 mod slice;
 

@@ -3,7 +3,7 @@
 //!
 //! With the feature `mutations` only the tests of the module of that name may run in one process: they break the library for all
 //! of it.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::common::memory::MemoryDevice;
 use crate::common::snapshots::{self, Anatomy};
 use crate::common::verify::{self, Tolerance};
-use qcow_recycler::buf::{IoBuf, IoBufMut};
+use qcow_recycler::buf::IoBufMut;
 use qcow_recycler::recycler::compact;
 use qcow_recycler::{Image, Options};
 
@@ -43,10 +43,6 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 async fn open(device: &MemoryDevice) -> Image<MemoryDevice> {
     let options = Options { runtime_asserts: true, ..Options::default() };
     Image::open(device.clone(), options).await.unwrap()
-}
-
-async fn fill(image: &Image<MemoryDevice>, offset: u64, length: usize, byte: u8) {
-    image.write(offset, IoBuf::new(&vec![byte; length])).await.unwrap();
 }
 
 async fn expect(image: &Image<MemoryDevice>, offset: u64, length: usize, byte: u8) {

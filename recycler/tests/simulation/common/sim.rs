@@ -112,7 +112,6 @@ impl Fault {
 #[derive(Clone, Copy, Debug)]
 pub struct Fired {
     pub kind: Kind,
-    pub offset: u64,
     pub length: u64,
 }
 
@@ -162,7 +161,6 @@ struct State {
     logged: u64,
     in_flight: BTreeMap<u64, InFlight>,
     operations: u64,
-    counts: BTreeMap<Kind, u64>,
     rng: SmallRng,
     fault: Option<Fault>,
     since_armed: u64,
@@ -182,7 +180,6 @@ impl SimDevice {
             logged: 0,
             in_flight: BTreeMap::new(),
             operations: 0,
-            counts: BTreeMap::new(),
             rng: SmallRng::seed_from_u64(settings.seed),
             fault: None,
             since_armed: 0,
@@ -221,11 +218,6 @@ impl SimDevice {
     /// Operations begun so far.
     pub fn operations(&self) -> u64 {
         self.inner.state.lock().operations
-    }
-
-    /// Operations begun so far, by kind.
-    pub fn counts(&self) -> BTreeMap<Kind, u64> {
-        self.inner.state.lock().counts.clone()
     }
 
     /// After so many operations in all, everything fails: ends a library that never comes to rest.
@@ -401,8 +393,8 @@ impl State {
         if !due || !fault.befalls(kind) || !fault.lasting && !self.fired.is_empty() {
             return None;
         }
-        let (offset, length) = ranges.last().map_or((0, 0), |(r, _)| (r.start, r.end - r.start));
-        self.fired.push(Fired { kind, offset, length });
+        let length = ranges.last().map_or(0, |(r, _)| r.end - r.start);
+        self.fired.push(Fired { kind, length });
         Some(io::Error::from_raw_os_error(fault.errno))
     }
 
@@ -431,7 +423,6 @@ impl SimDevice {
         let mut state = self.inner.state.lock();
         let id = state.operations;
         state.operations += 1;
-        *state.counts.entry(kind).or_default() += 1;
         let describe = || format!("operation {id}, {kind:?} {ranges:x?}");
         if self.inner.settings.read_only && kind.modifies() {
             let text = format!("{}: a change to a device that must not change", describe());
