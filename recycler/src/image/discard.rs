@@ -100,7 +100,7 @@ impl<D: BlockDevice> Image<D> {
             return Ok(false);
         }
         let Some((slice, index)) = self.meta.l2.cached(first) else { return Ok(false) };
-        if !slice.targets.are_checked(index, clusters.end - clusters.start) {
+        if !slice.targets().are_checked(index, clusters.end - clusters.start) {
             return Ok(false);
         }
         self.clear_entries(&slice, index, clusters, Clear::Unmap)?;

@@ -141,7 +141,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external {
             return self.place_outside(&view, index, at, length);
         }
-        if purpose == Purpose::Write && !view.targets_checked(index, 1) {
+        if purpose == Purpose::Write && !view.targets().is_checked(index) {
             return None;
         }
         let (host, copied) = l2::plain_data(view.word(index), cluster_size)?;
@@ -163,7 +163,7 @@ impl<D: BlockDevice> Image<D> {
         let Some((view, index)) = self.meta.l2.view(guest) else {
             return if self.meta.geometry.extended_l2 { self.look_locked(guest, at, max, purpose) } else { Ok(None) };
         };
-        if purpose == Purpose::Write && !view.targets_checked(index, self.clusters_of(at, max)) {
+        if purpose == Purpose::Write && !view.targets().are_checked(index, self.clusters_of(at, max)) {
             return Ok(None);
         }
         let run = self.run_in(&view, index, at, max);
@@ -174,7 +174,7 @@ impl<D: BlockDevice> Image<D> {
     /// Looks at one slice of extended entries, which only its lock shows whole.
     fn look_locked(&self, guest: GuestCluster, at: GuestOffset, max: u64, purpose: Purpose) -> Result<Option<Run>> {
         let Some((slice, index)) = self.meta.l2.cached(guest) else { return Ok(None) };
-        if purpose == Purpose::Write && !slice.targets.are_checked(index, self.clusters_of(at, max)) {
+        if purpose == Purpose::Write && !slice.targets().are_checked(index, self.clusters_of(at, max)) {
             return Ok(None);
         }
         self.run_in(&slice.read(), index, at, max).map(Some)
@@ -336,7 +336,7 @@ impl<D: BlockDevice> Image<D> {
         index: usize,
         count: u64,
     ) -> Result<()> {
-        if slice.targets.are_checked(index, count) {
+        if slice.targets().are_checked(index, count) {
             return Ok(());
         }
         let range = index..index.saturating_add(count as usize);
@@ -374,9 +374,6 @@ impl<D: BlockDevice> Image<D> {
                         next = run.each().find(|(i, _)| range.contains(i)).map(|(_, hosts)| hosts);
                     }
                 }
-                if runs.is_empty() {
-                    slice.targets.set_all_checked();
-                }
             }
             let Some(hosts) = next else { return Ok(()) };
             // What tells the counts of this entry's clusters tells those of their neighbours, too: where the clusters of
@@ -388,12 +385,12 @@ impl<D: BlockDevice> Image<D> {
             let in_use = |hosts: &Range<u64>| refcounts.all_counted(hosts).map(|all| all && !states.any_free(hosts));
             for run in self.unchecked_targets(slice, &entries) {
                 if in_use(&run.hosts) == Some(true) {
-                    run.each().for_each(|(i, _)| slice.targets.set_checked(i));
+                    run.each().for_each(|(i, _)| slice.targets().set_checked(i));
                     continue;
                 }
                 for (i, hosts) in run.each() {
                     match in_use(&hosts) {
-                        Some(true) => slice.targets.set_checked(i),
+                        Some(true) => slice.targets().set_checked(i),
                         Some(false) if range.contains(&i) => {
                             return Err(invalid(i, entries.get(i), "it points at a free cluster"));
                         }
@@ -407,9 +404,9 @@ impl<D: BlockDevice> Image<D> {
     /// What the entries of a slice name that have not been checked yet; those that name nothing are.
     fn unchecked_targets(&self, slice: &Slice, entries: &impl Entries) -> Vec<TargetRun> {
         let mut runs: Vec<TargetRun> = Vec::new();
-        for i in (0..entries.len()).filter(|&i| !slice.targets.is_checked(i)) {
+        for i in (0..entries.len()).filter(|&i| !slice.targets().is_checked(i)) {
             match (self.targets(entries.get(i)), runs.last_mut()) {
-                (None, _) => slice.targets.set_checked(i),
+                (None, _) => slice.targets().set_checked(i),
                 (Some(hosts), Some(run)) if run.is_continued_by(i, &hosts) => run.hosts.end = hosts.end,
                 (Some(hosts), _) => {
                     runs.push(TargetRun { first: i, each: (hosts.end - hosts.start).max(1), hosts });

@@ -4,6 +4,7 @@
 //! one copy of a slice: one that somebody holds, or that is dirty (the dirty list holds it), is not evicted.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ pub(crate) use super::slices::Slice;
 /// L2 tables are read and cached in pieces of at most this many bytes.
 const SLICE: u64 = 4096;
 /// The cache holds at least this many slices, whatever the option says.
-const MIN_SLICES: usize = 8;
+const MIN_SLICES: usize = 7;
 /// So many slices can be read from the device at once.
 const LOADING: usize = 64;
 /// A survey reads at most so many slices in one piece: fewer than can be [loaded](LOADING) at once, since each has a lock of
@@ -67,22 +68,24 @@ enum Absent {
 }
 
 impl L2Cache {
-    pub(crate) fn new(geometry: Geometry, size: u64, patches: Arc<Patches>) -> Self {
+    pub(crate) fn new(geometry: Geometry, size: u64, patches: Arc<Patches>) -> Result<Self> {
         let slice_size = SLICE.min(geometry.cluster_size());
         let layout =
             Layout { words: (slice_size / 8) as usize, entry_bits: geometry.l2_entry_words().trailing_zeros() };
         let capacity = ((size / slice_size) as usize).max(MIN_SLICES);
-        L2Cache {
+        let slices = Slices::new(capacity, layout)
+            .ok_or_else(|| Error::io("reserving memory for the L2 cache", 0)(io::ErrorKind::OutOfMemory.into()))?;
+        Ok(L2Cache {
             geometry,
             slice_size,
             slice_bits: slice_size.trailing_zeros() - 3 - layout.entry_bits,
-            slices: Slices::new(capacity, layout),
+            slices,
             loading: [(); LOADING].map(AsyncMutex::new),
             buffers: Mutex::default(),
             patches,
             dirty: Mutex::default(),
             read_bytes: AtomicU64::new(0),
-        }
+        })
     }
 
     /// Guest clusters that one slice maps.

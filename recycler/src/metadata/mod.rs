@@ -10,6 +10,7 @@ pub(crate) mod mirror;
 pub(crate) mod patches;
 pub(crate) mod refcounts;
 pub(crate) mod slices;
+mod words;
 
 use std::sync::Arc;
 
@@ -76,7 +77,7 @@ impl Metadata {
             external: header.incompatible & incompatible::DATA_FILE != 0,
             header: Mutex::new(sector),
             l1: L1Table::open(volume, geometry, header.l1_offset, header.l1_entries).await?,
-            l2: L2Cache::new(geometry, l2_cache_size, patches.clone()),
+            l2: L2Cache::new(geometry, l2_cache_size, patches.clone())?,
             refcounts: AsyncMutex::new(refcounts),
             mirrors: Mutex::default(),
             patches,

@@ -1,9 +1,8 @@
 //! Slices of tables in memory, found without a lock and without a write to memory that others write, too.
 //!
-//! A slice has its place in one of the eight ways of a set. The slices themselves are never freed: a way keeps its slice and
-//! fills it anew. So a look-up that takes no part in any counting reads memory that is there, and has only to make sure
-//! that it read what it was looking for. Each way has a *tag*, which names the slice in it and counts how often it was
-//! filled:
+//! A slice has its place in one of the seven ways of a set. The memory of a way is never freed, but filled anew. So a look-up
+//! that takes no part in any counting reads memory that is there, and has only to make sure that it read what it was looking
+//! for. Each way has a *tag*, which names the slice in it and counts how often it was filled:
 //!
 //! - a reader loads the tag, loads entries, and loads the tag again: if it has not changed, the entries are of that slice;
 //! - who fills a way first gives it a tag that nobody looks for, then stores the entries, then the new tag. A reader that
@@ -12,6 +11,10 @@
 //!
 //! An entry that a look-up found was therefore in the slice at some moment of the look-up. What keeps its meaning until the
 //! request has ended is the request's being in flight: see `Epochs`.
+//!
+//! A look-up that follows pointers waits for memory once for each of them, if requests are as far apart as random ones of a
+//! guest are. So where the words of a way are is computed: the tags of a set are one cache line, the entry is another, and
+//! neither waits for the other.
 //!
 //! To change a slice, or to see several of its entries at one moment, take it ([`Slices::get`]) and lock it. A slice that
 //! somebody holds keeps its way. If all ways of a set are held, as they may be by changes that wait to be written back, a
@@ -26,7 +29,10 @@ use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-const WAYS: usize = 8;
+use super::words::Words;
+
+/// So many that their tags and marks are one cache line.
+const WAYS: usize = 7;
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 16 TiB at the usual
 /// cluster size.
 const MAX_SETS: usize = 1 << 16;
@@ -37,70 +43,110 @@ const PER_SECTOR: usize = 64;
 pub(crate) struct Slice {
     /// Which one it is. Changes only while nobody holds the slice.
     key: AtomicU64,
-    words: Box<[AtomicU64]>,
-    /// log2 of the words of an entry.
-    entry_bits: u32,
+    memory: Arc<Memory>,
+    /// Its place there.
+    place: usize,
     lock: RwLock<()>,
     /// Whether it is in the list of slices to be written back.
     pub(super) listed: AtomicBool,
     /// The 512-byte sectors that changed, as bits. Changed under the lock.
     pub(super) sectors: AtomicU8,
-    /// Which entries guests may write through: see `Image::check_targets`.
-    pub(crate) targets: Targets,
 }
 
-/// Which entries of a slice were found to point at clusters that guests may write to. What the engine itself sets later is
-/// right by construction.
-pub(crate) struct Targets {
-    /// All were, so that nothing else needs to be looked at.
-    all: AtomicBool,
-    /// One bit for each entry.
-    checked: Box<[AtomicU64]>,
+/// What is in a number of slices.
+struct Memory {
+    layout: Layout,
+    words: Words,
+    /// See [`Targets`].
+    checked: Words,
 }
 
-impl Targets {
-    fn new(entries: usize) -> Self {
-        Targets { all: AtomicBool::new(false), checked: (0..entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
+impl Memory {
+    /// `None`: the system has not so much.
+    fn new(slices: usize, layout: Layout) -> Option<Memory> {
+        let words = Words::new(slices.checked_mul(layout.words)?)?;
+        let checked = Words::new(slices.checked_mul(layout.marks())?)?;
+        Some(Memory { layout, words, checked })
     }
 
-    fn reset(&self) {
-        self.all.store(false, Ordering::Relaxed);
+    #[inline]
+    fn words(&self, place: usize) -> &[AtomicU64] {
+        let first = place * self.layout.words;
+        self.words.get(first..first + self.layout.words).unwrap_or_default()
+    }
+
+    #[inline]
+    fn targets(&self, place: usize) -> Targets<'_> {
+        let first = place * self.layout.marks();
+        Targets { checked: self.checked.get(first..first + self.layout.marks()).unwrap_or_default() }
+    }
+}
+
+/// Which entries of a slice were found to point at clusters that guests may write to: see `Image::check_targets`. What the
+/// engine itself sets later is right by construction.
+#[derive(Clone, Copy)]
+pub(crate) struct Targets<'a> {
+    /// One bit for each entry.
+    checked: &'a [AtomicU64],
+}
+
+impl Targets<'_> {
+    fn reset(self) {
         self.checked.iter().for_each(|word| word.store(0, Ordering::Relaxed));
     }
 
     /// Whether the `count` entries from `index` on were, as far as the slice has them.
     #[inline]
-    pub(crate) fn are_checked(&self, index: usize, count: u64) -> bool {
+    pub(crate) fn are_checked(self, index: usize, count: u64) -> bool {
         let end = index.saturating_add(count as usize).min(self.checked.len() * 64);
-        self.all.load(Ordering::Acquire) || (index..end).all(|i| self.is_checked(i))
+        let mut next = index;
+        while next < end {
+            let here = (64 - next % 64).min(end - next);
+            let wanted = (u64::MAX >> (64 - here)) << (next % 64);
+            if self.checked.get(next / 64).is_some_and(|word| word.load(Ordering::Acquire) & wanted != wanted) {
+                return false;
+            }
+            next += here;
+        }
+        true
     }
 
-    pub(crate) fn is_checked(&self, index: usize) -> bool {
+    #[inline]
+    pub(crate) fn is_checked(self, index: usize) -> bool {
         self.checked.get(index / 64).is_none_or(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
     }
 
-    pub(crate) fn set_checked(&self, index: usize) {
+    pub(crate) fn set_checked(self, index: usize) {
         if let Some(word) = self.checked.get(index / 64) {
             word.fetch_or(1 << (index % 64), Ordering::AcqRel);
         }
     }
-
-    pub(crate) fn set_all_checked(&self) {
-        self.all.store(true, Ordering::Release);
-    }
 }
 
 impl Slice {
-    fn new(Layout { words, entry_bits }: Layout) -> Self {
+    fn new(memory: Arc<Memory>, place: usize) -> Self {
         Slice {
             key: AtomicU64::new(0),
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            entry_bits,
+            memory,
+            place,
             lock: RwLock::new(()),
             listed: AtomicBool::new(false),
             sectors: AtomicU8::new(0),
-            targets: Targets::new(words >> entry_bits),
         }
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        self.memory.words(self.place)
+    }
+
+    /// Which entries guests may write through.
+    pub(crate) fn targets(&self) -> Targets<'_> {
+        self.memory.targets(self.place)
+    }
+
+    /// log2 of the words of an entry.
+    fn entry_bits(&self) -> u32 {
+        self.memory.layout.entry_bits
     }
 
     pub(super) fn key(&self) -> u64 {
@@ -119,11 +165,11 @@ impl Slice {
 
     fn fill(&self, key: u64, words: &[u64]) {
         self.key.store(key, Ordering::Relaxed);
-        for (to, &from) in self.words.iter().zip(words) {
+        for (to, &from) in self.words().iter().zip(words) {
             to.store(from, Ordering::Relaxed);
         }
         self.sectors.store(0, Ordering::Relaxed);
-        self.targets.reset();
+        self.targets().reset();
     }
 }
 
@@ -132,6 +178,13 @@ impl Slice {
 pub(crate) struct Layout {
     pub(crate) words: usize,
     pub(crate) entry_bits: u32,
+}
+
+impl Layout {
+    /// Words with a bit for each entry.
+    fn marks(self) -> usize {
+        (self.words >> self.entry_bits).div_ceil(64)
+    }
 }
 
 /// Entries of one slice, decoded from big-endian. Past its end there are zeroes.
@@ -148,26 +201,26 @@ pub(crate) struct Locked<'a, G> {
 
 impl<G> Entries for Locked<'_, G> {
     fn get(&self, index: usize) -> Entry {
-        let at = index << self.slice.entry_bits;
-        let subclusters = if self.slice.entry_bits > 0 { self.word(at + 1) } else { 0 };
+        let at = index << self.slice.entry_bits();
+        let subclusters = if self.slice.entry_bits() > 0 { self.word(at + 1) } else { 0 };
         Entry { word: self.word(at), subclusters: Subclusters(subclusters) }
     }
 
     fn len(&self) -> usize {
-        self.slice.words.len() >> self.slice.entry_bits
+        self.slice.words().len() >> self.slice.entry_bits()
     }
 }
 
 impl<G> Locked<'_, G> {
     /// A word of the table.
     pub(super) fn word(&self, at: usize) -> u64 {
-        self.slice.words.get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+        self.slice.words().get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
     }
 
     /// A sector's bytes as on disk.
     pub(super) fn sector(&self, sector: usize, out: &mut Vec<u8>) {
         let start = sector * PER_SECTOR;
-        let words = self.slice.words.get(start..start + PER_SECTOR).unwrap_or_default();
+        let words = self.slice.words().get(start..start + PER_SECTOR).unwrap_or_default();
         out.extend(words.iter().flat_map(|e| e.load(Ordering::Relaxed).to_ne_bytes()));
     }
 }
@@ -175,9 +228,9 @@ impl<G> Locked<'_, G> {
 impl Locked<'_, RwLockWriteGuard<'_, ()>> {
     /// Changes an entry. Both words of an extended one are in one sector, so on disk it is the old or the new one.
     pub(crate) fn set(&mut self, index: usize, entry: Entry) {
-        let at = index << self.slice.entry_bits;
+        let at = index << self.slice.entry_bits();
         let words = [entry.word, entry.subclusters.0];
-        let stored = self.slice.words.get(at..at + (1 << self.slice.entry_bits)).unwrap_or_default();
+        let stored = self.slice.words().get(at..at + (1 << self.slice.entry_bits())).unwrap_or_default();
         for (to, word) in stored.iter().zip(words) {
             // Who sees the entry without the lock sees what was done before it was made.
             to.store(word.to_be(), Ordering::Release);
@@ -189,7 +242,8 @@ impl Locked<'_, RwLockWriteGuard<'_, ()>> {
 /// A slice as a look-up without a lock sees it. It is for entries of one word: of two words, the lock alone keeps one from
 /// seeing the first of an old entry and the second of a new one.
 pub(crate) struct View<'a> {
-    slice: &'a Slice,
+    memory: &'a Memory,
+    place: usize,
     tag: &'a AtomicU64,
     seen: u64,
 }
@@ -201,14 +255,14 @@ impl Entries for View<'_> {
     }
 
     fn len(&self) -> usize {
-        self.slice.words.len()
+        self.memory.layout.words
     }
 }
 
 impl View<'_> {
     #[inline]
     pub(crate) fn word(&self, index: usize) -> u64 {
-        self.slice.words.get(index).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+        self.memory.words(self.place).get(index).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
     }
 
     /// Whether all that was seen so far was the slice that was looked up.
@@ -219,29 +273,36 @@ impl View<'_> {
     }
 
     #[inline]
-    pub(crate) fn targets_checked(&self, index: usize, count: u64) -> bool {
-        self.slice.targets.are_checked(index, count)
+    pub(crate) fn targets(&self) -> Targets<'_> {
+        self.memory.targets(self.place)
     }
 }
 
+/// What a look-up needs of a set: one cache line.
 #[derive(Default)]
-#[repr(align(64))]
-struct Set {
+#[repr(C, align(64))]
+struct Tags {
     /// The upper half is the slice's key plus one, or 0; the lower half counts.
     tags: [AtomicU64; WAYS],
-    slices: [OnceLock<Arc<Slice>>; WAYS],
     /// Whether the way was looked at since the hand last came by.
     used: [AtomicBool; WAYS],
+}
+
+/// The rest of a set.
+#[derive(Default)]
+struct Set {
+    slices: [OnceLock<Arc<Slice>>; WAYS],
     /// Who has it may give slices to holders, and fill ways; it holds the way to be considered next.
     hand: Mutex<usize>,
 }
 
 /// The slices in memory.
 pub(crate) struct Slices {
+    tags: Box<[Tags]>,
     sets: Box<[Set]>,
+    memory: Arc<Memory>,
     /// 2^64 divided by their number and rounded up, so that a remainder takes two multiplications.
     reciprocal: u64,
-    layout: Layout,
     aside: Mutex<HashMap<u64, Arc<Slice>>>,
     aside_len: AtomicUsize,
 }
@@ -253,16 +314,24 @@ fn name(key: u64) -> u64 {
 }
 
 impl Slices {
-    /// Room for about `capacity` slices. Memory is taken when it is first used.
-    pub(crate) fn new(capacity: usize, layout: Layout) -> Self {
-        let sets = (capacity / WAYS).clamp(1, MAX_SETS);
-        Slices {
+    /// Room for about `capacity` slices, or fewer if the system has not so much memory. It is taken when it is first used.
+    pub(crate) fn new(capacity: usize, layout: Layout) -> Option<Self> {
+        let mut sets = capacity.div_ceil(WAYS).clamp(1, MAX_SETS);
+        let memory = loop {
+            match Memory::new(sets * WAYS, layout) {
+                Some(memory) => break memory,
+                None if sets > 1 => sets /= 2,
+                None => return None,
+            }
+        };
+        Some(Slices {
+            tags: std::iter::repeat_with(Tags::default).take(sets).collect(),
             sets: std::iter::repeat_with(Set::default).take(sets).collect(),
+            memory: Arc::new(memory),
             reciprocal: (u64::MAX / sets as u64).wrapping_add(1),
-            layout,
             aside: Mutex::default(),
             aside_len: AtomicUsize::new(0),
-        }
+        })
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -271,34 +340,36 @@ impl Slices {
 
     /// The set that a slice belongs to, if there can be such a slice: an L1 table has at most 2^22 entries and an L2 table at
     /// most 2^9 slices, so keys fit a tag.
+    ///
+    /// It is the remainder of the key and the number of sets, so that neighbours are in different sets. A division would be the
+    /// slowest instruction of a request. The fraction of key / n, in units of 2^-64, is as exact as 32-bit numbers need (Lemire,
+    /// Kaser, Kurz: Faster remainder by direct computation, 2019).
     #[inline]
-    fn set(&self, key: u64) -> Option<&Set> {
+    fn set_of(&self, key: u64) -> Option<usize> {
         let key = u32::try_from(key).ok().filter(|&key| key < u32::MAX)?;
-        self.sets.get(self.set_index(key))
+        let fraction = self.reciprocal.wrapping_mul(u64::from(key));
+        Some(((u128::from(fraction) * self.tags.len() as u128) >> 64) as usize)
     }
 
-    /// The remainder of a key and the number of sets, so that neighbours are in different sets. A division would be the slowest
-    /// instruction of a request. The fraction of key / n, in units of 2^-64, is as exact as 32-bit numbers need (Lemire, Kaser,
-    /// Kurz: Faster remainder by direct computation, 2019).
+    /// Where in memory the slice of a way is: those of the first ways lie together, as they are all that a small disk needs.
     #[inline]
-    fn set_index(&self, key: u32) -> usize {
-        let fraction = self.reciprocal.wrapping_mul(u64::from(key));
-        ((u128::from(fraction) * self.sets.len() as u128) >> 64) as usize
+    fn place(&self, set: usize, way: usize) -> usize {
+        way * self.tags.len() + set
     }
 
     /// A look at a slice without a lock; `None` if it is not found so.
     #[inline]
     pub(crate) fn view(&self, key: u64) -> Option<View<'_>> {
-        let set = self.set(key)?;
+        let set = self.set_of(key)?;
+        let Tags { tags, used } = self.tags.get(set)?;
         let name = name(key);
-        for ((tag, slice), used) in set.tags.iter().zip(&set.slices).zip(&set.used) {
+        for (way, (tag, used)) in tags.iter().zip(used).enumerate() {
             let seen = tag.load(Ordering::Acquire);
             if seen & !0xffff_ffff == name {
-                let slice = slice.get()?;
                 if !used.load(Ordering::Relaxed) {
                     used.store(true, Ordering::Relaxed);
                 }
-                return Some(View { slice, tag, seen });
+                return Some(View { memory: &self.memory, place: self.place(set, way), tag, seen });
             }
         }
         None
@@ -306,14 +377,11 @@ impl Slices {
 
     /// The slice if it is in memory. It keeps its place as long as somebody has it.
     pub(crate) fn get(&self, key: u64) -> Option<Arc<Slice>> {
-        let set = self.set(key)?;
-        let _hand = set.hand.lock();
-        self.get_in(set, key)
-    }
-
-    fn get_in(&self, set: &Set, key: u64) -> Option<Arc<Slice>> {
+        let set = self.set_of(key)?;
+        let (tags, Set { slices, hand }) = (self.tags.get(set)?, self.sets.get(set)?);
+        let _hand = hand.lock();
         let name = name(key);
-        for (tag, slice) in set.tags.iter().zip(&set.slices) {
+        for (tag, slice) in tags.tags.iter().zip(slices) {
             if tag.load(Ordering::Relaxed) & !0xffff_ffff == name {
                 return slice.get().cloned();
             }
@@ -326,10 +394,11 @@ impl Slices {
 
     /// Puts a slice into memory that is not there: one at a time does so for each key.
     pub(crate) fn insert(&self, key: u64, words: &[u64]) -> Option<Arc<Slice>> {
-        let set = self.set(key)?;
+        let index = self.set_of(key)?;
+        let (tags, set) = (self.tags.get(index)?, self.sets.get(index)?);
         let mut hand = set.hand.lock();
-        let Some(way) = find_way(set, &mut hand, self.layout) else {
-            let slice = Slice::new(self.layout);
+        let Some(way) = self.find_way(index, &mut hand) else {
+            let slice = Slice::new(Arc::new(Memory::new(1, self.memory.layout)?), 0);
             slice.fill(key, words);
             let slice = Arc::new(slice);
             let mut aside = self.aside.lock();
@@ -338,7 +407,7 @@ impl Slices {
             self.aside_len.store(aside.len(), Ordering::Relaxed);
             return Some(slice);
         };
-        let (tag, slice) = (set.tags.get(way)?, set.slices.get(way)?.get()?);
+        let (tag, slice) = (tags.tags.get(way)?, set.slices.get(way)?.get()?);
         // Only who has the hand changes tags.
         let count = tag.load(Ordering::Relaxed).wrapping_add(1) & 0xffff_ffff;
         if broken(Mutation::TagAfterEntries) {
@@ -358,9 +427,9 @@ impl Slices {
 
     /// Forgets slices, which nobody must be using.
     pub(super) fn forget(&self, keys: std::ops::Range<u64>) {
-        for set in &self.sets {
+        for (set, tags) in self.sets.iter().zip(&self.tags) {
             let _hand = set.hand.lock();
-            for tag in &set.tags {
+            for tag in &tags.tags {
                 let seen = tag.load(Ordering::Relaxed);
                 if (seen >> 32).checked_sub(1).is_some_and(|key| keys.contains(&key)) {
                     tag.store(seen & 0xffff_ffff, Ordering::Relaxed);
@@ -371,30 +440,32 @@ impl Slices {
         aside.retain(|key, _| !keys.contains(key));
         self.aside_len.store(aside.len(), Ordering::Relaxed);
     }
-}
 
-/// A way that can be filled: an empty one, else the next that nobody holds and nobody looked at lately.
-fn find_way(set: &Set, hand: &mut usize, layout: Layout) -> Option<usize> {
-    let free = |way: usize| {
-        let slice = set.slices.get(way)?.get_or_init(|| Arc::new(Slice::new(layout)));
-        // Another holder can only come from here or from a holder, so one reference is the way's own and stays the only
-        // one. The fence is for what the last holder did.
-        let free = Arc::strong_count(slice) == 1;
-        fence(Ordering::Acquire);
-        free.then_some(way)
-    };
-    let empty = |way: &usize| set.tags.get(*way).is_some_and(|tag| tag.load(Ordering::Relaxed) >> 32 == 0);
-    if let Some(way) = (0..WAYS).filter(empty).find_map(free) {
-        return Some(way);
-    }
-    for _ in 0..2 * WAYS {
-        let way = *hand;
-        *hand = (way + 1) % WAYS;
-        if free(way).is_some() && !set.used.get(way)?.swap(false, Ordering::Relaxed) {
+    /// A way that can be filled: an empty one, else the next that nobody holds and nobody looked at lately.
+    fn find_way(&self, index: usize, hand: &mut usize) -> Option<usize> {
+        let (Tags { tags, used }, Set { slices, .. }) = (self.tags.get(index)?, self.sets.get(index)?);
+        let free = |way: usize| {
+            let new = || Arc::new(Slice::new(self.memory.clone(), self.place(index, way)));
+            let slice = slices.get(way)?.get_or_init(new);
+            // Another holder can only come from here or from a holder, so one reference is the way's own and stays the only
+            // one. The fence is for what the last holder did.
+            let free = Arc::strong_count(slice) == 1;
+            fence(Ordering::Acquire);
+            free.then_some(way)
+        };
+        let empty = |way: &usize| tags.get(*way).is_some_and(|tag| tag.load(Ordering::Relaxed) >> 32 == 0);
+        if let Some(way) = (0..WAYS).filter(empty).find_map(free) {
             return Some(way);
         }
+        for _ in 0..2 * WAYS {
+            let way = *hand;
+            *hand = (way + 1) % WAYS;
+            if free(way).is_some() && !used.get(way)?.swap(false, Ordering::Relaxed) {
+                return Some(way);
+            }
+        }
+        None
     }
-    None
 }
 
 #[cfg(test)]
@@ -405,7 +476,7 @@ mod tests {
 
     #[test]
     fn a_slice_that_is_held_stays_and_the_others_give_way() {
-        let slices = Slices::new(8, SMALL);
+        let slices = Slices::new(WAYS, SMALL).unwrap();
         let held: Vec<_> = (0..3).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
         for key in 3..100 {
             slices.insert(key, &[key; 64]);
@@ -414,33 +485,58 @@ mod tests {
             assert!(Arc::ptr_eq(slice, &slices.get(key as u64).unwrap()));
             assert_eq!(slice.read().get(5).word, (key as u64).to_be());
         }
-        assert_eq!((3..100).filter(|&key| slices.get(key).is_some()).count(), 5);
+        assert_eq!((3..100).filter(|&key| slices.get(key).is_some()).count(), WAYS - 3);
     }
 
     #[test]
     fn when_all_ways_are_held_there_is_room_on_the_side() {
-        let slices = Slices::new(8, SMALL);
+        let slices = Slices::new(WAYS, SMALL).unwrap();
         let held: Vec<_> = (0..20).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
         assert!((0..20).all(|key| Arc::ptr_eq(&held[key as usize], &slices.get(key).unwrap())));
-        assert_eq!((0..20).filter(|&key| slices.view(key).is_some()).count(), 8);
+        assert_eq!((0..20).filter(|&key| slices.view(key).is_some()).count(), WAYS);
         drop(held);
         slices.insert(20, &[20; 64]);
-        assert_eq!((0..20).filter(|&key| slices.get(key).is_some()).count(), 7);
+        assert_eq!((0..20).filter(|&key| slices.get(key).is_some()).count(), WAYS - 1);
         slices.forget(0..20);
         assert!((0..20).all(|key| slices.get(key).is_none() && slices.view(key).is_none()));
         assert!(slices.view(20).is_some());
     }
 
     #[test]
+    fn targets_are_checked_one_by_one_and_in_runs() {
+        let slices = Slices::new(WAYS, Layout { words: 512, entry_bits: 0 }).unwrap();
+        let slice = slices.insert(5, &[0; 512]).unwrap();
+        let targets = slice.targets();
+        (60..200).for_each(|i| targets.set_checked(i));
+        for (first, count, checked) in [
+            (60, 140, true),
+            (60, 141, false),
+            (59, 2, false),
+            (64, 64, true),
+            (130, 1, true),
+            (200, 1, false),
+            (7, 0, true),
+        ] {
+            assert_eq!(targets.are_checked(first, count), checked, "{count} from {first}");
+        }
+        // What another slice has is not there yet.
+        (200..512).chain(0..60).for_each(|i| targets.set_checked(i));
+        assert!(targets.are_checked(0, 512) && targets.are_checked(500, u64::MAX));
+        assert!(!slices.insert(6, &[0; 512]).unwrap().targets().is_checked(100));
+        drop(slice);
+        (7..7 + WAYS as u64).for_each(|key| assert!(!slices.insert(key, &[0; 512]).unwrap().targets().is_checked(100)));
+    }
+
+    #[test]
     #[cfg_attr(miri, ignore = "so much memory takes miri minutes")]
     fn a_boundless_cache_takes_no_boundless_memory() {
-        assert_eq!(Slices::new(usize::MAX, SMALL).capacity(), MAX_SETS * WAYS);
+        assert_eq!(Slices::new(usize::MAX, SMALL).unwrap().capacity(), MAX_SETS * WAYS);
     }
 
     /// Every entry of slice `k` is `k`: a look-up that finds anything else in it has read another slice's entries.
     #[test]
     fn a_look_without_a_lock_never_shows_another_slice() {
-        let slices = Slices::new(8, SMALL);
+        let slices = Slices::new(WAYS, SMALL).unwrap();
         let stop = AtomicBool::new(false);
         let (mut seen, mut changed) = (0u64, 0u64);
         std::thread::scope(|scope| {

@@ -16,7 +16,9 @@ const CLUSTERS: u64 = 12;
 type Shared = Arc<Image<SceneDevice>>;
 
 fn open(device: &SceneDevice) -> Shared {
-    Arc::new(block_on(Image::open(device.clone(), Options::default())).unwrap())
+    // Each word of the cache is something to watch.
+    let options = Options { l2_cache_size: 0, ..Options::default() };
+    Arc::new(block_on(Image::open(device.clone(), options)).unwrap())
 }
 
 /// A disk that was never written to.

@@ -76,7 +76,7 @@ mod sequences {
 
     on!(plain, 200, PLAIN);
     on!(lazy_refcounts, 20, Variant { lazy_refcounts: true, ..PLAIN });
-    // The cache holds eight slices at least.
+    // The cache holds seven slices at least.
     on!(cache_that_evicts, 20, Variant { sectors: 700, l2_cache_size: 0, ..PLAIN });
     on!(partial_clusters_counted_by_bits, 20, Variant { cluster_bits: 10, refcount_bits: 1, ..PLAIN });
     on!(larger_clusters, 20, Variant { cluster_bits: 12, refcount_bits: 32, ..PLAIN });
