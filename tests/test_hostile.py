@@ -493,7 +493,7 @@ def test_a_dirty_image_with_a_bad_refcount_table_entry(image_path: Path, index: 
 
 @pytest.mark.parametrize("change", ["write", "discard", "write_zeroes"])
 def test_an_unaligned_zero_cluster(victim: Victim, change: str) -> None:
-    """A change of it is refused and reaches none of its neighbours. Our repair reports it only; QEMU's clears it."""
+    """A change of it is refused and reaches none of its neighbours; a repair takes its place away, which nothing is stored in."""
     at, entry = victim.meta.mapping(0)
     victim.put(at, (entry & OFFSET_MASK) + 512 | COPIED | ZERO)
     assert meet("check", victim.path)["check"]["corruptions"]
@@ -504,9 +504,8 @@ def test_an_unaligned_zero_cluster(victim: Victim, change: str) -> None:
         image.write(CLUSTER, b"\5" * CLUSTER)
         image.compact()
     report = qcow_recycler.check(victim.path, repair="all")
-    assert report.corruptions > report.corruptions_fixed and "not aligned" in " ".join(report.messages), report
-    assert Qcow2(victim.path).mapping(0)[1] & (OFFSET_MASK | ZERO) == (entry & OFFSET_MASK) + 512 | ZERO
-    qemu.check(victim.path, repair="all")
+    assert report.corruptions == report.corruptions_fixed and "not aligned" in " ".join(report.messages), report
+    assert Qcow2(victim.path).mapping(0)[1] == ZERO
     qemu.assert_clean(victim.path)
     qemu.io(victim.path, "read -q -P 5 4k 4k", "read -q -P 0x11 8k 248k", "read -q -P 0x22 3M 64k", "read -q -P 0 0 4k")
 

@@ -19,7 +19,7 @@ import pytest
 import qcow_recycler
 import qemu
 from damage import CLUSTER, Victim, digest
-from qcow2 import COPIED, DIRTY, OFFSET_MASK
+from qcow2 import COPIED, DIRTY, OFFSET_MASK, ZERO, Qcow2
 
 SECTOR = 512
 
@@ -47,6 +47,11 @@ class Patient(Victim):
     def entry(self, guest: int) -> int:
         """Where the L2 entry of a guest offset stands."""
         return self.meta.mapping(guest)[0]
+
+    def of_snapshot(self, guest: int) -> int:
+        """Where the first snapshot's L2 entry of a guest offset, of the first L2 table, stands."""
+        (table,) = self.meta.table(self.meta.snapshots()[0].l1_offset, 1)
+        return (table & OFFSET_MASK) + guest // CLUSTER * 8
 
     def count_at(self, offset: int) -> int:
         """Where the refcount of a cluster, of 16 bits, stands."""
@@ -130,6 +135,8 @@ CASES = [
         HIDDEN,
     ),
     Case("an unaligned entry", lambda v: v.put(v.entry(OWN), v.data(OWN) + SECTOR | COPIED)),
+    Case("an unaligned zero cluster", lambda v: v.put(v.entry(OWN), v.data(OWN) + SECTOR | ZERO | COPIED)),
+    Case("a snapshot's unaligned zero cluster", lambda v: v.put(v.of_snapshot(SHARED), v.data(SHARED) + SECTOR | ZERO)),
     Case("a reserved bit", lambda v: v.put(v.entry(OWN), v.data(OWN) | 1 << 56 | COPIED)),
     Case(
         "a snapshot's table past the end", lambda v: v.put(v.meta.snapshots()[0].l1_offset, v.end() + (1 << 20)), HIDDEN
@@ -217,3 +224,26 @@ def test_repair_beside_qemu(healthy: Patient, tmp_path: Path, case: Case, mode: 
         qemu.assert_contents(ours, expected)
         qemu.assert_contents(ours, patient.snapshot, snapshot="one")
         assert qemu.check(ours).corruptions == 0
+
+
+@pytest.mark.parametrize("allocated", [0, 0b1010], ids=["nothing stored", "something stored"])
+def test_an_unaligned_cluster_of_extended_entries(tmp_path: Path, allocated: int) -> None:
+    """It loses its place if no subcluster is stored there, as QEMU has it; otherwise it stays as it is."""
+    path, theirs = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
+    qemu.create(path, 4 << 20, cluster_size=64 << 10, extended_l2="on")
+    qemu.io(path, "write -P 0x11 0 1M")
+    meta = Qcow2(path)
+    at, entry = meta.mapping(256 << 10)
+    zeroes = 0xF0 << 32 | allocated
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(((entry & OFFSET_MASK) + SECTOR | COPIED).to_bytes(8, "big") + zeroes.to_bytes(8, "big"))
+    shutil.copy(path, theirs)
+    qemu.img("check", "-q", "-r", "all", "-f", "qcow2", theirs, ok=(0, 1, 2, 3))
+    report = qcow_recycler.check(path, repair="all")
+    assert findings(path) == findings(theirs)
+    fixed = report.corruptions == report.corruptions_fixed
+    assert fixed == (allocated == 0), report.messages
+    assert (Qcow2(path).mapping(256 << 10)[1] & OFFSET_MASK == 0) == fixed
+    assert Qcow2(path).subclusters(256 << 10) == zeroes
+    assert salvage(path) == salvage(theirs)

@@ -10,8 +10,12 @@ use crate::contender::{Field, Process, Samples};
 use crate::figures::{Line, Spread, ratios, undisturbed};
 use crate::place::{GIB, MIB, Resident, STRETCH, Shape, copy, opening};
 
+/// Requests of a round: some tens of milliseconds, in which a recycler that gives way to guests both works and rests.
+const ROUND: u64 = 25_000;
+
 /// Clusters are freed so that the recycler has work; requests go to the others. Rounds with the recycler at work and
-/// rounds with it paused take turns, on one handle; only those count in which clusters were being moved.
+/// rounds with it paused take turns, on one handle; only those count in which clusters were moved. It rests during the raw
+/// file's rounds, too, in which no guest of its own would keep it from using all of the disk.
 pub fn recycler(bench: &mut Bench) -> Result<Vec<Line>> {
     let (scale, place) = (bench.scale, &bench.tmpfs);
     let shape = Shape::mapped(scale.size(scale.pick(512 * MIB, 2 * GIB)), 64 << 10, Resident::All);
@@ -33,22 +37,25 @@ pub fn recycler(bench: &mut Bench) -> Result<Vec<Line>> {
                 Ok(Opening { config: config.to_owned(), ..opening(&path) })
             })?;
             field.process(Library)?.extra(Extra::Start)?;
+            field.process(Library)?.extra(Extra::Pause)?;
             for round in 0..scale.pick(15, 25) {
                 let work = |seed| {
                     let offsets =
                         Offsets::AmongLast { units, unit: STRETCH, within: 8192, order: 3, skip: units / 2, seed };
-                    Work::new(kind, 4096, offsets, 2_500).warm(200).latencies()
+                    Work::new(kind, 4096, offsets, scale.pick(ROUND / 5, ROUND)).warm(200).latencies()
                 };
-                let before = moved(field.process(Library)?)?;
-                let during = field.rounds(1, false, |_| work(round))?;
-                if moved(field.process(Library)?)? != before {
-                    append(&mut at_work, during);
-                }
+                let raw = field.process(Raw)?.run(&work(round))?;
                 let library = field.process(Library)?;
+                let before = moved(library)?;
+                library.extra(Extra::Resume)?;
+                let during = library.run(&work(round))?;
                 library.extra(Extra::Pause)?;
                 library.extra(Extra::Idle { milliseconds: 20 })?;
-                append(&mut paused, field.rounds(1, false, |_| work(round + 1000))?);
-                field.process(Library)?.extra(Extra::Resume)?;
+                if moved(library)? != before {
+                    append(&mut at_work, raw, during);
+                }
+                let rested = library.run(&work(round + 1000))?;
+                append(&mut paused, field.process(Raw)?.run(&work(round + 1000))?, rested);
             }
             field.close()?;
         }
@@ -79,10 +86,9 @@ fn moved(process: &mut Process) -> Result<(u64, u64)> {
     Ok((stats["moved_bytes"].as_u64().unwrap_or(0), stats["moves"].as_u64().unwrap_or(0)))
 }
 
-fn append(all: &mut Samples, more: Samples) {
-    for (who, rounds) in more {
-        all.entry(who).or_default().extend(rounds);
-    }
+fn append(all: &mut Samples, raw: Done, library: Done) {
+    all.entry(Raw).or_default().push(Some(raw));
+    all.entry(Library).or_default().push(Some(library));
 }
 
 fn middle(samples: &Samples, of: impl Fn(&Done) -> Option<u64>) -> Option<f64> {

@@ -39,7 +39,9 @@ struct Exchange {
 
 impl<D: BlockDevice> Repairing<'_, '_, D> {
     /// Lowers what is to be lowered to one, if flags depend on it, and turns these on. The clusters of the old tables are
-    /// added to `lowered`. Returns whether no flag is left to change. If there is no room for new tables, nothing is done.
+    /// added to `lowered`. Returns whether no flag is left to change. If there is no room for new tables, nothing is done; if
+    /// the disk turns out to be full when they are written, those that flags depend on are taken out of `lowered`: they stay
+    /// leaks.
     ///
     /// Only where nothing but leaks was found: everything that is read here is sound then, and each cluster that is left
     /// to one owner has just that one reference. Of the leaks, `spare` have a refcount of one.
@@ -63,7 +65,12 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
             new.iter().for_each(|c| self.counts.subtract(c));
             old.iter().for_each(|c| _ = self.counts.add(c, 1));
             *lowered |= new;
-            return Ok(false);
+            // Leaks are no reason to risk more than leaks.
+            *lowered -= &singles;
+            self.postponed = true;
+            let left = singles.len();
+            self.findings.say(|| format!("{left} clusters stay counted too often: the disk is full"));
+            return Ok(true);
         }
         written?;
         let Exchange { new_l1, new_refcount_table, .. } = exchange;

@@ -15,6 +15,8 @@ pub(super) struct Findings {
     /// Clusters of metadata that something else refers to as well. Metadata in them is not written: one of the owners
     /// is wrong, and nothing tells which.
     pub(super) overlaps: RoaringTreemap,
+    /// Whether there are L2 entries that could do [without their place](super::mapping::Layout::without_place).
+    pub(super) misplaced_zeroes: bool,
     /// Of the corruptions: COPIED flags that disagree with the refcount on disk.
     pub(super) flags: u64,
 }

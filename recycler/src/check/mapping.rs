@@ -90,6 +90,20 @@ impl Layout {
         }
     }
 
+    /// Whether an entry is right but for its place, which no cluster has, and nothing is stored there: what it reads as does not
+    /// depend on the place. Then this is the entry without one.
+    pub(super) fn without_place(&self, entry: u64, subclusters: u64) -> Option<(u64, u64)> {
+        let Target::Standard(offset) = self.target(entry) else { return None };
+        if offset & ((1 << self.cluster_bits) - 1) == 0 || self.flaw(entry, subclusters).is_some() {
+            return None;
+        }
+        if self.extended {
+            (subclusters & 0xffff_ffff == 0).then_some((0, subclusters))
+        } else {
+            (entry & ZERO != 0).then_some((ZERO, 0))
+        }
+    }
+
     /// Bytes of one entry.
     pub(super) fn entry_size(&self) -> usize {
         if self.extended { 16 } else { 8 }
@@ -102,7 +116,7 @@ impl Layout {
 /// the work by the file's length, however often a hostile image refers to a table.
 pub(super) struct Tables {
     /// L1 entries of all tables.
-    all: Counts,
+    pub(super) all: Counts,
     /// L1 entries of the active L1 table.
     pub(super) active: Counts,
     /// With an external data file: the first L1 entry of each table of the active L1 table, by the table's cluster. It says
@@ -282,6 +296,7 @@ impl<D: BlockDevice> Table<'_, '_, D> {
             if let Some(flaw) = self.layout.flaw(entry, subclusters) {
                 self.wrong(index, entry, flaw);
             }
+            self.findings.misplaced_zeroes |= self.layout.without_place(entry, subclusters).is_some();
             match self.layout.target(entry) {
                 Target::None => {}
                 Target::Compressed { offset, length } => {

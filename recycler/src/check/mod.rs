@@ -24,7 +24,7 @@ use findings::Findings;
 use mapping::{Layout, Tables};
 use refcounts::{Differences, Refcounts};
 use regions::Regions;
-use repair::Repairing;
+use repair::{Cleared, Repairing};
 use source::Source;
 
 use crate::buf::IoBufMut;
@@ -71,6 +71,14 @@ impl CheckReport {
     /// How many findings are put in words.
     pub const MAX_MESSAGES: usize = 100;
 
+    /// Adds what a first round of a repair cleared.
+    fn note_cleared(&mut self, cleared: Cleared) {
+        self.corruptions = self.corruptions.saturating_add(cleared.entries);
+        self.corruptions_fixed = self.corruptions_fixed.saturating_add(cleared.entries);
+        self.messages.splice(0..0, cleared.messages);
+        self.messages.truncate(Self::MAX_MESSAGES);
+    }
+
     /// Whether nothing is wrong, or everything wrong was repaired.
     #[must_use]
     pub fn is_clean(&self) -> bool {
@@ -111,7 +119,7 @@ pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckRe
     note_differences(&source, &refcounts, &counts, &differences, &mut findings);
 
     if repair != Repair::No {
-        Repairing {
+        let mut repairing = Repairing {
             source: &mut source,
             header: &header,
             mode: repair,
@@ -123,9 +131,16 @@ pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckRe
             differences: &mut differences,
             findings: &mut findings,
             begun: false,
+            postponed: false,
+        };
+        let cleared = repairing.clear_misplaced_zeroes().await?;
+        if !cleared.is_empty() {
+            // What they referred to is counted anew. Those that could not be cleared are found again, and left then.
+            let mut report = Box::pin(check(device, repair)).await?;
+            report.note_cleared(cleared);
+            return Ok(report);
         }
-        .run()
-        .await?;
+        repairing.run().await?;
         let in_file = header.geometry.clusters_for(source.length);
         let leaked = differences.high.iter().take_while(|&c| c < in_file).last();
         differences.highest = counts.highest().max(leaked);

@@ -2,6 +2,9 @@
 //!
 //! The order of the writes makes every step safe to be cut off:
 //!
+//! 0. *Entries that store nothing and have a place that no cluster has* lose it; flush. Each reads as before, whether its
+//!    sector reaches the disk or not, and what it seemed to refer to keeps its refcount for now. Then the image is looked at
+//!    again from the start.
 //! 1. *Raise* refcounts that are too low, in the blocks that exist and in new ones that nothing refers to yet; flush;
 //!    then hook the new blocks into the refcount table; flush. A refcount that is too high only withholds a cluster from
 //!    being allocated, so whichever of these sectors reach the disk, no cluster in use becomes free. A new block counts
@@ -10,7 +13,8 @@
 //!    is about to be lowered to it: a write in place meets no other owner, before and after. A flag is cleared because
 //!    the refcount, durable since step 1, allows more owners: clearing it never loses data. Where nothing but leaks was
 //!    found, flags and the refcounts that they depend on change at once (`exchange`), so that leaks are all there is
-//!    at any moment; in place only if there is no room for that.
+//!    at any moment; in place only if there is no room for that. If the disk turns out to be full meanwhile, they stay
+//!    leaks, and the dirty bit stays set.
 //! 3. *Lower* refcounts that are too high; flush. This is the only step that frees anything. It comes when everything
 //!    that protects other clusters is durable, and any subset of it leaves leaks at worst.
 //! 4. *The dirty and corrupt bits* are cleared; flush. They vouch for all of the above, so they go last.
@@ -19,14 +23,14 @@
 
 use roaring::RoaringTreemap;
 
-use super::Repair;
 use super::blocks::{self, Plan};
 use super::findings::Findings;
 use super::flags::Flags;
 use super::mapping::{Layout, Tables};
 use super::refcounts::{Differences, Refcounts};
 use super::regions::L1;
-use super::source::Source;
+use super::source::{Source, entries, set_entry};
+use super::{CheckReport, Repair};
 use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
@@ -55,9 +59,64 @@ pub(super) struct Repairing<'a, 'b, D> {
     pub(super) findings: &'a mut Findings,
     /// Whether anything was written yet.
     pub(super) begun: bool,
+    /// Whether leaks were left that another repair may do away with.
+    pub(super) postponed: bool,
+}
+
+/// What step 0 did.
+#[derive(Default)]
+pub(super) struct Cleared {
+    /// L2 entries; one of a table that several L1 entries lead to counts for each of them.
+    pub(super) entries: u64,
+    pub(super) messages: Vec<String>,
+}
+
+impl Cleared {
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries == 0
+    }
 }
 
 impl<D: BlockDevice> Repairing<'_, '_, D> {
+    /// Step 0, if the mode allows it.
+    pub(super) async fn clear_misplaced_zeroes(&mut self) -> Result<Cleared> {
+        let mut cleared = Cleared::default();
+        if self.mode != Repair::All || !self.findings.misplaced_zeroes {
+            return Ok(cleared);
+        }
+        self.begin().await?;
+        let bits = self.source.geometry.cluster_bits;
+        let mut old = vec![0; self.source.geometry.cluster_size() as usize];
+        for (cluster, shares) in self.tables.all.range(0, u64::MAX) {
+            if self.findings.overlaps.contains(cluster) {
+                continue;
+            }
+            let table = cluster << bits;
+            self.source.read("reading an L2 table", table, &mut old).await?;
+            let mut new = old.clone();
+            for (index, bytes) in old.chunks(self.layout.entry_size()).enumerate() {
+                let mut halves = entries(bytes);
+                let (entry, subclusters) = (halves.next().unwrap_or(0), halves.next().unwrap_or(0));
+                let Some((word, rest)) = self.layout.without_place(entry, subclusters) else { continue };
+                let at = index * self.layout.entry_size() / 8;
+                set_entry(&mut new, at, word);
+                if self.layout.extended {
+                    set_entry(&mut new, at + 1, rest);
+                }
+                cleared.entries = cleared.entries.saturating_add(shares);
+                if cleared.messages.len() < CheckReport::MAX_MESSAGES {
+                    cleared.messages.push(format!(
+                        "entry {index} ({entry:#x}) of the L2 table at {table:#x} was not aligned to a cluster, in which \
+                         nothing is stored"
+                    ));
+                }
+            }
+            self.source.write_changes("clearing entries of an L2 table", table, &old, &new).await?;
+        }
+        self.source.flush().await?;
+        Ok(cleared)
+    }
+
     /// Repairs what the mode allows.
     pub(super) async fn run(mut self) -> Result<()> {
         let leaks = self.differences.high.len();
@@ -315,7 +374,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
             self.source.write_changes("writing the refcount table", offset, &old, &new).await?;
             self.source.flush().await?;
         }
-        self.refcounts.table = super::source::entries(&new).collect();
+        self.refcounts.table = entries(&new).collect();
         let replaced = plan.blocks.keys().chain(&plan.emptied).filter_map(|&i| u32::try_from(i).ok());
         for index in replaced {
             self.findings.report.corruptions_fixed += u64::from(self.refcounts.bad.remove(index));
@@ -366,8 +425,8 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         let marks = incompatible::DIRTY | incompatible::CORRUPT;
         let bits = self.header.incompatible;
         let report = &self.findings.report;
-        // Leaks that are left on purpose are no inconsistency.
-        let consistent = report.corruptions == report.corruptions_fixed;
+        // Leaks that are left on purpose are no inconsistency. Others are what the dirty bit announces.
+        let consistent = report.corruptions == report.corruptions_fixed && !self.postponed;
         if self.mode != Repair::All || bits & marks == 0 || !consistent {
             return Ok(());
         }

@@ -47,6 +47,10 @@ impl<D: BlockDevice> Image<D> {
         self.shorten().await?;
         self.commit().await?;
         bitmaps?;
+        if self.header.incompatible & incompatible::DIRTY != 0 {
+            // The recovery at opening had to leave leaks, for want of room: the next one looks for them.
+            return Ok(());
+        }
         // Everything is durable and counted right: whoever opens the image next need not look for leaks.
         let turn = self.meta.exclusive_turn().await;
         turn.rewrite_header(&self.volume, unmark).await

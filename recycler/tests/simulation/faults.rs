@@ -246,7 +246,8 @@ fn recovery_with_faults(seed: u64) -> Result<(u64, u64), Failure> {
 #[test]
 fn recovery_survives_faults_and_power_cuts() {
     let (mut faults, mut crash_images) = (0, 0);
-    for seed in slice::Slice::new(10, 10, 0.15) {
+    // A disk that is full when a recovery has begun.
+    for seed in std::iter::once(116).chain(slice::Slice::new(10, 10, 0.15)) {
         match recovery_with_faults(seed) {
             Ok((fired, images)) => {
                 faults += fired;
