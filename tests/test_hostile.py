@@ -493,7 +493,7 @@ def test_a_dirty_image_with_a_bad_refcount_table_entry(image_path: Path, index: 
 
 @pytest.mark.parametrize("change", ["write", "discard", "write_zeroes"])
 def test_an_unaligned_zero_cluster(victim: Victim, change: str) -> None:
-    """A change of it is refused and reaches none of its neighbours; a repair takes its place away, which nothing is stored in."""
+    """A change of it is refused and reaches none of its neighbours; a repair takes its place away."""
     at, entry = victim.meta.mapping(0)
     victim.put(at, (entry & OFFSET_MASK) + 512 | COPIED | ZERO)
     assert meet("check", victim.path)["check"]["corruptions"]

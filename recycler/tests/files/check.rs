@@ -778,7 +778,7 @@ fn a_repair_that_is_cut_off_protects_no_cluster_less_and_is_completed_by_the_nex
         if at == history.len() / 2 {
             std::fs::write(image.path(), &*device.bytes.lock().unwrap()).unwrap();
             assert!(image.agrees("a repair that was cut off").is_clean());
-            image.io(&["read -P 2 0 1M", "read -P 1 1M 15M"]);
+            image.io(&["read -P 2 0 1M", "read -P 1 1M 576k", "read -P 0 1600k 4k", "read -P 1 1604k 14780k"]);
         }
     }
 }
