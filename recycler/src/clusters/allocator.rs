@@ -39,6 +39,14 @@ impl Allocation<'_> {
         self.range.end = self.range.start;
     }
 
+    /// The clusters, which nobody has written to, go back to the pool.
+    pub(crate) fn put_back(mut self) {
+        let range = std::mem::replace(&mut self.range, 0..0);
+        let mut states = self.clusters.lock();
+        states.roots.remove_range(range.clone());
+        if self.durable { states.available.insert_range(range) } else { states.erased.insert_range(range) }
+    }
+
     /// The clusters stay Roots, and are the caller's to link or give back.
     pub(crate) fn keep(mut self) -> Range<u64> {
         let start = std::mem::replace(&mut self.range.start, self.range.end);
@@ -155,7 +163,8 @@ impl Clusters {
         Ok(Allocation { clusters: self, range, durable: false })
     }
 
-    fn take(&self, wanted: u64) -> Option<Allocation<'_>> {
+    /// Takes up to `wanted` consecutive clusters, if the pool has any.
+    pub(crate) fn take(&self, wanted: u64) -> Option<Allocation<'_>> {
         let mut states = self.lock();
         let (range, durable) = match states.available.take_run(wanted) {
             Some(range) => (range, true),

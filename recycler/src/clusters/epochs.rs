@@ -192,15 +192,18 @@ impl InFlight<'_> {
         self.slot.counts[counter as usize].fetch_add(amount, Ordering::Relaxed);
     }
 
-    /// The same, on the thread that the request began on.
+    /// The same for a request and its bytes, on the thread that the request began on.
     #[inline]
-    pub(crate) fn count_here(&self, counter: Counter, amount: u64) {
+    pub(crate) fn count_here(&self, (requests, bytes): (Counter, Counter), length: u64) {
         if std::ptr::eq(self.slot, &raw const self.epochs.slots[SLOTS - 1]) {
-            return self.count(counter, amount);
+            self.count(requests, 1);
+            return self.count(bytes, length);
         }
-        // Nobody else writes it, so no locked instruction is needed.
-        let own = &self.slot.own[counter as usize];
-        own.store(own.load(Ordering::Relaxed) + amount, Ordering::Relaxed);
+        // Nobody else writes them, so no locked instruction is needed.
+        for (counter, amount) in [(requests, 1), (bytes, length)] {
+            let own = &self.slot.own[counter as usize];
+            own.store(own.load(Ordering::Relaxed) + amount, Ordering::Relaxed);
+        }
     }
 }
 
@@ -250,11 +253,14 @@ mod tests {
         for _ in 0..3 {
             std::thread::scope(|scope| {
                 for _ in 0..2 * SLOTS {
-                    scope.spawn(|| (0..1000).for_each(|_| epochs.enter().count_here(Counter::Reads, 1)));
+                    scope.spawn(|| {
+                        (0..1000).for_each(|_| epochs.enter().count_here((Counter::Reads, Counter::ReadBytes), 512))
+                    });
                 }
             });
         }
         assert_eq!(epochs.total(Counter::Reads), 3 * 2 * SLOTS as u64 * 1000);
+        assert_eq!(epochs.total(Counter::ReadBytes), 3 * 2 * SLOTS as u64 * 1000 * 512);
     }
 
     #[tokio::test]

@@ -34,11 +34,20 @@ impl ClusterSet {
     }
 
     pub(crate) fn insert_range(&mut self, range: Range<u64>) {
-        self.0.insert_range(range);
+        // One is most of what guests' writes take, and much the cheaper to change.
+        if range.end - range.start == 1 {
+            self.0.insert(range.start);
+        } else {
+            self.0.insert_range(range);
+        }
     }
 
     pub(crate) fn remove_range(&mut self, range: Range<u64>) {
-        self.0.remove_range(range);
+        if range.end - range.start == 1 {
+            self.0.remove(range.start);
+        } else {
+            self.0.remove_range(range);
+        }
     }
 
     /// Members within the range.
@@ -102,7 +111,7 @@ impl ClusterSet {
         while end - start < max && self.0.contains(end) {
             end += 1;
         }
-        self.0.remove_range(start..end);
+        self.remove_range(start..end);
         Some(start..end)
     }
 

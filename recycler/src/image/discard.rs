@@ -59,8 +59,7 @@ impl<D: BlockDevice> Image<D> {
         if let Some(request) = self.begin(offset, length, Purpose::Write)?
             && self.unmap_at_once(offset, length)?
         {
-            request.count_here(Counter::Discards, 1);
-            request.count_here(Counter::DiscardBytes, length);
+            request.count_here((Counter::Discards, Counter::DiscardBytes), length);
             drop(request);
             self.work.notify_one();
             return if self.meta.l2.wants_commit() { block_on(self.commit_if_due()) } else { Ok(()) };

@@ -141,7 +141,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external {
             return self.place_outside(&view, index, at, length);
         }
-        if purpose == Purpose::Write && !view.targets().is_checked(index) {
+        if purpose == Purpose::Write && !view.target_is_checked(index) {
             return None;
         }
         let (host, copied) = l2::plain_data(view.word(index), cluster_size)?;

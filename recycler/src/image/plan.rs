@@ -22,6 +22,9 @@ use crate::buf::{IoBuf, IoBufMut};
 use crate::clusters::epochs::{Counter, InFlight};
 use crate::device::BlockDevice;
 use crate::error::Result;
+use crate::format::l2::{Entry, Mapping};
+use crate::metadata::slices::Entries as _;
+use crate::sync::atomic::Ordering;
 use crate::units::{GuestOffset, HostOffset};
 
 /// What to do with the next bytes of a request.
@@ -87,9 +90,7 @@ impl<D: BlockDevice> Image<D> {
     /// The same, on the thread that began the request.
     #[inline]
     pub(super) fn end_here(&self, request: InFlight<'_>, length: u64, purpose: Purpose) {
-        let (requests, bytes) = counters(purpose);
-        request.count_here(requests, 1);
-        request.count_here(bytes, length);
+        request.count_here(counters(purpose), length);
     }
 
     /// What to do with the next bytes, at most `max` of them, at `at` of the virtual disk.
@@ -206,6 +207,62 @@ impl<D: BlockDevice> Image<D> {
             done = end;
         }
         Ok(done)
+    }
+
+    /// Writes for the first time to a cluster that reads as zeroes and has no place yet, at once. `false` if this is anything
+    /// else, or if somebody must be waited for; then the range holds what it held.
+    ///
+    /// The same steps as [`write_new`](Self::write_new), in the same order, and for its reasons: the data first, then the entry,
+    /// if it has not changed meanwhile, behind a barrier unless the cluster's zeroes and its count are durable.
+    pub(super) fn write_first_at_once(&self, offset: u64, buf: IoBuf<'_>) -> Result<bool> {
+        let geometry = self.meta.geometry;
+        let within = offset & (geometry.cluster_size() - 1);
+        let simple = within + buf.len() as u64 <= self.plain_span && !self.meta.external && !geometry.extended_l2;
+        if !simple || !self.prepared.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        let guest = geometry.guest_cluster(GuestOffset(offset));
+        let Some(_turn) = self.allocating.try_take(self.turn_for(guest.0..guest.0 + 1)) else { return Ok(false) };
+        let Ok(_unfrozen) = self.structure.try_read() else { return Ok(false) };
+        let table = self.meta.l1.get(guest.0 / geometry.l2_entries(), self.volume.length())?;
+        if !table.is_some_and(|t| t.copied) {
+            return Ok(false);
+        }
+        let Some((slice, index)) = self.meta.l2.cached(guest) else { return Ok(false) };
+        if !slice.targets().is_checked(index) {
+            return Ok(false);
+        }
+        let entry = slice.read().get(index);
+        let mapping = self.decode(guest, entry)?;
+        let placeless = matches!(mapping, Mapping::Unallocated | Mapping::Zero { preallocated: None });
+        if !placeless || !self.reads_as_zero(mapping, offset - within) {
+            return Ok(false);
+        }
+        let Some(mut allocation) = self.clusters.take(1) else { return Ok(false) };
+        let host = geometry.host_offset(allocation.first());
+        let end = host.0 + within + buf.len() as u64;
+        let written = if end <= self.volume.length() {
+            self.volume.write_now("writing guest data", host.0 + within, buf)
+        } else {
+            None
+        };
+        let Some(written) = written else {
+            allocation.put_back();
+            return Ok(false);
+        };
+        written?;
+        if !allocation.durable {
+            self.meta.require_barrier();
+        }
+        let mut entries = self.meta.l2.modify(&slice);
+        if entries.get(index) != entry {
+            return Ok(false);
+        }
+        entries.set(index, Entry::data(host, geometry));
+        allocation.link_first(1);
+        drop(entries);
+        self.work.notify_one();
+        Ok(true)
     }
 
     /// Writes what [`plan`](Self::plan) could not: the rest of a request that is in flight. It may leave much that is

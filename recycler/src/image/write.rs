@@ -37,7 +37,10 @@ impl<D: BlockDevice> Image<D> {
             self.end(request, length as u64, Purpose::Write);
             return Ok(());
         }
-        self.write_rest(offset + done as u64, buf.slice(done..length)).await?;
+        let (at, rest) = (offset + done as u64, buf.slice(done..length));
+        if !self.write_first_at_once(at, rest)? {
+            self.write_rest(at, rest).await?;
+        }
         self.end(request, length as u64, Purpose::Write);
         self.commit_if_due().await
     }
@@ -70,16 +73,21 @@ impl<D: BlockDevice> Image<D> {
     #[inline(never)]
     fn write_other(&self, request: InFlight<'_>, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len();
-        let done = self.write_at_once(&request, offset, buf)?;
-        if done == length {
-            self.end_here(request, length as u64, Purpose::Write);
-            return Ok(());
+        // Of the requests of one cluster that get here, most are first writes.
+        let mut done = if self.write_first_at_once(offset, buf)? { length } else { 0 };
+        if done == 0 {
+            done = self.write_at_once(&request, offset, buf)?;
+            if done == length {
+                self.end_here(request, length as u64, Purpose::Write);
+                return Ok(());
+            }
         }
-        block_on(async {
-            self.write_rest(offset + done as u64, buf.slice(done..length)).await?;
-            self.end_here(request, length as u64, Purpose::Write);
-            self.commit_if_due().await
-        })
+        let (at, rest) = (offset + done as u64, buf.slice(done..length));
+        if done < length && !self.write_first_at_once(at, rest)? {
+            block_on(self.write_rest(at, rest))?;
+        }
+        self.end_here(request, length as u64, Purpose::Write);
+        if self.meta.l2.wants_commit() { block_on(self.commit_if_due()) } else { Ok(()) }
     }
 
     /// Writes; the caller is in flight.
@@ -154,7 +162,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Writes to new clusters, which are zeroes in the file, and links them.
-    async fn write_new(
+    pub(super) async fn write_new(
         &self,
         slice: &Arc<Slice>,
         index: usize,

@@ -173,7 +173,7 @@ impl Slice {
     }
 }
 
-/// How slices are laid out: how many words one has, and log2 of the words of an entry.
+/// How slices are laid out: how many words one has, a power of two, and log2 of the words of an entry.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     pub(crate) words: usize,
@@ -262,7 +262,16 @@ impl Entries for View<'_> {
 impl View<'_> {
     #[inline]
     pub(crate) fn word(&self, index: usize) -> u64 {
-        self.memory.words(self.place).get(index).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+        // An index is within its slice, so one look at the bounds is enough.
+        let at = self.place * self.memory.layout.words + (index & (self.memory.layout.words - 1));
+        self.memory.words.get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+    }
+
+    /// Whether guests may write through an entry: see [`Targets`].
+    #[inline]
+    pub(crate) fn target_is_checked(&self, index: usize) -> bool {
+        let at = self.place * self.memory.layout.marks() + (index & (self.memory.layout.words - 1)) / 64;
+        self.memory.checked.get(at).is_some_and(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
     }
 
     /// Whether all that was seen so far was the slice that was looked up.

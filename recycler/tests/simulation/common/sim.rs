@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::device::{BlockDevice, Features};
 use rand::rngs::SmallRng;
@@ -467,6 +468,11 @@ impl SimDevice {
         Ok(Operation { device: self, id, kind, applied: early, failed, covers, ended: false })
     }
 
+    /// Whether a transfer happens during the call. Half of them: the library has ways for either.
+    fn is_prompt(&self) -> bool {
+        self.inner.settings.delay == Delay::None && self.inner.state.lock().rng.random_bool(0.5)
+    }
+
     async fn pause(&self, class: Class) {
         let (yields, millis) = {
             let mut state = self.inner.state.lock();
@@ -590,6 +596,14 @@ impl BlockDevice for SimDevice {
         self.pause(Class::Other).await;
         operation.end()?;
         Ok(self.inner.state.lock().now.len() as u64)
+    }
+
+    fn read_now(&self, offset: u64, buf: IoBufMut<'_>) -> Option<io::Result<()>> {
+        self.is_prompt().then(|| block_on(self.read(offset, buf)))
+    }
+
+    fn write_now(&self, offset: u64, buf: IoBuf<'_>) -> Option<io::Result<()>> {
+        self.is_prompt().then(|| block_on(self.write(offset, buf)))
     }
 
     async fn read(&self, offset: u64, mut buf: IoBufMut<'_>) -> io::Result<()> {
