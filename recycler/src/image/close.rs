@@ -1,6 +1,7 @@
 //! Closing: everything durable, no cluster leaked, the file as short as it can be.
 
 use super::Image;
+use super::obstacles::Obstacle;
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::header::{self, incompatible};
@@ -15,7 +16,7 @@ impl<D: BlockDevice> Image<D> {
     /// As [`flush`](Self::flush). The image is closed even then; if it could not be written back whole, its next opening
     /// repairs it.
     pub async fn close(&self) -> Result<()> {
-        if self.closed.swap(true, Ordering::SeqCst) {
+        if self.obstacles.put(Obstacle::Closed) {
             return Ok(());
         }
         self.work.notify_waiters();

@@ -6,42 +6,38 @@
 //! A request enters its epoch and then looks at the gate; who closes it does so and then looks at the epoch. So a request
 //! that found the gate open is one that the grace period waits for.
 
+use super::obstacles::{Obstacle, Obstacles};
 use crate::mutation::{Mutation, broken};
 use crate::sync::Notify;
-use crate::sync::atomic::{AtomicBool, Ordering};
 
-/// Open, unless somebody has closed it.
+/// Open, unless somebody has closed it: then it stands among the obstacles.
 #[derive(Default)]
 pub(crate) struct Gate {
-    closed: AtomicBool,
     opened: Notify,
 }
 
 /// The gate is closed until this is dropped.
 #[must_use]
-pub(crate) struct Closed<'a>(&'a Gate);
+pub(crate) struct Closed<'a>(&'a Gate, &'a Obstacles);
 
 impl Gate {
-    #[inline]
-    pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::SeqCst)
-    }
-
     /// Closes the gate. One at a time does so.
-    pub(crate) fn close(&self) -> Closed<'_> {
-        self.closed.store(!broken(Mutation::SnapshotUnderWrites), Ordering::SeqCst);
-        Closed(self)
+    pub(crate) fn close<'a>(&'a self, obstacles: &'a Obstacles) -> Closed<'a> {
+        if !broken(Mutation::SnapshotUnderWrites) {
+            obstacles.put(Obstacle::Gate);
+        }
+        Closed(self, obstacles)
     }
 
     /// Waits until the gate is open. The caller is not in flight.
     #[cold]
-    pub(crate) async fn passed(&self) {
+    pub(crate) async fn passed(&self, obstacles: &Obstacles) {
         loop {
             let opened = self.opened.notified();
             tokio::pin!(opened);
             // Registered before looking, so that no opening is missed.
             opened.as_mut().enable();
-            if !self.is_closed() {
+            if !obstacles.has(Obstacle::Gate) {
                 return;
             }
             opened.await;
@@ -51,7 +47,7 @@ impl Gate {
 
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
-        self.0.closed.store(false, Ordering::SeqCst);
+        self.1.take(Obstacle::Gate);
         self.0.opened.notify_waiters();
     }
 }

@@ -130,7 +130,7 @@ impl<D: BlockDevice> Image<D> {
     #[inline(always)]
     pub(crate) fn place_of(&self, at: GuestOffset, length: u64, purpose: Purpose) -> Option<(&Volume<D>, HostOffset)> {
         // Before the entry is looked at.
-        let moving = self.moves.bounds();
+        let moving = (purpose == Purpose::Write).then(|| self.moves.bounds());
         let cluster_size = self.meta.geometry.cluster_size();
         let within = at.0 & (cluster_size - 1);
         // This also keeps requests to encrypted data away.
@@ -146,12 +146,14 @@ impl<D: BlockDevice> Image<D> {
         }
         let (host, copied) = l2::plain_data(view.word(index), cluster_size)?;
         let end = host.0 + within + length;
-        let moving = if broken(Mutation::BoundsAfterEntry) { self.moves.bounds() } else { moving };
         if !view.still() || end > self.volume.length() {
             return None;
         }
-        if purpose == Purpose::Write && (!copied || moving.touch(self.meta.geometry.host_cluster(host), 1)) {
-            return None;
+        if let Some(moving) = moving {
+            let moving = if broken(Mutation::BoundsAfterEntry) { self.moves.bounds() } else { moving };
+            if !copied || moving.touch(self.meta.geometry.host_cluster(host), 1) {
+                return None;
+            }
         }
         Some((&self.volume, HostOffset(host.0 + within)))
     }

@@ -15,6 +15,7 @@ mod gate;
 mod info;
 mod length;
 pub(crate) mod mapping;
+mod obstacles;
 mod open;
 mod outside;
 pub(crate) mod packed;
@@ -55,6 +56,7 @@ use backing::Backing;
 use bitmaps::Bitmaps;
 use data_file::DataFile;
 use encryption::Encryption;
+use obstacles::{Obstacle, Obstacles};
 use turns::Turns;
 use vacated::Vacated;
 
@@ -91,7 +93,8 @@ pub struct Image<D: BlockDevice> {
     /// What of an encrypted data file is to be given back.
     pub(crate) vacated: Mutex<Vacated>,
     pub(crate) bitmaps: Bitmaps,
-    closed: AtomicBool,
+    /// What requests must heed.
+    pub(crate) obstacles: Obstacles,
     panicked: AtomicBool,
     /// Whether the image is marked as being changed: see `prepare_changes`.
     prepared: AtomicBool,
@@ -149,21 +152,14 @@ impl<D: BlockDevice> Image<D> {
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::SeqCst)
+        self.obstacles.has(Obstacle::Closed)
     }
 
     /// Whether the image takes changes.
     ///
     /// # Errors
     /// [`Error::Closed`], [`Error::ReadOnly`], or [`Error::Failed`] after a failed flush.
-    #[inline]
     pub fn ensure_writable(&self) -> Result<()> {
-        let writable = !self.options.read_only && self.volume.is_sound() && !self.is_closed();
-        if writable { Ok(()) } else { self.why_not_writable() }
-    }
-
-    #[cold]
-    fn why_not_writable(&self) -> Result<()> {
         if self.is_closed() {
             return Err(Error::Closed);
         }

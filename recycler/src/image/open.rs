@@ -7,6 +7,7 @@ use super::bitmaps::Bitmaps;
 use super::data_file::DataFile;
 use super::encryption::Encryption;
 use super::gate::Gate;
+use super::obstacles::{Obstacle, Obstacles};
 use super::snapshots::Snapshots;
 use super::turns::Turns;
 use super::{Counters, Image};
@@ -120,6 +121,10 @@ impl<D: BlockDevice> Image<D> {
         // On a device of fixed length this is put right below.
         let end =
             if volume.can_resize() || options.read_only { header.geometry.clusters_for(volume.length()) } else { 0 };
+        let obstacles = Obstacles::default();
+        if options.read_only {
+            obstacles.put(Obstacle::ReadOnly);
+        }
         let image = Image {
             meta,
             clusters: Clusters::new(end),
@@ -138,7 +143,7 @@ impl<D: BlockDevice> Image<D> {
             data,
             vacated: Mutex::default(),
             bitmaps: Bitmaps::default(),
-            closed: AtomicBool::new(false),
+            obstacles,
             panicked: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
             gate: Gate::default(),

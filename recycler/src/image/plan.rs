@@ -18,6 +18,7 @@
 
 use super::Image;
 use super::mapping::{Purpose, RunKind};
+use super::obstacles::Obstacle;
 use crate::buf::{IoBuf, IoBufMut};
 use crate::clusters::epochs::{Counter, InFlight};
 use crate::device::BlockDevice;
@@ -52,10 +53,12 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// As [`read`](Image::read), and as [`write`](Image::write) if that is what it is for.
-    #[inline(always)]
     pub(crate) fn begin(&self, offset: u64, length: u64, purpose: Purpose) -> Result<Option<InFlight<'_>>> {
+        if let Some(request) = self.begin_free(offset, length, purpose) {
+            return Ok(Some(request));
+        }
         let request = self.epochs.enter();
-        if purpose == Purpose::Write && self.gate.is_closed() {
+        if purpose == Purpose::Write && self.obstacles.has(Obstacle::Gate) {
             return Ok(None);
         }
         self.check_request(offset, length)?;
@@ -64,6 +67,17 @@ impl<D: BlockDevice> Image<D> {
             self.bitmaps.will_change(offset, length);
         }
         Ok(Some(request))
+    }
+
+    /// The same, if nothing is in the way and nothing is wrong.
+    #[inline(always)]
+    pub(super) fn begin_free(&self, offset: u64, length: u64, purpose: Purpose) -> Option<InFlight<'_>> {
+        let request = self.epochs.enter();
+        let free = match purpose {
+            Purpose::Read => !self.obstacles.has(Obstacle::Closed),
+            Purpose::Write => self.obstacles.is_empty() && self.volume.is_sound(),
+        };
+        (free && self.is_on_disk(offset, length)).then_some(request)
     }
 
     /// The same, when the gate is open.
@@ -75,7 +89,7 @@ impl<D: BlockDevice> Image<D> {
             if let Some(request) = self.begin(offset, length, purpose)? {
                 return Ok(request);
             }
-            self.gate.passed().await;
+            self.gate.passed(&self.obstacles).await;
         }
     }
 
@@ -119,7 +133,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Reads a request of the commonest kind at once: `false` if it is not of that kind.
-    #[inline]
+    #[inline(always)]
     pub(super) fn read_mapped(&self, offset: u64, buf: &mut IoBufMut<'_>) -> Result<bool> {
         let length = buf.len() as u64;
         let place = self.place_of(GuestOffset(offset), length, Purpose::Read);
@@ -132,7 +146,7 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Writes a request of the commonest kind at once: `false` if it is not of that kind.
-    #[inline]
+    #[inline(always)]
     pub(super) fn write_mapped(&self, offset: u64, buf: IoBuf<'_>) -> Result<bool> {
         let place = self.place_of(GuestOffset(offset), buf.len() as u64, Purpose::Write);
         let Some((volume, host)) = place else { return Ok(false) };

@@ -33,15 +33,15 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// As [`read`](Self::read), on a thread of the caller's that may sleep. A request that need not wait for anybody makes
-    /// no future.
+    /// As [`read`](Self::read), on a thread of the caller's that may sleep. A request that has nothing to heed and need not wait
+    /// for anybody makes no future.
     ///
     /// # Errors
     /// As there.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read_blocking(&self, offset: u64, mut buf: IoBufMut<'_>) -> Result<()> {
         let length = buf.len();
-        let Some(request) = self.begin(offset, length as u64, Purpose::Read)? else {
+        let Some(request) = self.begin_free(offset, length as u64, Purpose::Read) else {
             return self.read_waiting(offset, buf);
         };
         if self.read_mapped(offset, &mut buf)? {
@@ -116,23 +116,24 @@ impl<D: BlockDevice> Image<D> {
         Ok(cluster)
     }
 
-    /// Whether a request is within the disk, aligned, and the image open.
+    /// Whether a request is aligned and within the disk.
     #[inline]
-    pub(crate) fn check_request(&self, offset: u64, length: u64) -> Result<()> {
-        let aligned = (offset | length) & 511 == 0;
+    pub(super) fn is_on_disk(&self, offset: u64, length: u64) -> bool {
         let within = offset.checked_add(length).is_some_and(|end| end <= self.virtual_size());
-        if aligned && within && !self.is_closed() { Ok(()) } else { Err(self.refusal(offset, length)) }
+        (offset | length) & 511 == 0 && within
     }
 
-    /// Why a request is refused.
-    #[cold]
-    fn refusal(&self, offset: u64, length: u64) -> Error {
+    /// The same, and whether the image is open.
+    pub(crate) fn check_request(&self, offset: u64, length: u64) -> Result<()> {
         if self.is_closed() {
-            return Error::Closed;
+            return Err(Error::Closed);
+        }
+        if self.is_on_disk(offset, length) {
+            return Ok(());
         }
         if (offset | length) & 511 != 0 {
-            return Error::Misaligned { offset, length };
+            return Err(Error::Misaligned { offset, length });
         }
-        Error::OutOfRange { offset, length, size: self.virtual_size() }
+        Err(Error::OutOfRange { offset, length, size: self.virtual_size() })
     }
 }

@@ -45,15 +45,15 @@ impl<D: BlockDevice> Image<D> {
         self.commit_if_due().await
     }
 
-    /// As [`write`](Self::write), on a thread of the caller's that may sleep. A request that need not wait for anybody makes
-    /// no future.
+    /// As [`write`](Self::write), on a thread of the caller's that may sleep. A request that has nothing to heed and need not
+    /// wait for anybody makes no future.
     ///
     /// # Errors
     /// As there.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn write_blocking(&self, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len();
-        let Some(request) = self.begin(offset, length as u64, Purpose::Write)? else {
+        let Some(request) = self.begin_free(offset, length as u64, Purpose::Write) else {
             return self.write_waiting(offset, buf);
         };
         if self.write_mapped(offset, buf)? {

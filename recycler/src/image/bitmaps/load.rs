@@ -26,7 +26,7 @@ impl<D: BlockDevice> Image<D> {
         let mut state = self.bitmaps.state.lock();
         state.bitmaps = bitmaps;
         state.directory = Some((extension.directory_offset, extension.directory_size));
-        self.bitmaps.note_recording(&state);
+        self.note_recording(&state);
         Ok(())
     }
 

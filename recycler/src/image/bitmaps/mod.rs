@@ -13,12 +13,12 @@ use std::ops::Range;
 use roaring::RoaringTreemap;
 
 use super::Image;
+use super::obstacles::Obstacle;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::bitmap::{self, TableEntry};
 use crate::format::extension::MAX_BITMAPS;
-use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use crate::units::{Geometry, HostOffset};
 
@@ -41,8 +41,6 @@ pub struct BitmapInfo {
 /// The bitmaps of an open image.
 #[derive(Default)]
 pub(crate) struct Bitmaps {
-    /// Whether any bitmap records writes, so that writers need not look.
-    recording: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -159,16 +157,9 @@ fn bad(name: &str, reason: String) -> Error {
 }
 
 impl Bitmaps {
-    /// The guest is about to change bytes `offset..offset + length` of the disk. To be called before they change.
-    #[inline]
+    /// The guest is about to change bytes `offset..offset + length` of the disk. To be called before they change, unless no
+    /// bitmap records changes.
     pub(crate) fn will_change(&self, offset: u64, length: u64) {
-        if self.recording.load(Ordering::Acquire) {
-            self.mark(offset, length);
-        }
-    }
-
-    #[cold]
-    fn mark(&self, offset: u64, length: u64) {
         for bitmap in self.state.lock().bitmaps.iter_mut().filter(|b| b.recording) {
             bitmap.mark(bitmap.units(offset, length));
         }
@@ -182,16 +173,20 @@ impl Bitmaps {
             bitmap.changed = true;
         }
     }
-
-    /// After a change of the bitmaps.
-    fn note_recording(&self, state: &State) {
-        self.recording.store(state.bitmaps.iter().any(|b| b.recording), Ordering::Release);
-    }
 }
 
 /// Calls for whoever makes incremental backups. What they change becomes durable when the image is closed; after a crash the
 /// bitmaps of an image that was open for writing are inconsistent.
 impl<D: BlockDevice> Image<D> {
+    /// After a change of the bitmaps, under their lock.
+    fn note_recording(&self, state: &State) {
+        if state.bitmaps.iter().any(|b| b.recording) {
+            self.obstacles.put(Obstacle::Recording);
+        } else {
+            self.obstacles.take(Obstacle::Recording);
+        }
+    }
+
     /// The persistent bitmaps, in the order of the image's directory.
     ///
     /// # Errors
@@ -270,7 +265,7 @@ impl<D: BlockDevice> Image<D> {
             place: None,
         });
         state.directory_stale = true;
-        self.bitmaps.note_recording(&state);
+        self.note_recording(&state);
         Ok(())
     }
 
@@ -291,7 +286,7 @@ impl<D: BlockDevice> Image<D> {
             !gone
         });
         *directory_stale = true;
-        self.bitmaps.note_recording(&state);
+        self.note_recording(&state);
         Ok(())
     }
 
@@ -316,7 +311,7 @@ impl<D: BlockDevice> Image<D> {
         let bitmap = state.usable(name)?;
         bitmap.changed |= bitmap.recording != recording;
         bitmap.recording = recording;
-        self.bitmaps.note_recording(&state);
+        self.note_recording(&state);
         Ok(())
     }
 

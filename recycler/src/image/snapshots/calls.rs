@@ -101,7 +101,7 @@ impl<D: BlockDevice> Image<D> {
         self.check_new(&stay, name)?;
         self.prepare_changes().await?;
         self.find_junk().await?;
-        let _closed = self.gate.close();
+        let _closed = self.gate.close(&self.obstacles);
         let _frozen = self.quiet().await?;
         let size = self.virtual_size();
         let mut l1 = self.meta.l1.entries();
@@ -133,7 +133,7 @@ impl<D: BlockDevice> Image<D> {
         let mut gone = References::new();
         let l1_gone = self.snapshot_l1(place(&goes)).await?;
         self.count_references(&l1_gone, &mut gone, |_| true).await?;
-        let _closed = self.gate.close();
+        let _closed = self.gate.close(&self.obstacles);
         let _frozen = self.quiet().await?;
         let mut l1 = self.meta.l1.entries();
         l1.resize(l1.len().max(1), 0);
@@ -178,7 +178,7 @@ impl<D: BlockDevice> Image<D> {
         l1.resize(entries as usize, 0);
         self.check_tables(&l1).await?;
         let (come, anew) = self.shared_references(&l1).await?;
-        let _closed = self.gate.close();
+        let _closed = self.gate.close(&self.obstacles);
         let _frozen = self.quiet().await?;
         let mut gone = References::new();
         self.count_references(&self.meta.l1.entries(), &mut gone, |_| true).await?;
