@@ -44,6 +44,7 @@ impl Scene {
                 lazy_refcounts: false,
                 extended_l2,
                 preallocated: false,
+                zstd: false,
                 encryption: Encryption::None,
                 backing: Behind::Nothing,
                 sectors,

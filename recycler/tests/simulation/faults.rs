@@ -36,6 +36,7 @@ fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features:
         lazy_refcounts,
         extended_l2: false,
         preallocated: false,
+        zstd: false,
         encryption: Encryption::None,
         backing: Behind::Nothing,
         sectors: 160 * cluster / SECTOR as u64,

@@ -62,7 +62,7 @@ mod sequences {
     use crate::common::sequences::{PLAIN, Variant};
 
     /// What each kind gets of a soak.
-    const SHARE: f64 = 0.5 / 24.0;
+    const SHARE: f64 = 0.5 / 26.0;
 
     macro_rules! on {
         ($name:ident, $threes:expr, $variant:expr) => {
@@ -87,6 +87,7 @@ mod sequences {
         Variant { cluster_bits: 10, refcount_bits: 8, made: Made::WithSnapshot, ..PLAIN }
     );
     on!(compressed, 40, Variant { cluster_bits: 11, sectors: 96, made: Made::Compressed, ..PLAIN });
+    on!(compressed_by_zstd, 20, Variant { cluster_bits: 11, sectors: 96, made: Made::Compressed, zstd: true, ..PLAIN });
     // A subcluster is a sector.
     on!(subclusters, 20, Variant { cluster_bits: 14, extended_l2: true, sectors: 130, ..PLAIN });
     on!(

@@ -28,6 +28,8 @@ pub struct ImageKind {
     /// Clusters have subclusters, and take 16 KiB at least.
     pub extended_l2: bool,
     pub preallocated: bool,
+    /// Clusters are compressed by zstd, not by deflate.
+    pub zstd: bool,
     pub encryption: Encryption,
     pub backing: Behind,
     /// Size of the virtual disk in sectors.
@@ -55,6 +57,9 @@ impl ImageKind {
             options.push_str(&format!(",compat=1.1,refcount_bits={},lazy_refcounts={lazy}", self.refcount_bits));
             if self.extended_l2 {
                 options.push_str(",extended_l2=on");
+            }
+            if self.zstd {
+                options.push_str(",compression_type=zstd");
             }
         }
         options
@@ -169,6 +174,7 @@ impl Config {
             lazy_refcounts: version == 3 && rng.random_bool(0.3),
             extended_l2,
             preallocated: rng.random_bool(0.1),
+            zstd: version == 3 && seed % 5 == 4,
             encryption: Encryption::None,
             backing: Behind::Nothing,
             sectors: clusters * cluster_sectors + ragged,
@@ -273,7 +279,7 @@ impl fmt::Display for Config {
         let i = &self.image;
         write!(
             f,
-            "clusters of {} B, refcounts of {} bits, version {}{}{}{}{}{}, disk of {} sectors, L2 cache {} B, \
+            "clusters of {} B, refcounts of {} bits, version {}{}{}{}{}{}{}, disk of {} sectors, L2 cache {} B, \
             keep_erased {}, \
              compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}{}",
             1u64 << i.cluster_bits,
@@ -282,6 +288,7 @@ impl fmt::Display for Config {
             if i.lazy_refcounts { ", lazy" } else { "" },
             if i.extended_l2 { ", extended L2 entries" } else { "" },
             if i.preallocated { ", preallocated" } else { "" },
+            if i.zstd { ", zstd" } else { "" },
             match i.encryption {
                 Encryption::None => "",
                 Encryption::Aes => ", AES",

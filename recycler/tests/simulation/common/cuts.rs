@@ -158,6 +158,7 @@ fn outgrowing_config(seed: u64) -> Config {
         lazy_refcounts: false,
         extended_l2: false,
         preallocated: false,
+        zstd: false,
         encryption: Encryption::None,
         backing: Behind::Nothing,
         sectors: 3700,

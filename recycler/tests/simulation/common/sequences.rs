@@ -25,6 +25,7 @@ pub struct Variant {
     pub version: u32,
     pub lazy_refcounts: bool,
     pub extended_l2: bool,
+    pub zstd: bool,
     pub encryption: Encryption,
     pub backing: Behind,
     /// Of the disk.
@@ -44,6 +45,7 @@ pub const PLAIN: Variant = Variant {
     version: 3,
     lazy_refcounts: false,
     extended_l2: false,
+    zstd: false,
     encryption: Encryption::None,
     backing: Behind::Nothing,
     sectors: 70,
@@ -107,6 +109,7 @@ impl Variant {
             lazy_refcounts: self.lazy_refcounts,
             extended_l2: self.extended_l2,
             preallocated: false,
+            zstd: self.zstd,
             encryption: self.encryption,
             backing: self.backing,
             sectors: self.sectors,
