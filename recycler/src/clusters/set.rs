@@ -1,5 +1,6 @@
 //! A set of host clusters, held as a compressed bitmap.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use roaring::RoaringTreemap;
@@ -7,81 +8,163 @@ use roaring::RoaringTreemap;
 use crate::units::HostCluster;
 
 /// A set of host clusters.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct ClusterSet(RoaringTreemap);
+///
+/// Sets of one member are frequent where guests take or give up clusters one by one, and come and go with every request: those
+/// cost nothing.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ClusterSet(Members);
+
+#[derive(Clone, Debug, Default)]
+enum Members {
+    #[default]
+    None,
+    One(u64),
+    Many(RoaringTreemap),
+}
+
+impl PartialEq for ClusterSet {
+    fn eq(&self, other: &ClusterSet) -> bool {
+        self.bitmap() == other.bitmap()
+    }
+}
 
 impl ClusterSet {
+    /// The members as a bitmap.
+    fn bitmap(&self) -> Cow<'_, RoaringTreemap> {
+        match &self.0 {
+            Members::None => Cow::Owned(RoaringTreemap::new()),
+            Members::One(c) => Cow::Owned(RoaringTreemap::from_iter([*c])),
+            Members::Many(bitmap) => Cow::Borrowed(bitmap),
+        }
+    }
+
+    /// Changes the members as a bitmap.
+    fn change<T>(&mut self, change: impl FnOnce(&mut RoaringTreemap) -> T) -> T {
+        let mut bitmap = match std::mem::take(&mut self.0) {
+            Members::None => RoaringTreemap::new(),
+            Members::One(c) => RoaringTreemap::from_iter([c]),
+            Members::Many(bitmap) => bitmap,
+        };
+        let result = change(&mut bitmap);
+        if !bitmap.is_empty() {
+            self.0 = Members::Many(bitmap);
+        }
+        result
+    }
+
     pub(crate) fn len(&self) -> u64 {
-        self.0.len()
+        match &self.0 {
+            Members::None => 0,
+            Members::One(_) => 1,
+            Members::Many(bitmap) => bitmap.len(),
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        matches!(self.0, Members::None)
     }
 
     pub(crate) fn contains(&self, c: HostCluster) -> bool {
-        self.0.contains(c.0)
+        match &self.0 {
+            Members::None => false,
+            Members::One(one) => *one == c.0,
+            Members::Many(bitmap) => bitmap.contains(c.0),
+        }
     }
 
     /// Adds a cluster; `false` if it was there.
     pub(crate) fn insert(&mut self, c: HostCluster) -> bool {
-        self.0.insert(c.0)
+        if self.is_empty() {
+            self.0 = Members::One(c.0);
+            return true;
+        }
+        self.change(|bitmap| bitmap.insert(c.0))
     }
 
     /// Removes a cluster; `false` if it was not there.
     pub(crate) fn remove(&mut self, c: HostCluster) -> bool {
-        self.0.remove(c.0)
+        match &mut self.0 {
+            Members::None => false,
+            Members::One(one) if *one != c.0 => false,
+            Members::One(_) => {
+                self.0 = Members::None;
+                true
+            }
+            Members::Many(_) => self.change(|bitmap| bitmap.remove(c.0)),
+        }
     }
 
     pub(crate) fn insert_range(&mut self, range: Range<u64>) {
         // One is most of what guests' writes take, and much the cheaper to change.
-        if range.end - range.start == 1 {
-            self.0.insert(range.start);
-        } else {
-            self.0.insert_range(range);
+        if range.start + 1 == range.end {
+            self.insert(HostCluster(range.start));
+        } else if !range.is_empty() {
+            self.change(|bitmap| bitmap.insert_range(range));
         }
     }
 
     pub(crate) fn remove_range(&mut self, range: Range<u64>) {
-        if range.end - range.start == 1 {
-            self.0.remove(range.start);
-        } else {
-            self.0.remove_range(range);
+        if range.start + 1 == range.end {
+            self.remove(HostCluster(range.start));
+        } else if !range.is_empty() {
+            self.change(|bitmap| bitmap.remove_range(range));
         }
     }
 
     /// Members within the range.
     pub(crate) fn count_in(&self, range: Range<u64>) -> u64 {
-        self.0.range_cardinality(range)
+        match &self.0 {
+            Members::None => 0,
+            Members::One(c) => u64::from(range.contains(c)),
+            Members::Many(bitmap) => bitmap.range_cardinality(range),
+        }
     }
 
     pub(crate) fn add_all(&mut self, other: &ClusterSet) {
-        self.0 |= &other.0;
+        if !other.is_empty() {
+            self.change(|bitmap| *bitmap |= &*other.bitmap());
+        }
     }
 
     pub(crate) fn remove_all(&mut self, other: &ClusterSet) {
-        self.0 -= &other.0;
+        if !other.is_empty() {
+            self.change(|bitmap| *bitmap -= &*other.bitmap());
+        }
     }
 
     pub(crate) fn intersection(&self, other: &ClusterSet) -> ClusterSet {
-        ClusterSet(&self.0 & &other.0)
+        let both = &*self.bitmap() & &*other.bitmap();
+        ClusterSet(if both.is_empty() { Members::None } else { Members::Many(both) })
     }
 
     pub(crate) fn is_disjoint(&self, other: &ClusterSet) -> bool {
-        self.0.is_disjoint(&other.0)
+        self.bitmap().is_disjoint(&other.bitmap())
+    }
+
+    fn members(&self) -> (Option<u64>, Option<&RoaringTreemap>) {
+        match &self.0 {
+            Members::None => (None, None),
+            Members::One(c) => (Some(*c), None),
+            Members::Many(bitmap) => (None, Some(bitmap)),
+        }
     }
 
     /// The members in ascending order, as ranges of consecutive clusters.
     pub(crate) fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        runs(self.0.iter())
+        let (one, many) = self.members();
+        runs(one.into_iter().chain(many.into_iter().flat_map(RoaringTreemap::iter)))
     }
 
     /// The members from `start` on, as ranges of consecutive clusters.
     pub(crate) fn runs_from(&self, start: u64) -> impl Iterator<Item = Range<u64>> + '_ {
+        let (one, many) = self.members();
         // Not by skipping: the set may be large below `start`.
-        let mut members = self.0.iter();
-        members.advance_to(start);
-        runs(members)
+        let many = many.map(|bitmap| {
+            let mut members = bitmap.iter();
+            members.advance_to(start);
+            members
+        });
+        runs(one.filter(|&c| c >= start).into_iter().chain(many.into_iter().flatten()))
     }
 
     /// The lowest members below `limit`, at most `max` of them.
@@ -101,14 +184,22 @@ impl ClusterSet {
 
     /// The highest member.
     pub(crate) fn max(&self) -> Option<HostCluster> {
-        self.0.max().map(HostCluster)
+        match &self.0 {
+            Members::None => None,
+            Members::One(c) => Some(HostCluster(*c)),
+            Members::Many(bitmap) => bitmap.max().map(HostCluster),
+        }
     }
 
     /// Takes the lowest run of consecutive members out of the set, at most `max` of them.
     pub(crate) fn take_run(&mut self, max: u64) -> Option<Range<u64>> {
-        let start = self.0.min()?;
+        let start = match &self.0 {
+            Members::None => return None,
+            Members::One(c) => *c,
+            Members::Many(bitmap) => bitmap.min()?,
+        };
         let mut end = start + 1;
-        while end - start < max && self.0.contains(end) {
+        while end - start < max && self.contains(HostCluster(end)) {
             end += 1;
         }
         self.remove_range(start..end);
@@ -139,7 +230,9 @@ fn runs(members: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> 
 
 impl FromIterator<HostCluster> for ClusterSet {
     fn from_iter<I: IntoIterator<Item = HostCluster>>(members: I) -> Self {
-        ClusterSet(members.into_iter().map(|c| c.0).collect())
+        let mut set = ClusterSet::default();
+        set.change(|bitmap| bitmap.extend(members.into_iter().map(|c| c.0)));
+        set
     }
 }
 
@@ -161,6 +254,45 @@ mod tests {
         assert_eq!(s.runs_from(9).collect::<Vec<_>>(), [9..10, 20..22]);
         assert_eq!(s.take_run(9), Some(5..6));
         assert_eq!(ClusterSet::default().take_run(1), None);
+    }
+
+    /// Whatever is done to a set of few members, it holds what a plain set would.
+    #[test]
+    fn sets_of_one_member_are_sets() {
+        let (mut s, mut plain) = (ClusterSet::default(), std::collections::BTreeSet::new());
+        let mut number = 1u64;
+        for _ in 0..10_000 {
+            number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let (c, what) = ((number >> 40) % 4, (number >> 50) % 6);
+            match what {
+                0 => assert_eq!(s.insert(HostCluster(c)), plain.insert(c)),
+                1 => assert_eq!(s.remove(HostCluster(c)), plain.remove(&c)),
+                2 => {
+                    s.insert_range(c..c + 2);
+                    plain.extend(c..c + 2);
+                }
+                3 => {
+                    s.remove_range(c..5);
+                    plain.retain(|&m| m < c);
+                }
+                4 => {
+                    s.remove_all(&set(&[c]));
+                    plain.remove(&c);
+                }
+                _ => assert_eq!(s.take_run(1), plain.pop_first().map(|c| c..c + 1)),
+            }
+            let members: Vec<_> = plain.iter().copied().collect();
+            assert_eq!(s, set(&members));
+            assert_eq!(s.runs().flatten().collect::<Vec<_>>(), members);
+            assert_eq!(s.runs_from(2).flatten().collect::<Vec<_>>(), plain.range(2..).copied().collect::<Vec<_>>());
+            assert_eq!((s.len(), s.is_empty()), (members.len() as u64, members.is_empty()));
+            assert_eq!(s.count_in(1..3), plain.range(1..3).count() as u64);
+            s.insert_range(c..c);
+            s.remove_range(4..c);
+            assert_eq!(s.max().map(|c| c.0), members.last().copied());
+            assert_eq!(s.is_disjoint(&set(&[c])), !plain.contains(&c));
+            assert_eq!(s.intersection(&set(&[c])).len(), u64::from(s.contains(HostCluster(c))));
+        }
     }
 
     #[test]

@@ -8,8 +8,15 @@ use crate::sync::{Mutex, Notify};
 /// Ranges that somebody is working on.
 #[derive(Default)]
 pub(crate) struct Turns {
-    held: Mutex<Vec<Range<u64>>>,
+    state: Mutex<State>,
     released: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    held: Vec<Range<u64>>,
+    /// How many wait for a range to be released: as a rule none, and nobody needs to be told.
+    waiting: usize,
 }
 
 /// A range that is held until this is dropped.
@@ -22,13 +29,13 @@ pub(crate) struct Turn<'a> {
 impl Turns {
     /// Takes the range, unless somebody holds any part of it.
     pub(crate) fn try_take(&self, range: Range<u64>) -> Option<Turn<'_>> {
-        self.take_from(&mut self.held.lock(), &range)
+        self.take_from(&mut self.state.lock(), &range)
     }
 
-    fn take_from(&self, held: &mut Vec<Range<u64>>, range: &Range<u64>) -> Option<Turn<'_>> {
-        let free = !held.iter().any(|h| h.start < range.end && range.start < h.end);
+    fn take_from(&self, state: &mut State, range: &Range<u64>) -> Option<Turn<'_>> {
+        let free = !state.held.iter().any(|h| h.start < range.end && range.start < h.end);
         free.then(|| {
-            held.push(range.clone());
+            state.held.push(range.clone());
             Turn { turns: self, range: range.clone() }
         })
     }
@@ -39,13 +46,15 @@ impl Turns {
             let released = self.released.notified();
             tokio::pin!(released);
             {
-                let mut held = self.held.lock();
-                if let Some(turn) = self.take_from(&mut held, &range) {
+                let mut state = self.state.lock();
+                if let Some(turn) = self.take_from(&mut state, &range) {
                     return turn;
                 }
                 // Registered under the lock, so that a release after it is not missed.
                 released.as_mut().enable();
+                state.waiting += 1;
             }
+            let _waiting = Waiting(self);
             if broken(Mutation::WaitForTurnUnregistered) {
                 self.released.notified().await;
             } else {
@@ -55,14 +64,27 @@ impl Turns {
     }
 }
 
+/// Somebody waits until this is dropped.
+struct Waiting<'a>(&'a Turns);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().waiting -= 1;
+    }
+}
+
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let mut held = self.turns.held.lock();
-        if let Some(at) = held.iter().position(|h| *h == self.range) {
-            held.swap_remove(at);
+        let waiting = {
+            let mut state = self.turns.state.lock();
+            if let Some(at) = state.held.iter().position(|h| *h == self.range) {
+                state.held.swap_remove(at);
+            }
+            state.waiting > 0
+        };
+        if waiting {
+            self.turns.released.notify_waiters();
         }
-        drop(held);
-        self.turns.released.notify_waiters();
     }
 }
 
