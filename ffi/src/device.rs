@@ -186,6 +186,10 @@ impl BlockDevice for Device {
         }
     }
 
+    fn is_hole(&self, offset: u64, length: u64) -> bool {
+        self.host_file().is_some_and(|file| file.is_hole(offset, length))
+    }
+
     fn copies_bytes(&self) -> bool {
         self.host_file().is_some_and(BlockDevice::copies_bytes)
     }

@@ -114,6 +114,12 @@ pub trait BlockDevice: Send + Sync + 'static {
         done.complete(Err(io::ErrorKind::Unsupported.into()));
     }
 
+    /// Whether a range is known to occupy no space, so that writing there takes some.
+    fn is_hole(&self, offset: u64, length: u64) -> bool {
+        let _ = (offset, length);
+        false
+    }
+
     /// Whether [`copy_range`](Self::copy_range) only reads and writes, so that it is worth no more than that. Must not change
     /// while the image is open.
     fn copies_bytes(&self) -> bool {

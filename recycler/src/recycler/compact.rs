@@ -32,6 +32,11 @@ use crate::units::HostCluster;
 /// room that a compaction needs: it takes one flush, and what it moved is in the file twice until the next one has ended.
 const BATCH_BYTES: u64 = 48 << 20;
 const BATCH_CLUSTERS: u64 = 16384;
+/// The same where the holes occupy no space: then what is in the file twice takes space that it did not take before, of which the
+/// host may have little.
+const SPARSE_BATCH_BYTES: u64 = 4 << 20;
+/// So many of the next holes tell whether they do.
+const SAMPLE: u64 = 8;
 /// A copy is made of at most this many bytes before guests and the rate limit get a look in.
 pub(super) const COPY_BYTES: u64 = 1 << 20;
 /// The device is told what will be read at least this much in advance.
@@ -254,8 +259,22 @@ impl<D: BlockDevice> Compaction<'_, D> {
     }
 
     pub(super) fn batch_size(&mut self) -> usize {
-        let bytes = self.pacer.portion(BATCH_BYTES);
+        let most = if self.takes_space() { SPARSE_BATCH_BYTES } else { BATCH_BYTES };
+        let bytes = self.pacer.portion(BATCH_BYTES).min(most);
         (bytes >> self.image.meta.geometry.cluster_bits).clamp(1, BATCH_CLUSTERS) as usize
+    }
+
+    /// Whether most of the holes that are filled next occupy no space.
+    fn takes_space(&self) -> bool {
+        let bits = self.image.meta.geometry.cluster_bits;
+        let next = self.image.clusters.lock().junk.lowest(SAMPLE, u64::MAX);
+        let (device, mut holes) = (self.image.volume.device(), 0);
+        for run in next.runs() {
+            if device.is_hole(run.start << bits, (run.end - run.start) << bits) {
+                holes += run.end - run.start;
+            }
+        }
+        holes * 2 > next.len()
     }
 
     /// Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.

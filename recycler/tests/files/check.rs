@@ -740,7 +740,7 @@ fn a_repair_that_is_cut_off_protects_no_cluster_less_and_is_completed_by_the_nex
     image.edit(|l| {
         // Leaks, low refcounts, flags that lie or will, a block that is missing and one that lies outside the file, a zero
         // cluster whose place is none.
-        l.put(l.l2_entry(400), l.data(400) + 512 | ZERO);
+        l.put(l.l2_entry(400), (l.data(400) + 512) | ZERO);
         for guest in 0..8 {
             l.set_refcount(l.data(guest), [0, 1, 5][guest as usize % 3]);
             l.put(l.l2_entry(guest), l.get(l.l2_entry(guest)) ^ (guest % 2 * COPIED));

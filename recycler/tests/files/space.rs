@@ -193,3 +193,48 @@ async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction
         made.image.close().await.unwrap();
     }
 }
+
+/// Where holes occupy no space, filling them takes some before what was there is given back: a few MiB, however much moves.
+#[tokio::test]
+async fn filling_holes_takes_little_space() {
+    let quick = Duration::from_millis(20);
+    let options = Options {
+        compact_after_unmaps: None,
+        keep_erased: 0,
+        settle_time: quick,
+        flush_after: quick,
+        ..Options::default()
+    };
+    let made = full(1536, CLUSTER, options).await;
+    if !made.image.device().features().punch_hole {
+        return;
+    }
+    let control = Control::new();
+    let recycler = tokio::spawn(run(made.image.clone(), control.clone()));
+    let full = made.space();
+    let gone = (0..1536).filter(|&c| !in_runs(c)).count() as u64;
+    for c in (0..1536).filter(|&c| !in_runs(c)) {
+        made.image.discard(c * CLUSTER, CLUSTER).await.unwrap();
+    }
+    for _ in 0..500 {
+        tokio::time::sleep(quick).await;
+        if made.space() + gone * CLUSTER * 9 / 10 <= full {
+            break;
+        }
+    }
+    control.stop();
+    recycler.await.unwrap();
+    let before = made.space();
+    assert!(before + gone * CLUSTER / 2 < full, "{before} bytes of {full}: nothing was punched");
+    let mut peak = 0;
+    let report = compact(&made.image, &mut |_| {
+        peak = made.space().max(peak);
+        true
+    })
+    .await
+    .unwrap();
+    assert!(report.moved > 22 << 20, "{report:?}");
+    assert!(peak < before + (14 << 20), "{before} bytes before, {peak} at most meanwhile; {report:?}");
+    made.verify(in_runs).await;
+    made.image.close().await.unwrap();
+}
