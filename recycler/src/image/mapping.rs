@@ -64,10 +64,14 @@ struct TargetRun {
 
 impl TargetRun {
     fn is_continued_by(&self, index: usize, hosts: &Range<u64>) -> bool {
-        let count = (self.hosts.end - self.hosts.start) / self.each;
         hosts.start == self.hosts.end
             && hosts.end - hosts.start == self.each
-            && index as u64 == self.first as u64 + count
+            && index as u64 == self.first as u64 + self.count()
+    }
+
+    /// How many entries.
+    fn count(&self) -> u64 {
+        (self.hosts.end - self.hosts.start) / self.each
     }
 
     /// The entries' indices, and what each names.
@@ -387,7 +391,7 @@ impl<D: BlockDevice> Image<D> {
             let in_use = |hosts: &Range<u64>| refcounts.all_counted(hosts).map(|all| all && !states.any_free(hosts));
             for run in self.unchecked_targets(slice, &entries) {
                 if in_use(&run.hosts) == Some(true) {
-                    run.each().for_each(|(i, _)| slice.targets().set_checked(i));
+                    slice.targets().set_all_checked(run.first, run.count());
                     continue;
                 }
                 for (i, hosts) in run.each() {
@@ -399,6 +403,9 @@ impl<D: BlockDevice> Image<D> {
                         _ => {}
                     }
                 }
+            }
+            if slice.targets().are_checked(range.start, range.len() as u64) {
+                return Ok(());
             }
         }
     }

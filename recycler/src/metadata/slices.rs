@@ -98,17 +98,16 @@ impl Targets<'_> {
     /// Whether the `count` entries from `index` on were, as far as the slice has them.
     #[inline]
     pub(crate) fn are_checked(self, index: usize, count: u64) -> bool {
-        let end = index.saturating_add(count as usize).min(self.checked.len() * 64);
-        let mut next = index;
-        while next < end {
-            let here = (64 - next % 64).min(end - next);
-            let wanted = (u64::MAX >> (64 - here)) << (next % 64);
-            if self.checked.get(next / 64).is_some_and(|word| word.load(Ordering::Acquire) & wanted != wanted) {
-                return false;
-            }
-            next += here;
-        }
-        true
+        self.marks(index, count).all(|(word, marks)| word.load(Ordering::Acquire) & marks == marks)
+    }
+
+    /// The words of `count` entries from `index` on, each with their marks in it.
+    fn marks(&self, index: usize, count: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let end = index.saturating_add(count as usize);
+        (index / 64..end.div_ceil(64)).map_while(move |at| {
+            let (first, last) = (index.max(at * 64) % 64, (end - at * 64).min(64));
+            Some((self.checked.get(at)?, (u64::MAX >> (64 - last)) & (u64::MAX << first)))
+        })
     }
 
     #[inline]
@@ -117,9 +116,12 @@ impl Targets<'_> {
     }
 
     pub(crate) fn set_checked(self, index: usize) {
-        if let Some(word) = self.checked.get(index / 64) {
-            word.fetch_or(1 << (index % 64), Ordering::AcqRel);
-        }
+        self.set_all_checked(index, 1);
+    }
+
+    /// So many from `index` on.
+    pub(crate) fn set_all_checked(self, index: usize, count: u64) {
+        self.marks(index, count).for_each(|(word, marks)| _ = word.fetch_or(marks, Ordering::AcqRel));
     }
 }
 
