@@ -514,3 +514,28 @@ def test_c(installed: Installed, language: str, image_path: Path, tmp_path: Path
     installed.run(program, image_path, PASSPHRASE)
     disk.write(512, b"\x5a" * 1024)
     verify(image_path, disk)
+
+
+@pytest.mark.parametrize("kind", ["luks", "aes", "none"])
+def test_requests_of_no_length_change_nothing(image_path: Path, kind: str) -> None:
+    """Anywhere, also at the end of the disk, where there is no cluster."""
+    size = 1 << 20
+    if kind == "none":
+        qemu.create(image_path, size)
+    else:
+        image_path.write_bytes(new_image(size, kind, PASSPHRASE))
+    options = {} if kind == "none" else {"passphrase": PASSPHRASE}
+    with qcow_recycler.open(image_path, config=CONFIG, **options) as image:
+        image.write(0, b"\x11" * (64 << 10))
+        image.discard(0, 64 << 10)
+        image.write(128 << 10, b"\x22" * 512)
+        image.flush()
+        for at in (0, 64 << 10, 256 << 10, 512, size):
+            image.write(at, b"")
+            image.discard(at, 0)
+            image.write_zeroes(at, 0)
+            assert image.read(at, 0) == b""
+        expected = bytes(128 << 10) + b"\x22" * 512 + bytes(size - (128 << 10) - 512)
+        assert image.read(0, size) == expected
+    qemu.assert_contents(image_path, expected, **options)
+    qemu.assert_clean(image_path, **options)

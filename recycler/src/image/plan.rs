@@ -231,7 +231,8 @@ impl<D: BlockDevice> Image<D> {
     pub(super) fn write_first_at_once(&self, offset: u64, buf: IoBuf<'_>) -> Result<bool> {
         let geometry = self.meta.geometry;
         let within = offset & (geometry.cluster_size() - 1);
-        let simple = within + buf.len() as u64 <= self.plain_span && !self.meta.external && !geometry.extended_l2;
+        let one_plain_cluster = !buf.is_empty() && within + buf.len() as u64 <= self.plain_span;
+        let simple = one_plain_cluster && !self.meta.external && !geometry.extended_l2;
         if !simple || !self.prepared.load(Ordering::Acquire) {
             return Ok(false);
         }
