@@ -57,10 +57,10 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         let old = self.old_places(&exchange);
         new.iter().for_each(|c| _ = self.counts.add(c, 1));
         old.iter().for_each(|c| self.counts.subtract(c));
+        self.begin().await?;
+        // Not its flushes: one that fails is never a matter of room.
         let written = self.write_anew(&exchange, &(&*lowered | &new | &old), &new).await;
-        if let Err(Error::Io { source, .. }) = &written
-            && source.kind() == io::ErrorKind::StorageFull
-        {
+        if written.as_ref().is_err_and(is_full) {
             // Nothing refers to the new tables. Without them the rest can be repaired all the same.
             new.iter().for_each(|c| self.counts.subtract(c));
             old.iter().for_each(|c| _ = self.counts.add(c, 1));
@@ -73,6 +73,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
             return Ok(true);
         }
         written?;
+        self.source.flush().await?;
         let Exchange { new_l1, new_refcount_table, .. } = exchange;
         let at = |cluster: u64| HostOffset(cluster << geometry.cluster_bits);
         let table_clusters = self.header.refcount_table_clusters;
@@ -204,20 +205,16 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         table
     }
 
-    /// Writes the new tables and makes them durable. In the new blocks `exact` clusters have the refcounts that they are to
+    /// Writes the new tables. In the new blocks `exact` clusters have the refcounts that they are to
     /// have; the clusters `new` are counted in the old blocks, too.
     async fn write_anew(&mut self, exchange: &Exchange, exact: &RoaringTreemap, new: &RoaringTreemap) -> Result<()> {
         let geometry = self.source.geometry;
         let at = |cluster: u64| cluster << geometry.cluster_bits;
-        self.begin().await?;
         let end = new.max().map_or(0, |c| c + 1);
         if !self.source.reach(at(end)).await? {
             let source = io::Error::from(io::ErrorKind::StorageFull);
             return Err(Error::Io { action: "growing the image file", offset: at(end), source });
         }
-        // Whoever used the image last may have let go of these clusters without a flush: cut before this one, and somebody
-        // may refer to them again.
-        self.source.flush().await?;
         for index in blocks::indexes(new, geometry.refcounts_per_block()).collect::<Vec<_>>() {
             self.write_block(index, new, "counting new tables", u64::max).await?;
         }
@@ -234,7 +231,12 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
             }
         }
         let table: Vec<u8> = self.table_of(exchange).iter().flat_map(|e| e.to_be_bytes()).collect();
-        self.source.write("writing a new refcount table", at(exchange.new_refcount_table), &table).await?;
-        self.source.flush().await
+        self.source.write("writing a new refcount table", at(exchange.new_refcount_table), &table).await
     }
+}
+
+/// Whether the device has no room left.
+fn is_full(error: &Error) -> bool {
+    let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
+    matches!(error, Error::Io { source, .. } if full.contains(&source.kind()))
 }

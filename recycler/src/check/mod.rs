@@ -95,6 +95,28 @@ impl CheckReport {
 /// # Errors
 /// When the device fails, or the header does not let the image be opened at all; findings are not errors.
 pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckReport> {
+    match round(device, repair, None).await? {
+        Round::Done(report) => Ok(report),
+        // What the cleared entries referred to is counted anew. Those that could not be cleared are found again, and left.
+        Round::Cleared(cleared) => match round(device, repair, Some(&cleared)).await? {
+            Round::Done(mut report) => {
+                report.note_cleared(cleared);
+                Ok(report)
+            }
+            Round::Cleared(_) => Ok(CheckReport::default()),
+        },
+    }
+}
+
+/// How a look at the image ended.
+enum Round {
+    Done(CheckReport),
+    /// The first step of a repair has changed what there is to look at.
+    Cleared(Cleared),
+}
+
+/// Looks at the whole image, and repairs it; `cleared` is what the round before has cleared.
+async fn round<D: BlockDevice>(device: &D, repair: Repair, cleared: Option<&Cleared>) -> Result<Round> {
     let length = device.length().await.map_err(Error::io("asking for the length of the image file", 0))?;
     let mut start = vec![0; usize::try_from(length).unwrap_or(usize::MAX).min(Header::READ_LEN)];
     device.read(0, IoBufMut::new(&mut start)).await.map_err(Error::io("reading the header", 0))?;
@@ -130,15 +152,15 @@ pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckRe
             counts: &mut counts,
             differences: &mut differences,
             findings: &mut findings,
+            autoclear: cleared.map_or(header.autoclear, |before| before.autoclear),
             begun: false,
             postponed: false,
         };
-        let cleared = repairing.clear_misplaced_zeroes().await?;
-        if !cleared.is_empty() {
-            // What they referred to is counted anew. Those that could not be cleared are found again, and left then.
-            let mut report = Box::pin(check(device, repair)).await?;
-            report.note_cleared(cleared);
-            return Ok(report);
+        if cleared.is_none() {
+            let cleared = repairing.clear_misplaced_zeroes().await?;
+            if !cleared.is_empty() {
+                return Ok(Round::Cleared(cleared));
+            }
         }
         repairing.run().await?;
         let in_file = header.geometry.clusters_for(source.length);
@@ -147,7 +169,7 @@ pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckRe
     }
     let end = differences.highest.map_or(1, |c| c + 1);
     findings.report.image_end_offset = end.saturating_mul(header.geometry.cluster_size());
-    Ok(findings.report)
+    Ok(Round::Done(findings.report))
 }
 
 fn note_header(header: &Header, layout: Layout, findings: &mut Findings) {

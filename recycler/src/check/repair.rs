@@ -57,6 +57,8 @@ pub(super) struct Repairing<'a, 'b, D> {
     pub(super) counts: &'a mut Counts,
     pub(super) differences: &'a mut Differences,
     pub(super) findings: &'a mut Findings,
+    /// The autoclear features that the image had before this repair.
+    pub(super) autoclear: u64,
     /// Whether anything was written yet.
     pub(super) begun: bool,
     /// Whether leaks were left that another repair may do away with.
@@ -69,6 +71,8 @@ pub(super) struct Cleared {
     /// L2 entries; one of a table that several L1 entries lead to counts for each of them.
     pub(super) entries: u64,
     pub(super) messages: Vec<String>,
+    /// The header's autoclear features before.
+    pub(super) autoclear: u64,
 }
 
 impl Cleared {
@@ -80,7 +84,7 @@ impl Cleared {
 impl<D: BlockDevice> Repairing<'_, '_, D> {
     /// Step 0, if the mode allows it.
     pub(super) async fn clear_misplaced_zeroes(&mut self) -> Result<Cleared> {
-        let mut cleared = Cleared::default();
+        let mut cleared = Cleared { autoclear: self.autoclear, ..Cleared::default() };
         if self.mode != Repair::All || !self.findings.misplaced_zeroes {
             return Ok(cleared);
         }
@@ -162,21 +166,25 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         if !self.header.unknown_extensions.is_empty() {
             return Some("an unknown header extension may refer to them");
         }
-        (self.header.autoclear & !KNOWN_AUTOCLEAR != 0).then_some("an unknown autoclear feature may refer to them")
+        (self.autoclear & !KNOWN_AUTOCLEAR != 0).then_some("an unknown autoclear feature may refer to them")
     }
 
     /// Before the first write: whoever changes an image clears the autoclear bits that it does not know, and a last
-    /// cluster that is there in part is completed, so that whole clusters can be written.
+    /// cluster that is there in part is completed, so that whole clusters can be written. And what was found is made durable:
+    /// whoever used the image last may have let go of clusters without a flush, and if they were freed first, a power cut
+    /// could bring the references back.
     pub(super) async fn begin(&mut self) -> Result<()> {
-        if std::mem::replace(&mut self.begun, true) {
+        if self.begun {
             return Ok(());
         }
         let whole = self.source.length.next_multiple_of(self.source.geometry.cluster_size());
         self.source.reach(whole).await?;
+        self.source.flush().await?;
         if self.header.autoclear & !KNOWN_AUTOCLEAR != 0 {
             let bits = self.header.autoclear & KNOWN_AUTOCLEAR;
             self.patch_header(|sector| patch_autoclear(sector, bits)).await?;
         }
+        self.begun = true;
         Ok(())
     }
 

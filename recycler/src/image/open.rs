@@ -329,6 +329,11 @@ async fn recover<D: BlockDevice>(volume: &Volume<D>, header: &Header, options: &
         let found = report.messages.join("; ");
         return Err(Error::invalid("image", 0, format!("{why} has {left} errors that were not repaired: {found}")));
     }
+    let leaked = report.leaks - report.leaks_fixed;
+    if leaked > 0 {
+        let why = report.messages.join("; ");
+        options.logger.log(LogLevel::Warning, || format!("{}: {leaked} clusters stay leaked: {why}", options.id));
+    }
     if report.corruptions_fixed + report.leaks_fixed > 0 {
         options.logger.log(LogLevel::Info, || {
             format!(

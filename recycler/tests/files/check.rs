@@ -884,3 +884,23 @@ fn damage_anywhere_in_the_metadata_never_panics() {
         }
     }
 }
+
+/// Each table has an entry whose place is in the midst of the next table: each round of a repair could clear one more.
+#[test]
+fn tables_that_lead_to_one_another_are_looked_at_twice_at_most() {
+    const TABLES: u64 = 1500;
+    let image = Image::create("cluster_size=1k", "256M");
+    image.edit(|l| {
+        let first = l.bytes.len() as u64;
+        l.bytes.resize((first + (TABLES + 2) * 1024) as usize, 0);
+        for table in (first..).step_by(1024).take(TABLES as usize) {
+            l.put(l.l1 + (table - first) / 1024 * 8, table | COPIED);
+            l.put(table, (table + 1024 + 512) | ZERO);
+        }
+    });
+    let began = std::time::Instant::now();
+    let report = image.repair(Repair::All, "tables that lead to one another");
+    assert!(report.corruptions_fixed > 0 && report.corruptions > report.corruptions_fixed, "{report:#?}");
+    // A round takes milliseconds.
+    assert!(began.elapsed() < std::time::Duration::from_secs(30), "{:?}", began.elapsed());
+}
