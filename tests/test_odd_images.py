@@ -262,3 +262,19 @@ def test_a_disk_of_a_pebibyte(image_path: Path, cluster_size: int) -> None:
     assert image_path.stat().st_size <= before - 4 * cluster_size
     qemu.assert_clean(image_path)
     qemu.io(image_path, *(f"read -P {n + 1} {at} 4096" for n, at in enumerate(places)), f"read -P 0 {1 << 40} 4096")
+
+
+@pytest.mark.parametrize("how", ["discarded", "cut off"])
+def test_more_than_2_gib_in_a_row_go_back_to_the_host(image_path: Path, how: str) -> None:
+    qemu.create(image_path, 5 << 29, preallocation="falloc")
+    assert image_path.stat().st_blocks * 512 > 5 << 29
+    with qcow_recycler.open(image_path) as image:
+        image.write(0, b"\x5a" * 4096)
+        if how == "discarded":
+            image.discard(1 << 20, (5 << 29) - (1 << 20))
+        else:
+            image.resize(1 << 20, shrink=True)
+        image.compact()
+        assert image_path.stat().st_blocks * 512 < 4 << 20
+    qemu.assert_clean(image_path)
+    assert qemu.contents(image_path)[:8192] == b"\x5a" * 4096 + bytes(4096)

@@ -90,6 +90,8 @@ pub async fn compact<D: BlockDevice>(
         progress: Progress::default(),
         copier: Copier::default(),
         moved: 0,
+        crowded: false,
+        roomy: false,
         gathered: false,
     };
     compaction.run(progress).await
@@ -154,6 +156,11 @@ pub(super) struct Compaction<'a, D: BlockDevice> {
     pub(super) copier: Copier,
     /// Clusters moved.
     pub(super) moved: u64,
+    /// The last round had no holes left for all that should move. The refcount blocks that will not be needed in the end may be
+    /// in the way: they stand among the clusters that stay, and are needed as long as one cluster that they count is not moved.
+    crowded: bool,
+    /// So this round leaves them the room that they take: what it moves may be moved once more when they are gone.
+    roomy: bool,
     /// Clusters that hold little compressed data have been emptied: that is done once, since what fits nowhere better would be
     /// moved about for ever.
     pub(super) gathered: bool,
@@ -176,7 +183,15 @@ impl<D: BlockDevice> Compaction<'_, D> {
             if !broken(Mutation::TruncateBeforeDurable) {
                 self.settle().await?;
             }
-            if self.moved == moved_before {
+            // Every move brings a cluster nearer to the file's start, so this ends.
+            if self.moved > moved_before {
+                if std::mem::take(&mut self.roomy) && go_on {
+                    // The blocks that were in the way count nothing any more: their places are holes for the next round.
+                    image.shorten().await?;
+                }
+            } else if self.crowded && !self.roomy {
+                self.roomy = true;
+            } else {
                 break;
             }
         }
@@ -235,6 +250,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let plan = plan(&image.clusters.lock(), &scan, floor, geometry.refcounts_per_block());
         let shared = plan.shared.chunk_by(|a, b| a.cluster == b.cluster).count();
         self.progress.total = self.progress.done + (plan.sources.len() + shared) as u64;
+        self.crowded = false;
         let mut rest = &plan.sources[..];
         while !rest.is_empty() {
             let (sources, others) = rest.split_at(whole_runs(rest, self.batch_size()));
@@ -246,7 +262,10 @@ impl<D: BlockDevice> Compaction<'_, D> {
             self.yield_turn().await?;
             match self.batch(sources, plan.limit, progress).await? {
                 Ended::Whole => self.progress.done += sources.len() as u64,
-                Ended::NoHoles => break,
+                Ended::NoHoles => {
+                    self.crowded = true;
+                    break;
+                }
                 Ended::Cancelled => return Ok(false),
             }
             // What the batch before left behind needs no more room, so the file never holds more than two of them twice (three
@@ -290,6 +309,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let refcounts = image.meta.refcounts.lock().await;
         let states = image.clusters.lock();
         let lowest = floor(&states, 0);
+        if self.roomy {
+            return lowest;
+        }
         let empty = refcounts.blocks().filter(|(index, _)| index * per_block >= lowest).count();
         floor(&states, empty as u64)
     }
