@@ -186,14 +186,6 @@ impl BlockDevice for Device {
         }
     }
 
-    fn is_hole(&self, offset: u64, length: u64) -> bool {
-        self.host_file().is_some_and(|file| file.is_hole(offset, length))
-    }
-
-    fn copies_bytes(&self) -> bool {
-        self.host_file().is_some_and(BlockDevice::copies_bytes)
-    }
-
     async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
         match self.bytes()? {
             Bytes::File(file) => file.copy_range(from, to, length).await,

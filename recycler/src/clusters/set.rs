@@ -149,10 +149,15 @@ impl ClusterSet {
         }
     }
 
+    /// The members in ascending order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u64> + '_ {
+        let (one, many) = self.members();
+        one.into_iter().chain(many.into_iter().flat_map(RoaringTreemap::iter))
+    }
+
     /// The members in ascending order, as ranges of consecutive clusters.
     pub(crate) fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        let (one, many) = self.members();
-        runs(one.into_iter().chain(many.into_iter().flat_map(RoaringTreemap::iter)))
+        runs(self.iter())
     }
 
     /// The members from `start` on, as ranges of consecutive clusters.
@@ -170,14 +175,9 @@ impl ClusterSet {
     /// The lowest members below `limit`, at most `max` of them.
     pub(crate) fn lowest(&self, max: u64, limit: u64) -> ClusterSet {
         let mut found = ClusterSet::default();
-        let mut left = max;
-        for run in self.runs() {
-            let end = run.end.min(run.start + left).min(limit);
-            if run.start >= end {
-                break;
-            }
-            left -= end - run.start;
-            found.insert_range(run.start..end);
+        // Not run by run: the first may be as long as the file.
+        for run in runs(self.iter().take_while(|&c| c < limit).take(usize::try_from(max).unwrap_or(usize::MAX))) {
+            found.insert_range(run);
         }
         found
     }

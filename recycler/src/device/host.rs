@@ -297,7 +297,7 @@ impl BlockDevice for HostFile {
 
     // Also where nothing is shared: the system copies once, from cache to cache, and not twice through our memory.
     fn is_hole(&self, offset: u64, length: u64) -> bool {
-        // Nobody uses the descriptor's own offset.
+        // As with the length: the descriptor's own offset is nobody's.
         match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(offset)) {
             Ok(data) => data >= offset.saturating_add(length),
             // No data from there on.

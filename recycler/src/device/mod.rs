@@ -116,14 +116,13 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// Whether a range is known to occupy no space, so that writing there takes some.
     fn is_hole(&self, offset: u64, length: u64) -> bool {
-        let _ = (offset, length);
-        false
+        self.host_file().is_some_and(|file| file.is_hole(offset, length))
     }
 
     /// Whether [`copy_range`](Self::copy_range) only reads and writes, so that it is worth no more than that. Must not change
     /// while the image is open.
     fn copies_bytes(&self) -> bool {
-        false
+        self.host_file().is_some_and(host::HostFile::copies_bytes)
     }
 
     /// Makes everything that completed before this call durable. After an error, nothing is assumed about any of it.

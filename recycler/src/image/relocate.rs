@@ -110,21 +110,21 @@ impl<D: BlockDevice> Image<D> {
     /// was cut.
     fn countable_junk(&self, refcounts: &Refcounts, count: u64, limit: u64) -> Vec<Range<u64>> {
         let per_block = self.meta.geometry.refcounts_per_block();
-        let mut found = Vec::new();
-        let mut left = count;
-        for run in self.clusters.lock().junk.runs() {
-            let mut at = run.start;
-            while at < run.end.min(limit) && left > 0 {
-                let end = run.end.min(limit).min((at / per_block + 1) * per_block).min(at + left);
-                if refcounts.can_count(&(at..end)) {
-                    found.push(at..end);
-                    left -= end - at;
-                }
-                // The rest of the block's clusters, if any, comes in the next turn.
-                at = end;
+        let mut found: Vec<Range<u64>> = Vec::new();
+        // Whether the block of the last one can.
+        let mut can_count = (u64::MAX, false);
+        let states = self.clusters.lock();
+        // Not run by run: the first may be as long as the file, and guests wait for the lock.
+        let countable = states.junk.iter().take_while(|&c| c < limit).filter(|&c| {
+            if can_count.0 != c / per_block {
+                can_count = (c / per_block, refcounts.can_count(&(c..c + 1)));
             }
-            if left == 0 || run.end >= limit {
-                break;
+            can_count.1
+        });
+        for c in countable.take(usize::try_from(count).unwrap_or(usize::MAX)) {
+            match found.last_mut() {
+                Some(run) if run.end == c && c % per_block != 0 => run.end = c + 1,
+                _ => found.push(c..c + 1),
             }
         }
         found
