@@ -1201,7 +1201,9 @@ int qcr_add_bitmap(struct qcr_image *image, const char *name, uint64_t granulari
  */
 int qcr_remove_bitmap(struct qcr_image *image, const char *name, struct qcr_error *error);
 
-/* Takes all marks off a bitmap.
+/* Takes all marks off a bitmap. Waits for the requests that are under way, as qcr_add_bitmap() and qcr_record_bitmap() do: when it
+ * returns, what they wrote is there for a backup, and what comes later is marked. So it must not be called on a thread that
+ * others' requests need to end.
  *
  * Errors: as qcr_remove_bitmap(); -EINVAL for an inconsistent bitmap.
  */

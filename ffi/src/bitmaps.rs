@@ -109,13 +109,15 @@ pub unsafe extern "C" fn qcr_remove_bitmap(image: *mut qcr_image, name: *const c
     unsafe { on_image(image, error, body) }
 }
 
-/// Takes all marks off a bitmap.
+/// Takes all marks off a bitmap. Waits for the requests that are under way, as qcr_add_bitmap() and qcr_record_bitmap() do: when it
+/// returns, what they wrote is there for a backup, and what comes later is marked. So it must not be called on a thread that
+/// others' requests need to end.
 ///
 /// Errors: as qcr_remove_bitmap(); -EINVAL for an inconsistent bitmap.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcr_clear_bitmap(image: *mut qcr_image, name: *const c_char, error: *mut qcr_error) -> c_int {
     // SAFETY: the header's rule for strings.
-    let body = |image: &qcr_image| Ok(image.disk().image().clear_bitmap(unsafe { abi::text("name", name)? })?);
+    let body = |image: &qcr_image| Ok(image.disk().clear_bitmap(unsafe { abi::text("name", name)? })?);
     // SAFETY: the header's rules for images and errors.
     unsafe { on_image(image, error, body) }
 }
@@ -133,7 +135,7 @@ pub unsafe extern "C" fn qcr_record_bitmap(
     let body = |image: &qcr_image| {
         // SAFETY: the header's rule for strings.
         let name = unsafe { abi::text("name", name)? };
-        Ok(image.disk().image().record_bitmap(name, recording != 0)?)
+        Ok(image.disk().record_bitmap(name, recording != 0)?)
     };
     // SAFETY: the header's rules for images and errors.
     unsafe { on_image(image, error, body) }

@@ -184,12 +184,12 @@ impl Image {
 
     /// Takes all marks off a bitmap.
     fn clear_bitmap(&self, py: Python<'_>, name: &str) -> PyResult<()> {
-        self.call(py, |disk| disk.image().clear_bitmap(name))
+        self.call(py, |disk| disk.clear_bitmap(name))
     }
 
     /// Lets a bitmap mark what is written from now on, or stop to.
     fn record_bitmap(&self, py: Python<'_>, name: &str, recording: bool) -> PyResult<()> {
-        self.call(py, |disk| disk.image().record_bitmap(name, recording))
+        self.call(py, |disk| disk.record_bitmap(name, recording))
     }
 
     /// Marks in `target` whatever `source` marks.

@@ -168,6 +168,22 @@ impl<D: BlockDevice> Disk<D> {
         block_on(self.image.add_bitmap(name, granularity, recording))
     }
 
+    /// Takes all marks off a bitmap.
+    ///
+    /// # Errors
+    /// See [`Image::clear_bitmap`].
+    pub fn clear_bitmap(&self, name: &str) -> Result<()> {
+        block_on(self.image.clear_bitmap(name))
+    }
+
+    /// Lets a bitmap record writes, or stop to.
+    ///
+    /// # Errors
+    /// See [`Image::record_bitmap`].
+    pub fn record_bitmap(&self, name: &str, recording: bool) -> Result<()> {
+        block_on(self.image.record_bitmap(name, recording))
+    }
+
     /// The internal snapshots.
     ///
     /// # Errors

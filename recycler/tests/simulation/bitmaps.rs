@@ -56,7 +56,7 @@ fn image(cluster_size: u64, name: usize, seed: u64) -> Vec<u8> {
         let at = rng.random_range(0..DISK / cluster_size) * cluster_size;
         block_on(image.discard(at, cluster_size)).unwrap();
     }
-    image.clear_bitmap("recording").unwrap();
+    block_on(image.clear_bitmap("recording")).unwrap();
     block_on(image.close()).unwrap();
     device.contents()
 }
@@ -107,7 +107,7 @@ fn judge(bytes: &[u8], base: &[u8]) -> bool {
                 assert!(new == old || marks[sector], "sector {sector} has changed, and is not marked");
             }
         } else {
-            assert!(image.clear_bitmap("recording").is_err());
+            assert!(image.clear_bitmap("recording").await.is_err());
             image.remove_bitmap("recording").unwrap();
         }
         image.close().await.unwrap();
@@ -247,7 +247,7 @@ fn what_is_asked_for_must_make_sense() {
     assert_eq!(image.next_dirty("quiet", 0).unwrap(), None);
     image.merge_bitmap("quiet", "recording").unwrap();
     assert_eq!(image.next_dirty("quiet", 0).unwrap(), Some(0..4096));
-    image.record_bitmap("recording", false).unwrap();
+    block_on(image.record_bitmap("recording", false)).unwrap();
     block_on(image.write(100 * 512, IoBuf::new(&[9; 1024]))).unwrap();
     assert_eq!(image.next_dirty("recording", 7 * 512).unwrap(), None);
     block_on(image.resize(6 * 512, true)).unwrap();

@@ -175,7 +175,8 @@ impl Bitmaps {
     }
 }
 
-/// Calls for whoever makes incremental backups. What they change becomes durable when the image is closed; after a crash the
+/// Calls for whoever makes incremental backups. When one that adds, clears or turns on a bitmap returns, the requests that were
+/// under way when it was made have ended: what they wrote is there to be backed up, and what comes later is marked. What they change becomes durable when the image is closed; after a crash the
 /// bitmaps of an image that was open for writing are inconsistent.
 impl<D: BlockDevice> Image<D> {
     /// After a change of the bitmaps, under their lock.
@@ -246,26 +247,29 @@ impl<D: BlockDevice> Image<D> {
         }
         // Fails now rather than when the image is closed.
         self.ensure_slot().await?;
-        let mut state = self.writable_bitmaps()?;
-        if state.bitmaps.len() as u64 >= u64::from(MAX_BITMAPS) {
-            return Err(Error::unsupported(format!("more than {MAX_BITMAPS} bitmaps")));
+        {
+            let mut state = self.writable_bitmaps()?;
+            if state.bitmaps.len() as u64 >= u64::from(MAX_BITMAPS) {
+                return Err(Error::unsupported(format!("more than {MAX_BITMAPS} bitmaps")));
+            }
+            if state.bitmaps.iter().any(|b| b.name == name.as_bytes()) {
+                return Err(bad("name", format!("there is a bitmap {name:?} already")));
+            }
+            state.bitmaps.push(Bitmap {
+                name: name.as_bytes().to_vec(),
+                granularity_bits: bits,
+                recording,
+                inconsistent: false,
+                marks: RoaringTreemap::new(),
+                changed: true,
+                kept_flags: 0,
+                extra: Vec::new(),
+                place: None,
+            });
+            state.directory_stale = true;
+            self.note_recording(&state);
         }
-        if state.bitmaps.iter().any(|b| b.name == name.as_bytes()) {
-            return Err(bad("name", format!("there is a bitmap {name:?} already")));
-        }
-        state.bitmaps.push(Bitmap {
-            name: name.as_bytes().to_vec(),
-            granularity_bits: bits,
-            recording,
-            inconsistent: false,
-            marks: RoaringTreemap::new(),
-            changed: true,
-            kept_flags: 0,
-            extra: Vec::new(),
-            place: None,
-        });
-        state.directory_stale = true;
-        self.note_recording(&state);
+        self.epochs.grace().await;
         Ok(())
     }
 
@@ -294,11 +298,14 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// As [`remove_bitmap`](Self::remove_bitmap); [`Error::BadOption`] for an inconsistent bitmap.
-    pub fn clear_bitmap(&self, name: &str) -> Result<()> {
-        let mut state = self.writable_bitmaps()?;
-        let bitmap = state.usable(name)?;
-        bitmap.marks.clear();
-        bitmap.changed = true;
+    pub async fn clear_bitmap(&self, name: &str) -> Result<()> {
+        {
+            let mut state = self.writable_bitmaps()?;
+            let bitmap = state.usable(name)?;
+            bitmap.marks.clear();
+            bitmap.changed = true;
+        }
+        self.epochs.grace().await;
         Ok(())
     }
 
@@ -306,12 +313,15 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// As [`clear_bitmap`](Self::clear_bitmap).
-    pub fn record_bitmap(&self, name: &str, recording: bool) -> Result<()> {
-        let mut state = self.writable_bitmaps()?;
-        let bitmap = state.usable(name)?;
-        bitmap.changed |= bitmap.recording != recording;
-        bitmap.recording = recording;
-        self.note_recording(&state);
+    pub async fn record_bitmap(&self, name: &str, recording: bool) -> Result<()> {
+        {
+            let mut state = self.writable_bitmaps()?;
+            let bitmap = state.usable(name)?;
+            bitmap.changed |= bitmap.recording != recording;
+            bitmap.recording = recording;
+            self.note_recording(&state);
+        }
+        self.epochs.grace().await;
         Ok(())
     }
 
