@@ -315,3 +315,71 @@ def test_what_a_snapshot_shares_is_not_compressed_and_kept(image_path: Path) -> 
     qemu.assert_clean(image_path)
     qemu.assert_contents(image_path, disk.bytes)
     qemu.assert_contents(image_path, old, snapshot="before")
+
+
+def test_a_disk_of_one_sector(image_path: Path) -> None:
+    """Its only cluster ends with it."""
+    qemu.create(image_path, 512)
+    content = b"\1" * 300 + b"\2" * 212
+    with qcow_recycler.open(image_path) as image:
+        image.write_compressed(0, content)
+        assert image.read(0, 512) == content
+    assert Qcow2(image_path).mapping(0)[1] & COMPRESSED
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, content)
+
+
+def test_entries_that_say_too_little_or_too_much(image_path: Path) -> None:
+    """Whatever length an entry says: the data, if it is all within that, or an error; as with QEMU."""
+    disk = guest.Disk(256 << 10, 64 << 10)
+    compressed(image_path, disk, random.Random(7))
+    at, entry = Qcow2(image_path).mapping(64 << 10)
+    bits = 62 - (16 - 8)
+    sectors = (entry & (COMPRESSED - 1)) >> bits
+    assert sectors > 4
+    for said in (0, 1, sectors // 2, sectors - 1, sectors, sectors + 1, sectors + 100):
+        with open(image_path, "r+b") as file:
+            os.pwrite(file.fileno(), (entry & ~(0xFF << bits) | said << bits).to_bytes(8, "big"), at)
+        expected = disk.bytes[64 << 10 : 128 << 10]
+        with qcow_recycler.open(image_path, read_only=True) as image:
+            try:
+                assert image.read(64 << 10, 64 << 10) == expected
+                reads = True
+            except qcow_recycler.InvalidImage as error:
+                assert "compress" in str(error), error
+                reads = False
+            # Its neighbours are as they were.
+            assert image.read(0, 64 << 10) == disk.bytes[: 64 << 10]
+            assert image.read(128 << 10, 128 << 10) == disk.bytes[128 << 10 :]
+        theirs = qemu.run("qemu-io", "-r", "-f", "qcow2", "-c", "read 64k 64k", image_path, ok=(0, 1))
+        assert reads == ("failed" not in theirs.stdout + theirs.stderr), f"{said} sectors of {sectors}"
+        assert reads or said < sectors
+
+
+def test_compressed_data_past_4_gib_of_the_file(image_path: Path) -> None:
+    """It is read and checked where it is, and a compaction brings it back to where the file is short."""
+    disk = guest.Disk(1 << 20, 64 << 10)
+    compressed(image_path, disk, random.Random(11))
+    bits = 62 - (16 - 8)
+    far = 5 << 30
+    with open(image_path, "r+b") as file:
+        for at in range(0, 4 * disk.cluster_size, disk.cluster_size):
+            place, entry = Qcow2(image_path).mapping(at)
+            offset, length = Qcow2(image_path).compressed_extent(entry)
+            data = os.pread(file.fileno(), length, offset)
+            os.pwrite(file.fileno(), data, far + offset)
+            os.pwrite(file.fileno(), (entry - (entry & ((1 << bits) - 1)) + far + offset).to_bytes(8, "big"), place)
+    report = qcow_recycler.check(image_path, repair="all")
+    assert report.corruptions == report.corruptions_fixed > 0
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)
+    # The repair left gigabytes that no refcount block counts: they go with the next opening, when the block behind them
+    # is gone.
+    for _ in range(2):
+        with qcow_recycler.open(image_path, config=CONFIG) as image:
+            assert image.read(0, disk.size) == disk.bytes
+            image.compact()
+    assert image_path.stat().st_size < 4 << 20
+    assert all(offset < 4 << 20 for offset, _ in extents(image_path).values())
+    qemu.assert_clean(image_path)
+    qemu.assert_contents(image_path, disk.bytes)

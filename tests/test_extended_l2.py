@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,26 @@ def test_an_entry_that_cannot_be_is_an_error_that_names_it(image_path: Path) -> 
         with open(image_path, "r+b") as file:
             file.seek(at)
             file.write(old)
+
+
+@pytest.mark.parametrize("unmap", [False, True])
+def test_zeroes_leave_subclusters_as_qemu_leaves_them(tmp_path: Path, unmap: bool) -> None:
+    """Over unallocated, stored and compressed clusters, in parts and whole: which are stored and which are zero.
+
+    What is not allocated and reads as zeroes without that is left as it is here; so there is a backing file."""
+    ours, theirs, base = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2", tmp_path / "base.raw"
+    size, part = 512 << 10, 2048
+    base.write_bytes(b"\x77" * size)
+    create(ours, size, backing=base.name, backing_format="raw")
+    qemu.io(ours, "write -q -P 1 64k 128k", "write -q -c -P 2 256k 64k", "write -q -P 3 320k 2k")
+    shutil.copy(ours, theirs)
+    ranges = [(part, 3 * part), (66 << 10, part), (70 << 10, 10 << 10), (128 << 10, 64 << 10)]
+    ranges += [(258 << 10, 4 << 10), (320 << 10, 4 << 10), (384 << 10, 64 << 10)]
+    with qcow_recycler.open(ours, config=CONFIG, backing="allow") as image:
+        for at, length in ranges:
+            image.write_zeroes(at, length, may_unmap=unmap)
+    qemu.io(theirs, *(f"write -q -z {'-u ' if unmap else ''}{at} {length}" for at, length in ranges))
+    qemu.assert_clean(ours)
+    qemu.assert_contents(ours, qemu.contents(theirs))
+    found = {at: (parts(ours, at), parts(theirs, at)) for at in range(0, size, 65536)}
+    assert all(mine == qemus for mine, qemus in found.values()), found

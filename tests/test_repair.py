@@ -248,3 +248,27 @@ def test_an_unaligned_cluster_of_extended_entries(tmp_path: Path, allocated: int
     assert (Qcow2(path).mapping(256 << 10)[1] & OFFSET_MASK == 0) == fixed
     assert Qcow2(path).subclusters(256 << 10) == zeroes
     assert salvage(path) == salvage(theirs)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_more_references_than_a_count_can_hold(tmp_path: Path, bits: int) -> None:
+    """What they refer to stays, and stays an error; QEMU cannot count them either."""
+    path, theirs = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
+    qemu.create(path, 4 << 20, cluster_size=CLUSTER, refcount_bits=bits)
+    qemu.io(path, "write -q -P 0x11 0 1M", "write -q -P 0x22 1M 1M")
+    meta = Qcow2(path)
+    shared = meta.mapping(0)[1]
+    with open(path, "r+b") as file:
+        for guest in range(1, 1 << bits):
+            file.seek(meta.mapping(guest * CLUSTER)[0])
+            file.write(shared.to_bytes(8, "big"))
+    shutil.copy(path, theirs)
+    disk = qemu.contents(path)
+    qemu.img("check", "-q", "-r", "all", "-f", "qcow2", theirs, ok=(0, 1, 2, 3))
+    report = qcow_recycler.check(path, repair="all")
+    assert report.corruptions > report.corruptions_fixed, report.messages
+    assert lost(disk, salvage(path)) <= lost(disk, salvage(theirs))
+    before = digest(path)
+    again = qcow_recycler.check(path, repair="all")
+    assert (again.corruptions_fixed, again.leaks_fixed) == (0, 0), again.messages
+    assert digest(path) == before

@@ -31,9 +31,9 @@ use crate::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::words::Words;
 
-/// So many that their tags and marks are one cache line.
+/// So many that their tags, and whether they were used, are one cache line.
 const WAYS: usize = 7;
-/// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 16 TiB at the usual
+/// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 14 TiB at the usual
 /// cluster size.
 const MAX_SETS: usize = 1 << 16;
 /// Words in 512 bytes.

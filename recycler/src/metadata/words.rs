@@ -26,6 +26,7 @@ impl std::ops::Deref for Words {
 #[cfg(not(all(test, feature = "models")))]
 #[allow(unsafe_code)]
 mod memory {
+    use std::alloc::{Layout, alloc_zeroed, dealloc};
     use std::ops::Deref;
     use std::ptr::{NonNull, null_mut};
 
@@ -41,7 +42,7 @@ mod memory {
     }
 
     enum Owner {
-        Heap,
+        Heap(Layout),
         Mapping,
     }
 
@@ -58,8 +59,13 @@ mod memory {
         pub(crate) fn new(len: usize) -> Option<Words> {
             let bytes = len.checked_mul(size_of::<AtomicU64>())?;
             if bytes < MAPPED {
-                let words: &'static mut [u64] = Box::leak(vec![0u64; len].into_boxed_slice());
-                return Some(Words { start: NonNull::from(words).cast(), len, owner: Owner::Heap });
+                let layout = Layout::array::<AtomicU64>(len).ok()?;
+                if len == 0 {
+                    return Some(Words { start: NonNull::dangling(), len, owner: Owner::Heap(layout) });
+                }
+                // SAFETY: the layout is not empty.
+                let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+                return Some(Words { start: start.cast(), len, owner: Owner::Heap(layout) });
             }
             let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
             // SAFETY: a new mapping, at a place of the system's choosing, touches no memory that anybody has.
@@ -85,11 +91,9 @@ mod memory {
     impl Drop for Words {
         fn drop(&mut self) {
             match self.owner {
-                Owner::Heap => {
-                    let words = NonNull::slice_from_raw_parts(self.start.cast::<u64>(), self.len);
-                    // SAFETY: the box that `new` leaked.
-                    drop(unsafe { Box::from_raw(words.as_ptr()) });
-                }
+                Owner::Heap(_) if self.len == 0 => {}
+                // SAFETY: what `new` was given for this layout.
+                Owner::Heap(layout) => unsafe { dealloc(self.start.as_ptr().cast(), layout) },
                 Owner::Mapping => {
                     // SAFETY: the mapping that `new` made, of this length; nobody has a reference into it any more.
                     let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len * size_of::<AtomicU64>()) };
