@@ -1,6 +1,8 @@
 //! Repair: the writes that make refcounts and flags agree with the references found.
 //!
-//! The order of the writes makes every step safe to be cut off:
+//! The order of the writes makes every step safe to be cut off. Before the first, a flush makes durable what was found: the
+//! last user of the image may have let go of clusters without one, and a reference that a power cut brings back must not be one
+//! to a cluster that was freed here.
 //!
 //! 0. *Entries that store nothing and have a place that no cluster has* lose it; flush. Each reads as before, whether its
 //!    sector reaches the disk or not, and what it seemed to refer to keeps its refcount for now. Then the image is looked at
@@ -170,9 +172,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
     }
 
     /// Before the first write: whoever changes an image clears the autoclear bits that it does not know, and a last
-    /// cluster that is there in part is completed, so that whole clusters can be written. And what was found is made durable:
-    /// whoever used the image last may have let go of clusters without a flush, and if they were freed first, a power cut
-    /// could bring the references back.
+    /// cluster that is there in part is completed, so that whole clusters can be written. And what was found is made durable.
     pub(super) async fn begin(&mut self) -> Result<()> {
         if self.begun {
             return Ok(());
