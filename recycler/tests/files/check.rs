@@ -29,12 +29,15 @@ struct Memory {
     resize: bool,
     /// No room for a longer file.
     full: bool,
+    /// Flushes that succeed before one fails, as if for want of room.
+    flushes: AtomicUsize,
 }
 
 impl Memory {
     fn new(bytes: Vec<u8>) -> Self {
         let (changes, history) = (AtomicUsize::new(0), Mutex::default());
-        Memory { bytes: Mutex::new(bytes), changes, history, resize: true, full: false }
+        let flushes = AtomicUsize::new(usize::MAX);
+        Memory { bytes: Mutex::new(bytes), changes, history, resize: true, full: false, flushes }
     }
 
     fn range(bytes: &[u8], offset: u64, length: usize) -> io::Result<std::ops::Range<usize>> {
@@ -68,6 +71,9 @@ impl BlockDevice for Memory {
     }
 
     async fn flush(&self) -> io::Result<()> {
+        if self.flushes.fetch_sub(1, Ordering::Relaxed) == 0 {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         self.history.lock().unwrap().push(Change::Flush);
         Ok(())
     }
@@ -840,6 +846,26 @@ fn a_repair_of_leaks_that_is_cut_off_leaves_leaks() {
                     }
                 }
             }
+        }
+    }
+}
+
+/// What was found is made durable before anything is changed; and after a flush that fails, whatever the reason, nothing is.
+#[test]
+fn a_repair_begins_with_a_flush_and_ends_with_one_that_fails() {
+    let image = counted_twice("cluster_size=512", "256k");
+    for mode in [Repair::Leaks, Repair::All] {
+        let device = Memory::new(image.bytes());
+        assert!(block_on(check(&device, mode)).unwrap().is_clean());
+        let history = device.history.lock().unwrap().clone();
+        assert!(matches!(history.first(), Some(Change::Flush)), "{mode:?}");
+        let flushes: Vec<_> = (0..history.len()).filter(|&at| matches!(history[at], Change::Flush)).collect();
+        assert!(flushes.len() > 2);
+        for (n, &at) in flushes.iter().enumerate() {
+            let device = Memory::new(image.bytes());
+            device.flushes.store(n, Ordering::Relaxed);
+            block_on(check(&device, mode)).unwrap_err();
+            assert_eq!(device.history.lock().unwrap().len(), at, "{mode:?}: changes after flush {n} failed");
         }
     }
 }
