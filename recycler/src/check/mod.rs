@@ -95,28 +95,18 @@ impl CheckReport {
 /// # Errors
 /// When the device fails, or the header does not let the image be opened at all; findings are not errors.
 pub async fn check<D: BlockDevice>(device: &D, repair: Repair) -> Result<CheckReport> {
-    match round(device, repair, None).await? {
-        Round::Done(report) => Ok(report),
+    let (mut report, cleared) = round(device, repair, None).await?;
+    if !cleared.is_empty() {
         // What the cleared entries referred to is counted anew. Those that could not be cleared are found again, and left.
-        Round::Cleared(cleared) => match round(device, repair, Some(&cleared)).await? {
-            Round::Done(mut report) => {
-                report.note_cleared(cleared);
-                Ok(report)
-            }
-            Round::Cleared(_) => Ok(CheckReport::default()),
-        },
+        (report, _) = round(device, repair, Some(&cleared)).await?;
+        report.note_cleared(cleared);
     }
+    Ok(report)
 }
 
-/// How a look at the image ended.
-enum Round {
-    Done(CheckReport),
-    /// The first step of a repair has changed what there is to look at.
-    Cleared(Cleared),
-}
-
-/// Looks at the whole image, and repairs it; `cleared` is what the round before has cleared.
-async fn round<D: BlockDevice>(device: &D, repair: Repair, cleared: Option<&Cleared>) -> Result<Round> {
+/// Looks at the whole image, and repairs it, unless the first step of the repair clears something, which changes what there is
+/// to look at: that is returned, too. `before` is what the round before has cleared; then this one clears nothing.
+async fn round<D: BlockDevice>(device: &D, repair: Repair, before: Option<&Cleared>) -> Result<(CheckReport, Cleared)> {
     let length = device.length().await.map_err(Error::io("asking for the length of the image file", 0))?;
     let mut start = vec![0; usize::try_from(length).unwrap_or(usize::MAX).min(Header::READ_LEN)];
     device.read(0, IoBufMut::new(&mut start)).await.map_err(Error::io("reading the header", 0))?;
@@ -152,14 +142,14 @@ async fn round<D: BlockDevice>(device: &D, repair: Repair, cleared: Option<&Clea
             counts: &mut counts,
             differences: &mut differences,
             findings: &mut findings,
-            autoclear: cleared.map_or(header.autoclear, |before| before.autoclear),
+            autoclear: before.map_or(header.autoclear, |before| before.autoclear),
             begun: false,
             postponed: false,
         };
-        if cleared.is_none() {
+        if before.is_none() {
             let cleared = repairing.clear_misplaced_zeroes().await?;
             if !cleared.is_empty() {
-                return Ok(Round::Cleared(cleared));
+                return Ok((findings.report, cleared));
             }
         }
         repairing.run().await?;
@@ -169,7 +159,7 @@ async fn round<D: BlockDevice>(device: &D, repair: Repair, cleared: Option<&Clea
     }
     let end = differences.highest.map_or(1, |c| c + 1);
     findings.report.image_end_offset = end.saturating_mul(header.geometry.cluster_size());
-    Ok(Round::Done(findings.report))
+    Ok((findings.report, Cleared::default()))
 }
 
 fn note_header(header: &Header, layout: Layout, findings: &mut Findings) {

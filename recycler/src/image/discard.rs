@@ -94,14 +94,8 @@ impl<D: BlockDevice> Image<D> {
         }
         let first = GuestCluster(clusters.start);
         let Ok(_unfrozen) = self.structure.try_read() else { return Ok(false) };
-        let table = self.meta.l1.get(first.0 / geometry.l2_entries(), self.volume.length())?;
-        if !table.is_some_and(|t| t.copied) {
-            return Ok(false);
-        }
-        let Some((slice, index)) = self.meta.l2.cached(first) else { return Ok(false) };
-        if !slice.targets().are_checked(index, clusters.end - clusters.start) {
-            return Ok(false);
-        }
+        let found = self.slice_at_once(first, clusters.end - clusters.start)?;
+        let Some((slice, index)) = found else { return Ok(false) };
         self.clear_entries(&slice, index, clusters, Clear::Unmap)?;
         Ok(true)
     }

@@ -239,14 +239,7 @@ impl<D: BlockDevice> Image<D> {
         let guest = geometry.guest_cluster(GuestOffset(offset));
         let Some(_turn) = self.allocating.try_take(self.turn_for(guest.0..guest.0 + 1)) else { return Ok(false) };
         let Ok(_unfrozen) = self.structure.try_read() else { return Ok(false) };
-        let table = self.meta.l1.get(guest.0 / geometry.l2_entries(), self.volume.length())?;
-        if !table.is_some_and(|t| t.copied) {
-            return Ok(false);
-        }
-        let Some((slice, index)) = self.meta.l2.cached(guest) else { return Ok(false) };
-        if !slice.targets().is_checked(index) {
-            return Ok(false);
-        }
+        let Some((slice, index)) = self.slice_at_once(guest, 1)? else { return Ok(false) };
         let entry = slice.read().get(index);
         let mapping = self.decode(guest, entry)?;
         let placeless = matches!(mapping, Mapping::Unallocated | Mapping::Zero { preallocated: None });

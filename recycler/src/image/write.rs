@@ -74,17 +74,16 @@ impl<D: BlockDevice> Image<D> {
     fn write_other(&self, request: InFlight<'_>, offset: u64, buf: IoBuf<'_>) -> Result<()> {
         let length = buf.len();
         // Of the requests of one cluster that get here, most are first writes.
-        let mut done = if self.write_first_at_once(offset, buf)? { length } else { 0 };
-        if done == 0 {
-            done = self.write_at_once(&request, offset, buf)?;
+        if !self.write_first_at_once(offset, buf)? {
+            let done = self.write_at_once(&request, offset, buf)?;
             if done == length {
                 self.end_here(request, length as u64, Purpose::Write);
                 return Ok(());
             }
-        }
-        let (at, rest) = (offset + done as u64, buf.slice(done..length));
-        if done < length && !self.write_first_at_once(at, rest)? {
-            block_on(self.write_rest(at, rest))?;
+            let (at, rest) = (offset + done as u64, buf.slice(done..length));
+            if !self.write_first_at_once(at, rest)? {
+                block_on(self.write_rest(at, rest))?;
+            }
         }
         self.end_here(request, length as u64, Purpose::Write);
         if self.meta.l2.wants_commit() { block_on(self.commit_if_due()) } else { Ok(()) }
@@ -324,6 +323,17 @@ impl<D: BlockDevice> Image<D> {
             self.volume.write("writing an L2 table", to.0 + start, IoBuf::new(&bytes)).await?;
         }
         Ok(())
+    }
+
+    /// The slice that maps a guest cluster, if it is in memory, the L2 table is ours alone, and guests may write through the
+    /// `count` entries from the cluster's on. Nobody may be exchanging tables.
+    pub(super) fn slice_at_once(&self, first: GuestCluster, count: u64) -> Result<Option<(Arc<Slice>, usize)>> {
+        let table = self.meta.l1.get(first.0 / self.meta.geometry.l2_entries(), self.volume.length())?;
+        if !table.is_some_and(|t| t.copied) {
+            return Ok(None);
+        }
+        let found = self.meta.l2.cached(first);
+        Ok(found.filter(|(slice, index)| slice.targets().are_checked(*index, count)))
     }
 
     /// The slice that maps a guest cluster, in an L2 table that is ours alone: the table is made, or copied if a snapshot

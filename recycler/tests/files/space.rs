@@ -14,6 +14,13 @@ use tempfile::TempDir;
 
 const CLUSTER: u64 = 64 << 10;
 
+const QUICK: Duration = Duration::from_millis(20);
+
+/// For a recycler that gives the space of what is discarded back soon, and moves nothing.
+fn punching() -> Options {
+    Options { compact_after_unmaps: None, keep_erased: 0, settle_time: QUICK, flush_after: QUICK, ..Options::default() }
+}
+
 struct Made {
     dir: TempDir,
     image: Arc<Image<HostFile>>,
@@ -154,16 +161,8 @@ async fn refcount_blocks_do_not_keep_the_file_long_until_the_end() {
 
 #[tokio::test]
 async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction() {
-    let quick = Duration::from_millis(20);
-    let options = Options {
-        compact_after_unmaps: None,
-        keep_erased: 0,
-        settle_time: quick,
-        flush_after: quick,
-        ..Options::default()
-    };
     for punch_junk in [true, false] {
-        let made = full(256, CLUSTER, Options { punch_junk, ..options.clone() }).await;
+        let made = full(256, CLUSTER, Options { punch_junk, ..punching() }).await;
         if !made.image.device().features().punch_hole {
             return;
         }
@@ -174,7 +173,7 @@ async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction
         let (space, length) = (made.space(), made.image.stats().file_size);
         let mut now = space;
         for _ in 0..if punch_junk { 500 } else { 25 } {
-            tokio::time::sleep(quick).await;
+            tokio::time::sleep(QUICK).await;
             now = made.space();
             if now + 120 * CLUSTER <= space {
                 break;
@@ -197,15 +196,7 @@ async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction
 /// Where holes occupy no space, filling them takes some before what was there is given back: a few MiB, however much moves.
 #[tokio::test]
 async fn filling_holes_takes_little_space() {
-    let quick = Duration::from_millis(20);
-    let options = Options {
-        compact_after_unmaps: None,
-        keep_erased: 0,
-        settle_time: quick,
-        flush_after: quick,
-        ..Options::default()
-    };
-    let made = full(1536, CLUSTER, options).await;
+    let made = full(1536, CLUSTER, punching()).await;
     if !made.image.device().features().punch_hole {
         return;
     }
@@ -217,7 +208,7 @@ async fn filling_holes_takes_little_space() {
         made.image.discard(c * CLUSTER, CLUSTER).await.unwrap();
     }
     for _ in 0..500 {
-        tokio::time::sleep(quick).await;
+        tokio::time::sleep(QUICK).await;
         if made.space() + gone * CLUSTER * 9 / 10 <= full {
             break;
         }
