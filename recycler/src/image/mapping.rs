@@ -7,8 +7,8 @@ use super::Image;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
-use crate::format::l2::{self, Entry, Mapping};
-use crate::metadata::slices::{Entries, Slice};
+use crate::format::l2::{Entry, Mapping};
+use crate::metadata::slices::{Entries, Locked, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 
@@ -145,10 +145,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external {
             return self.place_outside(&view, index, at, length);
         }
-        if purpose == Purpose::Write && !view.target_is_checked(index) {
-            return None;
-        }
-        let (host, copied) = l2::plain_data(view.word(index), cluster_size)?;
+        let (host, copied) = view.data_for(purpose == Purpose::Write, index)?;
         let end = host.0 + within + length;
         if !view.still() || end > self.volume.length() {
             return None;
@@ -391,12 +388,12 @@ impl<D: BlockDevice> Image<D> {
             let in_use = |hosts: &Range<u64>| refcounts.all_counted(hosts).map(|all| all && !states.any_free(hosts));
             for run in self.unchecked_targets(slice, &entries) {
                 if in_use(&run.hosts) == Some(true) {
-                    slice.targets().set_all_checked(run.first, run.count());
+                    entries.set_all_checked(run.first, run.count());
                     continue;
                 }
                 for (i, hosts) in run.each() {
                     match in_use(&hosts) {
-                        Some(true) => slice.targets().set_checked(i),
+                        Some(true) => entries.set_checked(i),
                         Some(false) if range.contains(&i) => {
                             return Err(invalid(i, entries.get(i), "it points at a free cluster"));
                         }
@@ -411,11 +408,11 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// What the entries of a slice name that have not been checked yet; those that name nothing are.
-    fn unchecked_targets(&self, slice: &Slice, entries: &impl Entries) -> Vec<TargetRun> {
+    fn unchecked_targets<G>(&self, slice: &Slice, entries: &Locked<'_, G>) -> Vec<TargetRun> {
         let mut runs: Vec<TargetRun> = Vec::new();
         for i in (0..entries.len()).filter(|&i| !slice.targets().is_checked(i)) {
             match (self.targets(entries.get(i)), runs.last_mut()) {
-                (None, _) => slice.targets().set_checked(i),
+                (None, _) => entries.set_checked(i),
                 (Some(hosts), Some(run)) if run.is_continued_by(i, &hosts) => run.hosts.end = hosts.end,
                 (Some(hosts), _) => {
                     runs.push(TargetRun { first: i, each: (hosts.end - hosts.start).max(1), hosts });

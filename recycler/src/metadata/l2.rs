@@ -46,6 +46,8 @@ pub(crate) struct L2Cache {
     slice_size: u64,
     /// log2 of the entries of a slice.
     slice_bits: u32,
+    /// What is within its slice, of a guest cluster's number.
+    index_mask: u64,
     slices: Slices,
     /// Who reads a slice from the device has the lock that its key leads to.
     loading: [AsyncMutex<()>; LOADING],
@@ -70,15 +72,15 @@ enum Absent {
 impl L2Cache {
     pub(crate) fn new(geometry: Geometry, size: u64, patches: Arc<Patches>) -> Result<Self> {
         let slice_size = SLICE.min(geometry.cluster_size());
-        let layout =
-            Layout { words: (slice_size / 8) as usize, entry_bits: geometry.l2_entry_words().trailing_zeros() };
+        let layout = Layout::new((slice_size / 8) as usize, geometry.l2_entry_words(), geometry.cluster_bits);
         let capacity = ((size / slice_size) as usize).max(MIN_SLICES);
         let slices = Slices::new(capacity, layout)
             .ok_or_else(|| Error::io("reserving memory for the L2 cache", 0)(io::ErrorKind::OutOfMemory.into()))?;
         Ok(L2Cache {
             geometry,
             slice_size,
-            slice_bits: slice_size.trailing_zeros() - 3 - layout.entry_bits,
+            slice_bits: layout.index_bits(),
+            index_mask: (1 << layout.index_bits()) - 1,
             slices,
             loading: [(); LOADING].map(AsyncMutex::new),
             buffers: Mutex::default(),
@@ -110,7 +112,7 @@ impl L2Cache {
     /// The key of the slice that maps a guest cluster, and the cluster's index in it.
     #[inline]
     fn locate(&self, guest: GuestCluster) -> (u64, usize) {
-        (guest.0 >> self.slice_bits, (guest.0 & ((1 << self.slice_bits) - 1)) as usize)
+        (guest.0 >> self.slice_bits, (guest.0 & self.index_mask) as usize)
     }
 
     /// The slice that maps a guest cluster, and the cluster's index in it; `None` if there is no L2 table.

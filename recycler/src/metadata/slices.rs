@@ -16,6 +16,13 @@
 //! guest are. So where the words of a way are is computed: the tags of a set are one cache line, the entry is another, and
 //! neither waits for the other.
 //!
+//! Even so the entry is one that no cache near the processor has: a disk of 4 GiB has half a MiB of them, and eight MiB where
+//! its clusters are small. But guests fill their disks in order, more or less, so that most of a table says that each cluster
+//! follows the one before. Where all entries of a group (some MiB of the disk) do, one word says it for all of them, their
+//! *run*, and a look-up has the entry from there. A run is only ever there while each of the entries is what follows from it:
+//! who changes an entry takes the run away first, under the slice's lock, and a reader who has seen the new entry does not
+//! find the old run after it.
+//!
 //! To change a slice, or to see several of its entries at one moment, take it ([`Slices::get`]) and lock it. A slice that
 //! somebody holds keeps its way. If all ways of a set are held, as they may be by changes that wait to be written back, a
 //! slice has to go into a table on the side until one is free; look-ups without a lock do not find it there.
@@ -23,21 +30,32 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
-use crate::format::l2::Entry;
+use crate::format::l2::{self, Entry};
 use crate::format::subclusters::Subclusters;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::units::HostOffset;
 
 use super::words::Words;
 
-/// So many that their tags, and whether they were used, are one cache line.
+/// So many that their tags, and what is known about them, are one cache line.
 const WAYS: usize = 7;
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 14 TiB at the usual
 /// cluster size.
 const MAX_SETS: usize = 1 << 16;
 /// Words in 512 bytes.
 const PER_SECTOR: usize = 64;
+/// log2 of the bytes of the disk that a group is to map: enough for most of a disk's entries to be in few words, and so few
+/// that one cluster out of line does not matter much.
+const GROUP_BITS: u32 = 22;
+/// In a run, which is its first entry: guests may write through all of its entries. No entry of data has this bit.
+const ALL_CHECKED: u64 = 1 << 1;
+
+/// The way was looked at since the hand last came by.
+const USED: u8 = 1;
+/// Its runs were looked for; from then on they are kept as entries change.
+const DESCRIBED: u8 = 2;
 
 /// Part of an L2 table. Its words are big-endian, as on disk, and decoded on use.
 pub(crate) struct Slice {
@@ -59,26 +77,34 @@ struct Memory {
     words: Words,
     /// See [`Targets`].
     checked: Words,
+    /// The first entry of each group that is a run, perhaps with [`ALL_CHECKED`]; else 0. None for extended entries.
+    runs: Words,
 }
 
 impl Memory {
     /// `None`: the system has not so much.
     fn new(slices: usize, layout: Layout) -> Option<Memory> {
-        let words = Words::new(slices.checked_mul(layout.words)?)?;
+        let words = Words::new(slices.checked_mul(layout.words())?)?;
         let checked = Words::new(slices.checked_mul(layout.marks())?)?;
-        Some(Memory { layout, words, checked })
+        let runs = Words::new(slices.checked_mul(layout.runs())?)?;
+        Some(Memory { layout, words, checked, runs })
     }
 
     #[inline]
     fn words(&self, place: usize) -> &[AtomicU64] {
-        let first = place * self.layout.words;
-        self.words.get(first..first + self.layout.words).unwrap_or_default()
+        let first = place << self.layout.word_bits;
+        self.words.get(first..first + self.layout.words()).unwrap_or_default()
     }
 
     #[inline]
     fn targets(&self, place: usize) -> Targets<'_> {
         let first = place * self.layout.marks();
         Targets { checked: self.checked.get(first..first + self.layout.marks()).unwrap_or_default() }
+    }
+
+    fn runs(&self, place: usize) -> &[AtomicU64] {
+        let first = place * self.layout.runs();
+        self.runs.get(first..first + self.layout.runs()).unwrap_or_default()
     }
 }
 
@@ -91,10 +117,6 @@ pub(crate) struct Targets<'a> {
 }
 
 impl Targets<'_> {
-    fn reset(self) {
-        self.checked.iter().for_each(|word| word.store(0, Ordering::Relaxed));
-    }
-
     /// Whether the `count` entries from `index` on were, as far as the slice has them.
     #[inline]
     pub(crate) fn are_checked(self, index: usize, count: u64) -> bool {
@@ -113,15 +135,6 @@ impl Targets<'_> {
     #[inline]
     pub(crate) fn is_checked(self, index: usize) -> bool {
         self.checked.get(index / 64).is_none_or(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
-    }
-
-    pub(crate) fn set_checked(self, index: usize) {
-        self.set_all_checked(index, 1);
-    }
-
-    /// So many from `index` on.
-    pub(crate) fn set_all_checked(self, index: usize, count: u64) {
-        self.marks(index, count).for_each(|(word, marks)| _ = word.fetch_or(marks, Ordering::AcqRel));
     }
 }
 
@@ -171,21 +184,58 @@ impl Slice {
             to.store(from, Ordering::Relaxed);
         }
         self.sectors.store(0, Ordering::Relaxed);
-        self.targets().reset();
+        let marks = self.targets().checked.iter().chain(self.memory.runs(self.place));
+        marks.for_each(|word| word.store(0, Ordering::Relaxed));
     }
 }
 
-/// How slices are laid out: how many words one has, a power of two, and log2 of the words of an entry.
+/// How slices are laid out. All sizes are powers of two; these are their logarithms.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    pub(crate) words: usize,
-    pub(crate) entry_bits: u32,
+    /// Words of a slice.
+    word_bits: u32,
+    /// Words of an entry.
+    entry_bits: u32,
+    /// Entries of a group: at least one word of marks.
+    group_bits: u32,
+    /// Bytes of a cluster.
+    cluster_bits: u32,
+    /// What is within its group, of an entry's index.
+    group_mask: usize,
 }
 
 impl Layout {
+    /// Slices of so many words, at least 64; entries of so many.
+    pub(crate) fn new(words: usize, entry_words: usize, cluster_bits: u32) -> Layout {
+        let (word_bits, entry_bits) = (words.trailing_zeros(), entry_words.trailing_zeros());
+        let group_bits = GROUP_BITS.saturating_sub(cluster_bits).clamp(6, word_bits.max(6));
+        Layout { word_bits, entry_bits, group_bits, cluster_bits, group_mask: (1 << group_bits) - 1 }
+    }
+
+    /// log2 of the entries of a slice.
+    pub(super) fn index_bits(self) -> u32 {
+        self.word_bits - self.entry_bits
+    }
+
+    #[inline]
+    fn words(self) -> usize {
+        1 << self.word_bits
+    }
+
     /// Words with a bit for each entry.
     fn marks(self) -> usize {
-        (self.words >> self.entry_bits).div_ceil(64)
+        (self.words() >> self.entry_bits).div_ceil(64)
+    }
+
+    /// Words with the runs of all groups.
+    fn runs(self) -> usize {
+        if self.entry_bits == 0 { self.words() >> self.group_bits } else { 0 }
+    }
+
+    /// What follows, so many entries later, from the first entry of a run.
+    #[inline]
+    fn follows(self, first: u64, later: usize) -> u64 {
+        first.wrapping_add((later as u64) << self.cluster_bits)
     }
 }
 
@@ -225,6 +275,26 @@ impl<G> Locked<'_, G> {
         let words = self.slice.words().get(start..start + PER_SECTOR).unwrap_or_default();
         out.extend(words.iter().flat_map(|e| e.load(Ordering::Relaxed).to_ne_bytes()));
     }
+
+    /// Guests may write through an entry: see [`Targets`].
+    pub(crate) fn set_checked(&self, index: usize) {
+        self.set_all_checked(index, 1);
+    }
+
+    /// The same for so many from `index` on.
+    pub(crate) fn set_all_checked(&self, index: usize, count: u64) {
+        let targets = self.slice.targets();
+        targets.marks(index, count).for_each(|(word, marks)| _ = word.fetch_or(marks, Ordering::AcqRel));
+        let bits = self.slice.memory.layout.group_bits;
+        let groups = index >> bits..index.saturating_add(count as usize).div_ceil(1 << bits);
+        for (group, run) in self.slice.memory.runs(self.slice.place).iter().enumerate() {
+            // Under the lock a run that is there stays.
+            let is_run = groups.contains(&group) && run.load(Ordering::Relaxed) != 0;
+            if is_run && targets.are_checked(group << bits, 1 << bits) {
+                run.fetch_or(ALL_CHECKED, Ordering::AcqRel);
+            }
+        }
+    }
 }
 
 impl Locked<'_, RwLockWriteGuard<'_, ()>> {
@@ -233,10 +303,44 @@ impl Locked<'_, RwLockWriteGuard<'_, ()>> {
         let at = index << self.slice.entry_bits();
         let words = [entry.word, entry.subclusters.0];
         let stored = self.slice.words().get(at..at + (1 << self.slice.entry_bits())).unwrap_or_default();
+        let layout = self.slice.memory.layout;
+        let run = self.slice.memory.runs(self.slice.place).get(index >> layout.group_bits);
+        if let Some(run) = run {
+            run.store(0, Ordering::Relaxed);
+        }
         for (to, word) in stored.iter().zip(words) {
             // Who sees the entry without the lock sees what was done before it was made.
             to.store(word.to_be(), Ordering::Release);
             self.slice.sectors.fetch_or(1 << (at / PER_SECTOR), Ordering::Relaxed);
+        }
+        // One look at a neighbour tells of most changes that they leave no run.
+        let pair = index & !1;
+        if run.is_some() && layout.follows(self.word(pair), 1) == self.word(pair + 1) {
+            self.describe(index >> layout.group_bits);
+        }
+    }
+
+    /// Looks for the run of a group.
+    fn describe(&self, group: usize) {
+        let layout = self.slice.memory.layout;
+        let Some(run) = self.slice.memory.runs(self.slice.place).get(group) else { return };
+        let (at, len) = (group << layout.group_bits, 1 << layout.group_bits);
+        let [first, others @ ..] = self.slice.words().get(at..at + len).unwrap_or_default() else { return };
+        let entry = |word: &AtomicU64| u64::from_be(word.load(Ordering::Acquire));
+        let first = entry(first);
+        let is_data = |entry| l2::plain_data(entry, 1 << layout.cluster_bits).is_some();
+        let is_run = || {
+            let mut expected = layout.follows(first, len);
+            // From the end: the last one tells most often.
+            others.iter().rev().all(|word| {
+                expected = expected.wrapping_sub(1 << layout.cluster_bits);
+                entry(word) == expected
+            })
+        };
+        // If the first and the last are data and no more, so are those between.
+        if is_data(first) && is_data(layout.follows(first, len - 1)) && is_run() {
+            let all_checked = self.slice.targets().are_checked(at, len as u64);
+            run.store(first | if all_checked { ALL_CHECKED } else { 0 }, Ordering::Release);
         }
     }
 }
@@ -257,23 +361,43 @@ impl Entries for View<'_> {
     }
 
     fn len(&self) -> usize {
-        self.memory.layout.words
+        self.memory.layout.words()
     }
 }
 
 impl View<'_> {
     #[inline]
     pub(crate) fn word(&self, index: usize) -> u64 {
-        // An index is within its slice, so one look at the bounds is enough.
-        let at = self.place * self.memory.layout.words + (index & (self.memory.layout.words - 1));
-        self.memory.words.get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+        let Memory { layout, words, runs, .. } = self.memory;
+        let at = self.at(index & ((1 << layout.word_bits) - 1));
+        match runs.get(at >> layout.group_bits).map_or(0, |run| run.load(Ordering::Acquire)) {
+            0 => words.get(at).map_or(0, |word| u64::from_be(word.load(Ordering::Acquire))),
+            run => layout.follows(run & !ALL_CHECKED, at & layout.group_mask),
+        }
     }
 
-    /// Whether guests may write through an entry: see [`Targets`].
+    /// Where the cluster of data is that an entry names, if it is no more than that, and whether it is the disk's alone. To
+    /// write, `None` unless guests may write through the entry: see [`Targets`]. The index must be within the slice.
+    #[inline(always)]
+    pub(crate) fn data_for(&self, write: bool, index: usize) -> Option<(HostOffset, bool)> {
+        let Memory { layout, words, checked, runs } = self.memory;
+        let at = self.at(index);
+        let run = runs.get(at >> layout.group_bits)?.load(Ordering::Acquire);
+        if run != 0 && (!write || run & ALL_CHECKED != 0) {
+            let host = layout.follows(run & l2::OFFSET, at & layout.group_mask);
+            return Some((HostOffset(host), run & l2::COPIED != 0));
+        }
+        if write && checked.get(at / 64)?.load(Ordering::Acquire) >> (at % 64) & 1 == 0 {
+            return None;
+        }
+        let word = u64::from_be(words.get(at)?.load(Ordering::Acquire));
+        l2::plain_data(word, 1 << layout.cluster_bits)
+    }
+
+    /// Where an entry's word is.
     #[inline]
-    pub(crate) fn target_is_checked(&self, index: usize) -> bool {
-        let at = self.place * self.memory.layout.marks() + (index & (self.memory.layout.words - 1)) / 64;
-        self.memory.checked.get(at).is_some_and(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
+    fn at(&self, index: usize) -> usize {
+        (self.place << self.memory.layout.word_bits) + index
     }
 
     /// Whether all that was seen so far was the slice that was looked up.
@@ -295,8 +419,8 @@ impl View<'_> {
 struct Tags {
     /// The upper half is the slice's key plus one, or 0; the lower half counts.
     tags: [AtomicU64; WAYS],
-    /// Whether the way was looked at since the hand last came by.
-    used: [AtomicBool; WAYS],
+    /// [`USED`] and [`DESCRIBED`].
+    known: [AtomicU8; WAYS],
 }
 
 /// The rest of a set.
@@ -321,7 +445,7 @@ pub(crate) struct Slices {
 /// The upper half of a slice's tag.
 #[inline]
 fn name(key: u64) -> u64 {
-    (key + 1) << 32
+    key + 1
 }
 
 impl Slices {
@@ -372,18 +496,35 @@ impl Slices {
     #[inline]
     pub(crate) fn view(&self, key: u64) -> Option<View<'_>> {
         let set = self.set_of(key)?;
-        let Tags { tags, used } = self.tags.get(set)?;
+        let Tags { tags, known } = self.tags.get(set)?;
         let name = name(key);
-        for (way, (tag, used)) in tags.iter().zip(used).enumerate() {
+        for (way, (tag, known)) in tags.iter().zip(known).enumerate() {
             let seen = tag.load(Ordering::Acquire);
-            if seen & !0xffff_ffff == name {
-                if !used.load(Ordering::Relaxed) {
-                    used.store(true, Ordering::Relaxed);
+            if seen >> 32 == name {
+                if known.load(Ordering::Relaxed) != USED | DESCRIBED {
+                    self.get_to_know(key, self.place(set, way), known);
                 }
                 return Some(View { memory: &self.memory, place: self.place(set, way), tag, seen });
             }
         }
         None
+    }
+
+    /// A slice is looked at that was not lately, or for the second time: one that is of lasting use is worth being described.
+    #[cold]
+    fn get_to_know(&self, key: u64, place: usize, known: &AtomicU8) {
+        let before = known.load(Ordering::Relaxed);
+        // If another thread's mark gets lost, this is done again.
+        known.store(before | USED, Ordering::Relaxed);
+        if before != USED {
+            return;
+        }
+        // Held, it keeps its way, unless it had lost it already. Whoever has its lock now need not be waited for.
+        let Some(slice) = self.get(key).filter(|slice| slice.place == place) else { return };
+        let Some(_guard) = slice.lock.try_write() else { return };
+        let locked = Locked { slice: &slice, _guard };
+        (0..self.memory.layout.runs()).for_each(|group| locked.describe(group));
+        known.store(USED | DESCRIBED, Ordering::Relaxed);
     }
 
     /// The slice if it is in memory. It keeps its place as long as somebody has it.
@@ -393,7 +534,7 @@ impl Slices {
         let _hand = hand.lock();
         let name = name(key);
         for (tag, slice) in tags.tags.iter().zip(slices) {
-            if tag.load(Ordering::Relaxed) & !0xffff_ffff == name {
+            if tag.load(Ordering::Relaxed) >> 32 == name {
                 return slice.get().cloned();
             }
         }
@@ -425,9 +566,10 @@ impl Slices {
             slice.fill(key, words);
         }
         tag.store(count, Ordering::Relaxed);
+        tags.known.get(way)?.store(0, Ordering::Relaxed);
         fence(Ordering::Release);
         slice.fill(key, words);
-        tag.store(name(key) | count, Ordering::Release);
+        tag.store(name(key) << 32 | count, Ordering::Release);
         if self.aside_len.load(Ordering::Relaxed) > 0 {
             let mut aside = self.aside.lock();
             aside.retain(|_, slice| Arc::strong_count(slice) > 1);
@@ -454,7 +596,7 @@ impl Slices {
 
     /// A way that can be filled: an empty one, else the next that nobody holds and nobody looked at lately.
     fn find_way(&self, index: usize, hand: &mut usize) -> Option<usize> {
-        let (Tags { tags, used }, Set { slices, .. }) = (self.tags.get(index)?, self.sets.get(index)?);
+        let (Tags { tags, known }, Set { slices, .. }) = (self.tags.get(index)?, self.sets.get(index)?);
         let free = |way: usize| {
             let new = || Arc::new(Slice::new(self.memory.clone(), self.place(index, way)));
             let slice = slices.get(way)?.get_or_init(new);
@@ -471,7 +613,7 @@ impl Slices {
         for _ in 0..2 * WAYS {
             let way = *hand;
             *hand = (way + 1) % WAYS;
-            if free(way).is_some() && !used.get(way)?.swap(false, Ordering::Relaxed) {
+            if free(way).is_some() && known.get(way)?.fetch_and(!USED, Ordering::Relaxed) & USED == 0 {
                 return Some(way);
             }
         }
@@ -483,11 +625,13 @@ impl Slices {
 mod tests {
     use super::*;
 
-    const SMALL: Layout = Layout { words: 64, entry_bits: 0 };
+    fn small() -> Layout {
+        Layout::new(64, 1, 16)
+    }
 
     #[test]
     fn a_slice_that_is_held_stays_and_the_others_give_way() {
-        let slices = Slices::new(WAYS, SMALL).unwrap();
+        let slices = Slices::new(WAYS, small()).unwrap();
         let held: Vec<_> = (0..3).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
         for key in 3..100 {
             slices.insert(key, &[key; 64]);
@@ -501,7 +645,7 @@ mod tests {
 
     #[test]
     fn when_all_ways_are_held_there_is_room_on_the_side() {
-        let slices = Slices::new(WAYS, SMALL).unwrap();
+        let slices = Slices::new(WAYS, small()).unwrap();
         let held: Vec<_> = (0..20).map(|key| slices.insert(key, &[key; 64]).unwrap()).collect();
         assert!((0..20).all(|key| Arc::ptr_eq(&held[key as usize], &slices.get(key).unwrap())));
         assert_eq!((0..20).filter(|&key| slices.view(key).is_some()).count(), WAYS);
@@ -515,10 +659,10 @@ mod tests {
 
     #[test]
     fn targets_are_checked_one_by_one_and_in_runs() {
-        let slices = Slices::new(WAYS, Layout { words: 512, entry_bits: 0 }).unwrap();
+        let slices = Slices::new(WAYS, Layout::new(512, 1, 16)).unwrap();
         let slice = slices.insert(5, &[0; 512]).unwrap();
         let targets = slice.targets();
-        (60..200).for_each(|i| targets.set_checked(i));
+        (60..200).for_each(|i| slice.read().set_checked(i));
         for (first, count, checked) in [
             (60, 140, true),
             (60, 141, false),
@@ -531,7 +675,7 @@ mod tests {
             assert_eq!(targets.are_checked(first, count), checked, "{count} from {first}");
         }
         // What another slice has is not there yet.
-        (200..512).chain(0..60).for_each(|i| targets.set_checked(i));
+        (200..512).chain(0..60).for_each(|i| slice.read().set_checked(i));
         assert!(targets.are_checked(0, 512) && targets.are_checked(500, u64::MAX));
         assert!(!slices.insert(6, &[0; 512]).unwrap().targets().is_checked(100));
         drop(slice);
@@ -541,13 +685,13 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "so much memory takes miri minutes")]
     fn a_boundless_cache_takes_no_boundless_memory() {
-        assert_eq!(Slices::new(usize::MAX, SMALL).unwrap().capacity(), MAX_SETS * WAYS);
+        assert_eq!(Slices::new(usize::MAX, small()).unwrap().capacity(), MAX_SETS * WAYS);
     }
 
     /// Every entry of slice `k` is `k`: a look-up that finds anything else in it has read another slice's entries.
     #[test]
     fn a_look_without_a_lock_never_shows_another_slice() {
-        let slices = Slices::new(WAYS, SMALL).unwrap();
+        let slices = Slices::new(WAYS, small()).unwrap();
         let stop = AtomicBool::new(false);
         let (mut seen, mut changed) = (0u64, 0u64);
         std::thread::scope(|scope| {

@@ -7,7 +7,7 @@ use crate::metadata::slices::{Layout, Slices};
 
 /// A look never shows another slice's entries.
 pub(super) fn looks() {
-    let slices = Arc::new(Slices::new(7, Layout { words: 64, entry_bits: 0 }).unwrap());
+    let slices = Arc::new(Slices::new(7, Layout::new(64, 1, 16)).unwrap());
     let fill = |slices: &Slices, key: u64| _ = slices.insert(key, &[key.to_be(); 64]);
     (0..7).for_each(|key| fill(&slices, key));
     let fillers: Vec<_> = [7..10u64, 0..2]
