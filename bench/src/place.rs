@@ -1,5 +1,6 @@
 //! Where images lie, and the images.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -68,6 +69,25 @@ pub fn opening(path: &Path) -> Opening {
 /// A copy with the same holes.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
     qemu::run(Command::new("cp").args(["--sparse=always", "--reflink=never"]).arg(from).arg(to)).map(drop)
+}
+
+/// The same, written in blocks of 4 KiB. What is written in longer pieces is cached in larger ones, of sizes that depend on how
+/// memory is divided just then; and a write to part of a large one takes several times as long, on some filesystems.
+fn copy_in_blocks(from: &Path, to: &Path) -> Result<()> {
+    let operand = |name: &str, path: &Path| {
+        let mut operand = OsString::from(name);
+        operand.push(path);
+        operand
+    };
+    let files = [operand("if=", from), operand("of=", to)];
+    qemu::run(Command::new("dd").args(["bs=4k", "conv=sparse", "status=none"]).args(files)).map(drop)
+}
+
+/// Makes a file durable, and drops what of it is in the page cache.
+pub fn drop_from_cache(file: &Path) -> Result<()> {
+    let mut dd = Command::new("dd");
+    dd.args(["oflag=nocache", "conv=notrunc,fdatasync", "count=0", "status=none"]);
+    qemu::run(dd.arg(format!("of={}", file.display()))).map(drop)
 }
 
 pub fn sparse(path: &Path, length: u64) -> Result<()> {
@@ -139,10 +159,11 @@ impl Shape {
             process.close()
         };
         fill(Contender::Library, &base)?;
+        let copy = if self.resident == Resident::All { copy_in_blocks } else { copy };
         for &contender in contenders {
             let path = place.of(contender, name);
             if contender == Contender::Raw {
-                // Copied as the images are: how a file was written decides how large the pieces are in which it is cached.
+                // Copied as the images are.
                 let written = place.path(&format!("{name}-written"));
                 sparse(&written, self.size)?;
                 fill(contender, &written)?;

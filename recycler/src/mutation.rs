@@ -83,6 +83,8 @@ pub enum Mutation {
     WaitForTurnUnregistered,
     /// A slice's place in memory is filled anew before the look-ups are told that it is another slice's.
     TagAfterEntries,
+    /// Runs of a slice are looked for while somebody is changing it.
+    RunsWithoutLock,
     /// A writer asks what is being moved only after it has looked its cluster up.
     BoundsAfterEntry,
     /// A commit takes a slice for clean at some moment after it has copied it.
@@ -133,11 +135,12 @@ impl Mutation {
     pub const COMMIT: [Mutation; 1] = [Mutation::EmptyBeforeBase];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
-    pub const INTERLEAVINGS: [Mutation; 6] = [
+    pub const INTERLEAVINGS: [Mutation; 7] = [
         Mutation::EnterUnchecked,
         Mutation::LeaveUnnoticed,
         Mutation::WaitForTurnUnregistered,
         Mutation::TagAfterEntries,
+        Mutation::RunsWithoutLock,
         Mutation::BoundsAfterEntry,
         Mutation::CleanAfterCopy,
     ];

@@ -19,7 +19,7 @@ use crate::contender::Process;
 use crate::counts;
 use crate::figures::{Line, Spread};
 use crate::loopback::Loopback;
-use crate::place::{GIB, MIB, Place, Resident, STRETCH, Shape, copy, occupied, opening};
+use crate::place::{GIB, MIB, Place, Resident, STRETCH, Shape, copy, drop_from_cache, occupied, opening};
 use crate::qemu;
 
 /// Less than so many MiB is no space worth the name: filesystems count their own extent trees, too.
@@ -57,13 +57,6 @@ impl Fragmented {
         qemu::run(Command::new("sync").arg(to))?;
         if cold { drop_from_cache(to) } else { Ok(()) }
     }
-}
-
-/// Drops what of a durable file is in the page cache.
-fn drop_from_cache(file: &Path) -> Result<()> {
-    let mut dd = Command::new("dd");
-    dd.args(["oflag=nocache", "conv=notrunc,fdatasync", "count=0", "status=none"]);
-    qemu::run(dd.arg(format!("of={}", file.display()))).map(drop)
 }
 
 /// The clusters of the image, in the order in which they lie in the file.

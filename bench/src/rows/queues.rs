@@ -9,7 +9,7 @@ use crate::contender::Contender::{self, ImagoAsync, Library, Qcow2RsUring, Qemu,
 use crate::contender::Field;
 use crate::counts;
 use crate::figures::{Line, Spread, ratios};
-use crate::place::{MIB, Place, Resident, STRETCH, Shape, WITHIN, opening};
+use crate::place::{MIB, Place, Resident, STRETCH, Shape, WITHIN, drop_from_cache, opening};
 
 const CONTENDERS: [Contender; 5] = [Raw, Library, Qcow2RsUring, ImagoAsync, Qemu];
 const DEPTH: usize = 32;
@@ -23,6 +23,10 @@ pub fn queue(bench: &mut Bench) -> Result<Vec<Line>> {
     for direct in [false, true] {
         let opening = |who| Opening { direct, ..opening(&place.of(who, "queue")) };
         let cache = if direct { "O_DIRECT" } else { "buffered" };
+        if direct {
+            // Lest requests find pieces of it there, which would have to be written or dropped first.
+            CONTENDERS.into_iter().try_for_each(|who| drop_from_cache(&place.of(who, "queue")))?;
+        }
         for (kind, verb) in [(Kind::Read, "read"), (Kind::Write, "overwrite")] {
             let count = if direct { scale.pick(320, 640) } else { scale.pick(2_048, 4_096) };
             let work = |seed| {
@@ -43,7 +47,12 @@ pub fn queue(bench: &mut Bench) -> Result<Vec<Line>> {
                     continue;
                 }
             }
-            lines.extend(counted(&bench.tmpfs, &title, &opening, &Work { count: 3_200, ..work(0) })?);
+            lines.extend(counted(
+                &bench.tmpfs,
+                &title,
+                &opening,
+                &Work { count: scale.pick(3_200, 32_000), ..work(0) },
+            )?);
         }
     }
     Ok(lines)

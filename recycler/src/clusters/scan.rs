@@ -13,7 +13,7 @@ use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::l2::{self, Mapping};
 use crate::metadata::Metadata;
-use crate::metadata::slices::Entries as _;
+use crate::metadata::slice::Entries as _;
 use crate::units::{GuestCluster, HostCluster, HostOffset};
 
 /// Movable clusters, with what refers to them.

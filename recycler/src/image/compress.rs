@@ -18,7 +18,7 @@ use crate::clusters::Clusters;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Entry, Mapping};
-use crate::metadata::slices::Entries as _;
+use crate::metadata::slice::Entries as _;
 use crate::units::{GuestCluster, GuestOffset, HostCluster};
 
 const SECTOR: u64 = 512;

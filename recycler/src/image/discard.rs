@@ -11,7 +11,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Entry, Mapping};
-use crate::metadata::slices::{Entries as _, Slice};
+use crate::metadata::slice::{Entries as _, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::sync::AsyncRwLockReadGuard;
 use crate::sync::atomic::Ordering;

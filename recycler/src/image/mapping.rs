@@ -8,7 +8,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::l2::{Entry, Mapping};
-use crate::metadata::slices::{Entries, Locked, Slice};
+use crate::metadata::slice::{Entries, Locked, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 

@@ -37,7 +37,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::l2::{Entry, Mapping};
-use crate::metadata::slices::{Entries as _, Slice, View};
+use crate::metadata::slice::{Entries as _, Slice, View};
 use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostOffset};
 

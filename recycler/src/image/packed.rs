@@ -27,7 +27,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::Copier;
 use crate::error::Result;
 use crate::format::l2::{self, Entry, Mapping};
-use crate::metadata::slices::{Entries as _, Slice};
+use crate::metadata::slice::{Entries as _, Slice};
 use crate::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 
 /// How often a hole is counted, and how many entries name data in it.

@@ -24,7 +24,7 @@ use crate::clusters::epochs::{Counter, InFlight};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{Entry, Mapping};
-use crate::metadata::slices::Entries as _;
+use crate::metadata::slice::Entries as _;
 use crate::sync::atomic::Ordering;
 use crate::units::{GuestOffset, HostOffset};
 

@@ -13,7 +13,7 @@ use crate::device::volume::{Copier, PIECE};
 use crate::error::{Error, Result};
 use crate::metadata::commit::L1Move;
 use crate::metadata::refcounts::Refcounts;
-use crate::metadata::slices::Entries as _;
+use crate::metadata::slice::Entries as _;
 use crate::mutation::{Mutation, broken};
 use crate::units::HostCluster;
 

@@ -29,7 +29,7 @@ use crate::clusters::moves::{Place, SharedSource};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{Entry, Mapping};
-use crate::metadata::slices::Entries as _;
+use crate::metadata::slice::Entries as _;
 use crate::units::HostCluster;
 
 /// A cluster that snapshots use, on its way to another place.

@@ -15,7 +15,7 @@ use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{Entry, Mapping};
 use crate::format::subclusters::{Part, Subclusters, mask};
-use crate::metadata::slices::{Entries as _, Slice};
+use crate::metadata::slice::{Entries as _, Slice};
 use crate::units::{GuestOffset, HostOffset};
 
 /// What of a cluster is stored, and what reads as zeroes.

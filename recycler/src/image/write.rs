@@ -12,7 +12,7 @@ use crate::device::volume::{Copier, PIECE, zeroes};
 use crate::error::Result;
 use crate::format::l2::{self, Entry, Mapping};
 use crate::metadata::patches::lay_over;
-use crate::metadata::slices::{Entries as _, Slice};
+use crate::metadata::slice::{Entries as _, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostOffset};
 use std::sync::Arc;

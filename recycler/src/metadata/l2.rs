@@ -14,7 +14,8 @@ use super::Writes;
 use super::l1::L1Table;
 use super::mirror::Mirrors;
 use super::patches::{self, Patches};
-use super::slices::{Entries as _, Layout, Locked, Slices, View};
+use super::slice::{Entries as _, Layout, Locked, View};
+use super::slices::Slices;
 use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
@@ -25,7 +26,7 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Mutex, RwLockWriteGuard};
 use crate::units::{Geometry, GuestCluster, HostOffset};
 
-pub(crate) use super::slices::Slice;
+pub(crate) use super::slice::Slice;
 
 /// L2 tables are read and cached in pieces of at most this many bytes.
 const SLICE: u64 = 4096;
@@ -143,8 +144,9 @@ impl L2Cache {
         Ok(self.loaded(key, entries).map(|slice| (slice, index)))
     }
 
-    /// As [`slice`](Self::slice), for a look without a lock, if the device reads at once. Afterwards the slice is in memory, or
-    /// there is no table (`false`). `None`: not so, and nothing was done.
+    /// As [`slice`](Self::slice), for a look without a lock, if the device reads at once. Afterwards the slice is in memory
+    /// (perhaps on the side, where such a look does not find it), or there is no table (`false`). `None`: not so, and nothing
+    /// was done.
     pub(crate) fn load_now<D: BlockDevice>(
         &self,
         volume: &Volume<D>,
@@ -154,8 +156,7 @@ impl L2Cache {
         let (key, _) = self.locate(guest);
         let _loading = self.loading[key as usize % LOADING].try_lock().ok()?;
         if self.slices.get(key).is_some() {
-            // Perhaps on the side, where it is not found without a lock.
-            return self.slices.view(key).map(|_| Ok(true));
+            return Some(Ok(true));
         }
         let place = match self.absent(l1, key, volume) {
             Ok(Absent::At(place)) => place,
@@ -172,7 +173,7 @@ impl L2Cache {
             Ok(()) => {
                 patches::lay_over(entries.as_mut_bytes(), place.0, &changed);
                 self.loaded(key, entries);
-                self.slices.view(key).map(|_| Ok(true))
+                Some(Ok(true))
             }
             Err(e) => Some(Err(e)),
         }

@@ -9,6 +9,7 @@ pub(crate) mod l2;
 pub(crate) mod mirror;
 pub(crate) mod patches;
 pub(crate) mod refcounts;
+pub(crate) mod slice;
 pub(crate) mod slices;
 mod words;
 

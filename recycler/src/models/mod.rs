@@ -115,12 +115,13 @@ mod explored {
         let _alone = MUTATED.write();
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
-        let weakenings: [(Mutation, fn()); 9] = [
+        let weakenings: [(Mutation, fn()); 10] = [
             (Mutation::EnterUnchecked, super::epochs::reuse),
             (Mutation::ReuseWithoutGrace, super::epochs::reuse),
             (Mutation::LeaveUnnoticed, super::epochs::waiters),
             (Mutation::WaitForTurnUnregistered, super::turns::exclusion),
             (Mutation::TagAfterEntries, super::slices::looks),
+            (Mutation::RunsWithoutLock, super::slices::runs),
             (Mutation::BoundsAfterEntry, super::image::one_move),
             (Mutation::CommitCancelledMove, super::image::moves),
             (Mutation::CopyWithoutGrace, super::image::moves),

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use super::{play, spawn};
-use crate::metadata::slices::{Layout, Slices};
+use crate::format::l2::{COPIED, Entry};
+use crate::format::subclusters::Subclusters;
+use crate::metadata::slice::Layout;
+use crate::metadata::slices::Slices;
 
 /// A look never shows another slice's entries.
 pub(super) fn looks() {
@@ -37,4 +40,40 @@ pub(super) fn looks() {
 #[test]
 fn a_look_without_a_lock_never_shows_another_slice() {
     play("looks", 0.1, looks);
+}
+
+/// Entry `index` of a table that says that each cluster follows the one before, from `base` on.
+fn follower(base: u64, index: u64) -> u64 {
+    (base << 32 | index << 16) | COPIED
+}
+
+/// Who changed an entry sees it as it is, and so does everybody from then on, while others look for runs.
+pub(super) fn runs() {
+    let slices = Arc::new(Slices::new(7, Layout::new(64, 1, 16)).unwrap());
+    let words: Vec<u64> = (0..64).map(|i| follower(1, i).to_be()).collect();
+    let slice = slices.insert(0, &words).unwrap();
+    let look = |slices: &Slices, index| slices.view(0).unwrap().word(index);
+    let watchers: Vec<_> = (0..2)
+        .map(|_| {
+            let slices = slices.clone();
+            spawn(move || {
+                let seen = [0; 5].map(|_| look(&slices, 63) >> 32 & 0xf);
+                assert!(seen.is_sorted(), "the entry was changed to 1, 2, 3 in this order, and seen as {seen:?}");
+                assert_eq!(look(&slices, 7), follower(1, 7));
+            })
+        })
+        .collect();
+    for base in [2, 3] {
+        slice.write().set(63, Entry { word: follower(base, 63), subclusters: Subclusters(0) });
+        assert_eq!(look(&slices, 63), follower(base, 63), "who changed an entry sees another");
+    }
+    for watcher in watchers {
+        watcher.join().unwrap();
+    }
+    assert_eq!(look(&slices, 63), follower(3, 63));
+}
+
+#[test]
+fn a_look_without_a_lock_shows_an_entry_that_was_changed() {
+    play("runs", 0.1, runs);
 }

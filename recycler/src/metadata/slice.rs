@@ -1,0 +1,525 @@
+//! One slice: part of an L2 table in memory, and what is noted beside its entries.
+//!
+//! Random requests find the entry that they need in no cache near the processor: a disk of 4 GiB has half a MiB of them, and
+//! eight MiB where its clusters are small. But guests fill their disks in order, more or less, so that most of a table says
+//! that each cluster follows the one before. Where all entries of a group (some MiB of the disk) do, one word says it for all
+//! of them, their *run*, and a look-up has the entry from there. A run is only ever there while each of the entries is what
+//! follows from it: who changes an entry takes the run away first, under the slice's lock, and a reader who has seen the new
+//! entry does not find the old run after it.
+
+use std::sync::Arc;
+
+use crate::format::l2::{self, Entry};
+use crate::format::subclusters::Subclusters;
+use crate::mutation::{Mutation, broken};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::units::HostOffset;
+
+use super::words::Words;
+
+/// Words in 512 bytes.
+const PER_SECTOR: usize = 64;
+/// log2 of the bytes of the disk that a group is to map: enough for most of a disk's entries to be in few words, and so few
+/// that one cluster out of line does not matter much.
+const GROUP_BITS: u32 = 22;
+/// In a run, which is its first entry: guests may write through all of its entries. No entry of data has this bit.
+const ALL_CHECKED: u64 = 1 << 1;
+
+/// Part of an L2 table. Its words are big-endian, as on disk, and decoded on use.
+pub(crate) struct Slice {
+    /// Which one it is. Changes only while nobody holds the slice.
+    key: AtomicU64,
+    memory: Arc<Memory>,
+    /// Its place there.
+    pub(super) place: usize,
+    lock: RwLock<()>,
+    /// Whether it is in the list of slices to be written back.
+    pub(super) listed: AtomicBool,
+    /// The 512-byte sectors that changed, as bits. Changed under the lock.
+    pub(super) sectors: AtomicU8,
+}
+
+/// What is in a number of slices.
+pub(super) struct Memory {
+    pub(super) layout: Layout,
+    words: Words,
+    /// See [`Targets`].
+    checked: Words,
+    /// The first entry of each group that is a run, perhaps with [`ALL_CHECKED`]; else 0. None for extended entries.
+    runs: Words,
+}
+
+impl Memory {
+    /// `None`: the system has not so much.
+    pub(super) fn new(slices: usize, layout: Layout) -> Option<Memory> {
+        let words = Words::new(slices.checked_mul(layout.words())?)?;
+        let checked = Words::new(slices.checked_mul(layout.marks())?)?;
+        let runs = Words::new(slices.checked_mul(layout.runs())?)?;
+        Some(Memory { layout, words, checked, runs })
+    }
+
+    #[inline]
+    fn words(&self, place: usize) -> &[AtomicU64] {
+        let first = place << self.layout.word_bits;
+        self.words.get(first..first + self.layout.words()).unwrap_or_default()
+    }
+
+    #[inline]
+    fn targets(&self, place: usize) -> Targets<'_> {
+        let first = place * self.layout.marks();
+        Targets { checked: self.checked.get(first..first + self.layout.marks()).unwrap_or_default() }
+    }
+
+    fn runs(&self, place: usize) -> &[AtomicU64] {
+        let first = place * self.layout.runs();
+        self.runs.get(first..first + self.layout.runs()).unwrap_or_default()
+    }
+}
+
+/// Which entries of a slice were found to point at clusters that guests may write to: see `Image::check_targets`. What the
+/// engine itself sets later is right by construction.
+#[derive(Clone, Copy)]
+pub(crate) struct Targets<'a> {
+    /// One bit for each entry.
+    checked: &'a [AtomicU64],
+}
+
+impl Targets<'_> {
+    /// Whether the `count` entries from `index` on were, as far as the slice has them.
+    #[inline]
+    pub(crate) fn are_checked(self, index: usize, count: u64) -> bool {
+        self.marks(index, count).all(|(word, marks)| word.load(Ordering::Acquire) & marks == marks)
+    }
+
+    /// The words of `count` entries from `index` on, each with their marks in it.
+    fn marks(&self, index: usize, count: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let end = index.saturating_add(count as usize);
+        (index / 64..end.div_ceil(64)).map_while(move |at| {
+            let (first, last) = (index.max(at * 64) % 64, (end - at * 64).min(64));
+            Some((self.checked.get(at)?, (u64::MAX >> (64 - last)) & (u64::MAX << first)))
+        })
+    }
+
+    #[inline]
+    pub(crate) fn is_checked(self, index: usize) -> bool {
+        self.checked.get(index / 64).is_none_or(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
+    }
+}
+
+impl Slice {
+    pub(super) fn new(memory: Arc<Memory>, place: usize) -> Self {
+        Slice {
+            key: AtomicU64::new(0),
+            memory,
+            place,
+            lock: RwLock::new(()),
+            listed: AtomicBool::new(false),
+            sectors: AtomicU8::new(0),
+        }
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        self.memory.words(self.place)
+    }
+
+    /// Which entries guests may write through.
+    pub(crate) fn targets(&self) -> Targets<'_> {
+        self.memory.targets(self.place)
+    }
+
+    /// log2 of the words of an entry.
+    fn entry_bits(&self) -> u32 {
+        self.memory.layout.entry_bits
+    }
+
+    pub(super) fn key(&self) -> u64 {
+        self.key.load(Ordering::Relaxed)
+    }
+
+    /// Locks the slice against changes.
+    pub(crate) fn read(&self) -> Locked<'_, RwLockReadGuard<'_, ()>> {
+        Locked { slice: self, _guard: self.lock.read() }
+    }
+
+    /// Locks the slice to change it.
+    pub(crate) fn write(&self) -> Locked<'_, RwLockWriteGuard<'_, ()>> {
+        Locked { slice: self, _guard: self.lock.write() }
+    }
+
+    /// Looks for the runs of all groups, unless somebody has the lock. Returns whether it did.
+    pub(super) fn describe_all(&self) -> bool {
+        let guard = self.lock.try_write();
+        if guard.is_none() && !broken(Mutation::RunsWithoutLock) {
+            return false;
+        }
+        (0..self.memory.layout.runs()).for_each(|group| self.describe(group));
+        true
+    }
+
+    /// Looks for the run of a group; under the lock for changes.
+    fn describe(&self, group: usize) {
+        let layout = self.memory.layout;
+        let Some(run) = self.memory.runs(self.place).get(group) else { return };
+        let (at, len) = (group << layout.group_bits, 1 << layout.group_bits);
+        let [first, others @ ..] = self.words().get(at..at + len).unwrap_or_default() else { return };
+        let entry = |word: &AtomicU64| u64::from_be(word.load(Ordering::Acquire));
+        let first = entry(first);
+        let is_data = |entry| l2::plain_data(entry, 1 << layout.cluster_bits).is_some();
+        let is_run = || {
+            let mut expected = layout.follows(first, len);
+            // From the end: the last one tells most often.
+            others.iter().rev().all(|word| {
+                expected = expected.wrapping_sub(1 << layout.cluster_bits);
+                entry(word) == expected
+            })
+        };
+        // If the first and the last are data and no more, so are those between.
+        if is_data(first) && is_data(layout.follows(first, len - 1)) && is_run() {
+            let all_checked = self.targets().are_checked(at, len as u64);
+            run.store(first | if all_checked { ALL_CHECKED } else { 0 }, Ordering::Release);
+        }
+    }
+
+    /// Another slice takes this one's place. Nobody must hold it.
+    pub(super) fn fill(&self, key: u64, words: &[u64]) {
+        self.key.store(key, Ordering::Relaxed);
+        for (to, &from) in self.words().iter().zip(words) {
+            to.store(from, Ordering::Relaxed);
+        }
+        self.sectors.store(0, Ordering::Relaxed);
+        let marks = self.targets().checked.iter().chain(self.memory.runs(self.place));
+        marks.for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+}
+
+/// How slices are laid out. All sizes are powers of two; these are their logarithms.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    /// Words of a slice.
+    word_bits: u32,
+    /// Words of an entry.
+    entry_bits: u32,
+    /// Entries of a group: at least one word of marks.
+    group_bits: u32,
+    /// Bytes of a cluster.
+    cluster_bits: u32,
+    /// What is within its group, of an entry's index.
+    group_mask: usize,
+}
+
+impl Layout {
+    /// Slices of so many words, at least 64; entries of so many.
+    pub(crate) fn new(words: usize, entry_words: usize, cluster_bits: u32) -> Layout {
+        let (word_bits, entry_bits) = (words.trailing_zeros(), entry_words.trailing_zeros());
+        let group_bits = GROUP_BITS.saturating_sub(cluster_bits).clamp(6, word_bits.max(6));
+        Layout { word_bits, entry_bits, group_bits, cluster_bits, group_mask: (1 << group_bits) - 1 }
+    }
+
+    /// log2 of the entries of a slice.
+    pub(super) fn index_bits(self) -> u32 {
+        self.word_bits - self.entry_bits
+    }
+
+    #[inline]
+    fn words(self) -> usize {
+        1 << self.word_bits
+    }
+
+    /// Words with a bit for each entry.
+    fn marks(self) -> usize {
+        (self.words() >> self.entry_bits).div_ceil(64)
+    }
+
+    /// Words with the runs of all groups.
+    fn runs(self) -> usize {
+        if self.entry_bits == 0 { self.words() >> self.group_bits } else { 0 }
+    }
+
+    /// What follows, so many entries later, from the first entry of a run.
+    #[inline]
+    fn follows(self, first: u64, later: usize) -> u64 {
+        first.wrapping_add((later as u64) << self.cluster_bits)
+    }
+}
+
+/// Entries of one slice, decoded from big-endian. Past its end there are zeroes.
+pub(crate) trait Entries {
+    fn get(&self, index: usize) -> Entry;
+    fn len(&self) -> usize;
+}
+
+/// A slice's entries under its lock.
+pub(crate) struct Locked<'a, G> {
+    slice: &'a Slice,
+    _guard: G,
+}
+
+impl<G> Entries for Locked<'_, G> {
+    fn get(&self, index: usize) -> Entry {
+        let at = index << self.slice.entry_bits();
+        let subclusters = if self.slice.entry_bits() > 0 { self.word(at + 1) } else { 0 };
+        Entry { word: self.word(at), subclusters: Subclusters(subclusters) }
+    }
+
+    fn len(&self) -> usize {
+        self.slice.words().len() >> self.slice.entry_bits()
+    }
+}
+
+impl<G> Locked<'_, G> {
+    /// A word of the table.
+    pub(super) fn word(&self, at: usize) -> u64 {
+        self.slice.words().get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
+    }
+
+    /// A sector's bytes as on disk.
+    pub(super) fn sector(&self, sector: usize, out: &mut Vec<u8>) {
+        let start = sector * PER_SECTOR;
+        let words = self.slice.words().get(start..start + PER_SECTOR).unwrap_or_default();
+        out.extend(words.iter().flat_map(|e| e.load(Ordering::Relaxed).to_ne_bytes()));
+    }
+
+    /// Guests may write through an entry: see [`Targets`].
+    pub(crate) fn set_checked(&self, index: usize) {
+        self.set_all_checked(index, 1);
+    }
+
+    /// The same for so many from `index` on.
+    pub(crate) fn set_all_checked(&self, index: usize, count: u64) {
+        let targets = self.slice.targets();
+        targets.marks(index, count).for_each(|(word, marks)| _ = word.fetch_or(marks, Ordering::AcqRel));
+        let bits = self.slice.memory.layout.group_bits;
+        let groups = index >> bits..index.saturating_add(count as usize).div_ceil(1 << bits);
+        for (group, run) in self.slice.memory.runs(self.slice.place).iter().enumerate() {
+            // Under the lock a run that is there stays.
+            let is_run = groups.contains(&group) && run.load(Ordering::Relaxed) != 0;
+            if is_run && targets.are_checked(group << bits, 1 << bits) {
+                run.fetch_or(ALL_CHECKED, Ordering::AcqRel);
+            }
+        }
+    }
+}
+
+impl Locked<'_, RwLockWriteGuard<'_, ()>> {
+    /// Changes an entry. Both words of an extended one are in one sector, so on disk it is the old or the new one.
+    pub(crate) fn set(&mut self, index: usize, entry: Entry) {
+        let at = index << self.slice.entry_bits();
+        let words = [entry.word, entry.subclusters.0];
+        let stored = self.slice.words().get(at..at + (1 << self.slice.entry_bits())).unwrap_or_default();
+        let layout = self.slice.memory.layout;
+        let run = self.slice.memory.runs(self.slice.place).get(index >> layout.group_bits);
+        if let Some(run) = run {
+            run.store(0, Ordering::Relaxed);
+        }
+        for (to, word) in stored.iter().zip(words) {
+            // Who sees the entry without the lock sees what was done before it was made.
+            to.store(word.to_be(), Ordering::Release);
+            self.slice.sectors.fetch_or(1 << (at / PER_SECTOR), Ordering::Relaxed);
+        }
+        // One look at a neighbour tells of most changes that they leave no run.
+        let pair = index & !1;
+        if run.is_some() && layout.follows(self.word(pair), 1) == self.word(pair + 1) {
+            self.slice.describe(index >> layout.group_bits);
+        }
+    }
+}
+
+/// A slice as a look-up without a lock sees it. It is for entries of one word: of two words, the lock alone keeps one from
+/// seeing the first of an old entry and the second of a new one.
+pub(crate) struct View<'a> {
+    pub(super) memory: &'a Memory,
+    pub(super) place: usize,
+    pub(super) tag: &'a AtomicU64,
+    /// The tag when the look-up began.
+    pub(super) seen: u64,
+}
+
+impl Entries for View<'_> {
+    #[inline]
+    fn get(&self, index: usize) -> Entry {
+        Entry { word: self.word(index), subclusters: Subclusters(0) }
+    }
+
+    fn len(&self) -> usize {
+        self.memory.layout.words()
+    }
+}
+
+impl View<'_> {
+    #[inline]
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        let Memory { layout, words, runs, .. } = self.memory;
+        let at = self.at(index & ((1 << layout.word_bits) - 1));
+        match runs.get(at >> layout.group_bits).map_or(0, |run| run.load(Ordering::Acquire)) {
+            0 => words.get(at).map_or(0, |word| u64::from_be(word.load(Ordering::Acquire))),
+            run => layout.follows(run & !ALL_CHECKED, at & layout.group_mask),
+        }
+    }
+
+    /// Where the cluster of data is that an entry names, if it is no more than that, and whether it is the disk's alone. To
+    /// write, `None` unless guests may write through the entry: see [`Targets`]. The index must be within the slice.
+    #[inline(always)]
+    pub(crate) fn data_for(&self, write: bool, index: usize) -> Option<(HostOffset, bool)> {
+        let Memory { layout, words, checked, runs } = self.memory;
+        let at = self.at(index);
+        let run = runs.get(at >> layout.group_bits)?.load(Ordering::Acquire);
+        if run != 0 && (!write || run & ALL_CHECKED != 0) {
+            let host = layout.follows(run & l2::OFFSET, at & layout.group_mask);
+            return Some((HostOffset(host), run & l2::COPIED != 0));
+        }
+        if write && checked.get(at / 64)?.load(Ordering::Acquire) >> (at % 64) & 1 == 0 {
+            return None;
+        }
+        let word = u64::from_be(words.get(at)?.load(Ordering::Acquire));
+        l2::plain_data(word, 1 << layout.cluster_bits)
+    }
+
+    /// Where an entry's word is.
+    #[inline]
+    fn at(&self, index: usize) -> usize {
+        (self.place << self.memory.layout.word_bits) + index
+    }
+
+    /// Whether all that was seen so far was the slice that was looked up.
+    #[inline]
+    pub(crate) fn still(&self) -> bool {
+        // After the entries: they were loaded with acquire.
+        self.tag.load(Ordering::Relaxed) == self.seen
+    }
+
+    #[inline]
+    pub(crate) fn targets(&self) -> Targets<'_> {
+        self.memory.targets(self.place)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metadata::slices::Slices;
+    use proptest::prelude::*;
+
+    const CLUSTER: u64 = 64 << 10;
+
+    fn follower(first: u64, index: usize) -> Entry {
+        Entry { word: (first + index as u64 * CLUSTER) | l2::COPIED, subclusters: Subclusters(0) }
+    }
+
+    fn in_order(first: u64) -> Vec<u64> {
+        (0..512).map(|i| follower(first, i).word.to_be()).collect()
+    }
+
+    fn runs(slice: &Slice) -> Vec<bool> {
+        slice.memory.runs(slice.place).iter().map(|run| run.load(Ordering::Relaxed) != 0).collect()
+    }
+
+    #[test]
+    fn a_slice_that_is_looked_at_twice_has_runs_which_end_and_come_back_as_entries_change() {
+        let slices = Slices::new(7, Layout::new(512, 1, 16)).unwrap();
+        let slice = slices.insert(3, &in_order(1 << 30)).unwrap();
+        assert!(slices.view(3).is_some());
+        assert_eq!(runs(&slice), [false; 8], "one look is no reason");
+        assert!(slices.view(3).is_some());
+        assert_eq!(runs(&slice), [true; 8]);
+        for (index, entry) in [(70, follower(0, 0)), (511, Entry::default()), (0, follower(1 << 40, 0))] {
+            slice.write().set(index, entry);
+            assert_eq!(slices.view(3).unwrap().word(index), entry.word);
+        }
+        assert_eq!(runs(&slice), [false, false, true, true, true, true, true, false]);
+        [511, 0, 70].into_iter().for_each(|index| slice.write().set(index, follower(1 << 30, index)));
+        assert_eq!(runs(&slice), [true; 8]);
+    }
+
+    #[test]
+    fn what_looks_like_a_run_and_is_no_data_is_none() {
+        let slices = Slices::new(7, Layout::new(512, 1, 16)).unwrap();
+        // Compressed; at 0; with reserved bits; out of the bits that an offset has.
+        for first in [1 << 62, 0, 1 << 30 | 2, 1 << 30 | 1, l2::OFFSET & !(CLUSTER - 1)] {
+            let words: Vec<u64> = (0..512).map(|i| (first + i * CLUSTER).to_be()).collect();
+            let slice = slices.insert(3, &words).unwrap();
+            (0..3).for_each(|_| assert!(slices.view(3).is_some()));
+            assert!(!runs(&slice)[0], "{first:#x}");
+            slices.forget(3..4);
+        }
+    }
+
+    #[test]
+    fn guests_write_through_a_run_when_all_of_it_is_checked() {
+        let slices = Slices::new(7, Layout::new(512, 1, 12)).unwrap();
+        let words: Vec<u64> = (0..512).map(|i| (((1 << 30) + (i << 12)) | l2::COPIED).to_be()).collect();
+        let slice = slices.insert(3, &words).unwrap();
+        let look = |write, index| slices.view(3).unwrap().data_for(write, index).map(|(host, _)| host.0);
+        slice.read().set_all_checked(0, 100);
+        assert_eq!((look(true, 99), look(true, 100)), (Some((1 << 30) + (99 << 12)), None));
+        // Described by now, and one group of 512.
+        assert_eq!(runs(&slice), [true]);
+        assert_eq!(
+            (look(true, 99), look(true, 100), look(false, 100)),
+            (look(false, 99), None, Some((1 << 30) + (100 << 12)))
+        );
+        slice.read().set_all_checked(100, 412);
+        assert_eq!(look(true, 100), look(false, 100));
+        // A run that ends and comes back is checked as it was.
+        slice.write().set(7, Entry::default());
+        assert_eq!(look(true, 7), None);
+        slice.write().set(7, Entry { word: u64::from_be(words[7]), subclusters: Subclusters(0) });
+        assert_eq!((runs(&slice), look(true, 7)), (vec![true], Some((1 << 30) + (7 << 12))));
+    }
+
+    #[test]
+    fn targets_are_checked_one_by_one_and_in_runs() {
+        let slices = Slices::new(7, Layout::new(512, 1, 16)).unwrap();
+        let slice = slices.insert(5, &[0; 512]).unwrap();
+        let targets = slice.targets();
+        (60..200).for_each(|i| slice.read().set_checked(i));
+        for (first, count, checked) in [
+            (60, 140, true),
+            (60, 141, false),
+            (59, 2, false),
+            (64, 64, true),
+            (130, 1, true),
+            (200, 1, false),
+            (7, 0, true),
+        ] {
+            assert_eq!(targets.are_checked(first, count), checked, "{count} from {first}");
+        }
+        // What another slice has is not there yet.
+        (200..512).chain(0..60).for_each(|i| slice.read().set_checked(i));
+        assert!(targets.are_checked(0, 512) && targets.are_checked(500, u64::MAX));
+        assert!(!slices.insert(6, &[0; 512]).unwrap().targets().is_checked(100));
+        drop(slice);
+        (7..14).for_each(|key| assert!(!slices.insert(key, &[0; 512]).unwrap().targets().is_checked(100)));
+    }
+
+    proptest! {
+        /// Whatever was changed and looked at: a look without the lock says what the entries say.
+        #[test]
+        fn a_look_says_what_the_entries_say(
+            cluster_bits in 9u32..=21,
+            steps in prop::collection::vec((0usize..64, 0u64..3, any::<bool>()), 1..200),
+        ) {
+            let slices = Slices::new(7, Layout::new(64, 1, cluster_bits)).unwrap();
+            let entry = |base: u64, index: usize| base << 40 | (index as u64) << cluster_bits | l2::COPIED;
+            let words: Vec<u64> = (0..64).map(|i| entry(1, i).to_be()).collect();
+            let slice = slices.insert(0, &words).unwrap();
+            for (index, base, look) in steps {
+                slice.write().set(index, Entry { word: entry(base, index), subclusters: Subclusters(0) });
+                if base == 2 {
+                    slice.read().set_checked(index);
+                    (0..64).for_each(|i| slice.write().set(i, Entry { word: entry(1, i), subclusters: Subclusters(0) }));
+                }
+                if look {
+                    let view = slices.view(0).unwrap();
+                    for i in 0..64 {
+                        let word = slice.read().get(i).word;
+                        prop_assert_eq!(view.word(i), word);
+                        let data = l2::plain_data(word, 1 << cluster_bits);
+                        prop_assert_eq!(view.data_for(false, i), data);
+                        prop_assert_eq!(view.data_for(true, i), data.filter(|_| slice.targets().is_checked(i)));
+                    }
+                }
+            }
+        }
+    }
+}
