@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Image;
+use crate::blocking::block_on;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
@@ -347,6 +348,23 @@ impl<D: BlockDevice> Image<D> {
         Box::pin(self.check_targets_now(slice, guest, index, range)).await
     }
 
+    /// A write could not be planned. If that is because nobody has looked yet where the entries of its first slice lead, this
+    /// does, on a thread of the caller's that may sleep.
+    ///
+    /// # Errors
+    /// As [`check_targets`](Self::check_targets).
+    #[cold]
+    pub(super) fn check_targets_blocking(&self, at: GuestOffset, max: u64) -> Result<bool> {
+        let guest = self.meta.geometry.guest_cluster(at);
+        let Some((slice, index)) = self.meta.l2.cached(guest) else { return Ok(false) };
+        let count = self.clusters_of(at, max);
+        if slice.targets().are_checked(index, count) {
+            return Ok(false);
+        }
+        let range = index..index.saturating_add(count as usize);
+        block_on(self.check_targets_now(&slice, guest, index, range)).map(|()| true)
+    }
+
     #[cold]
     async fn check_targets_now(
         &self,
@@ -364,9 +382,9 @@ impl<D: BlockDevice> Image<D> {
             let mut next = None;
             {
                 let entries = slice.read();
-                let runs = self.unchecked_targets(slice, &entries);
+                entries.set_checked_where(|entry| self.targets(entry).is_none());
                 let tables = self.meta.tables.lock();
-                for run in &runs {
+                for run in self.unchecked_targets(slice, &entries) {
                     // One such entry is reason enough to trust none of the slice.
                     if tables.count_in(run.hosts.clone()) > 0 {
                         let mut of_tables = run.each().filter(|(_, hosts)| tables.count_in(hosts.clone()) > 0);
@@ -407,19 +425,22 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// What the entries of a slice name that have not been checked yet; those that name nothing are.
-    fn unchecked_targets<G>(&self, slice: &Slice, entries: &Locked<'_, G>) -> Vec<TargetRun> {
-        let mut runs: Vec<TargetRun> = Vec::new();
-        for i in (0..entries.len()).filter(|&i| !slice.targets().is_checked(i)) {
-            match (self.targets(entries.get(i)), runs.last_mut()) {
-                (None, _) => entries.set_checked(i),
-                (Some(hosts), Some(run)) if run.is_continued_by(i, &hosts) => run.hosts.end = hosts.end,
-                (Some(hosts), _) => {
-                    runs.push(TargetRun { first: i, each: (hosts.end - hosts.start).max(1), hosts });
-                }
+    /// What the entries of a slice name that have not been checked yet.
+    fn unchecked_targets<'a, G>(
+        &'a self,
+        slice: &'a Slice,
+        entries: &'a Locked<'_, G>,
+    ) -> impl Iterator<Item = TargetRun> + 'a {
+        let unchecked = (0..entries.len()).filter(|&i| !slice.targets().is_checked(i));
+        let mut named = unchecked.filter_map(|i| Some((i, self.targets(entries.get(i))?))).peekable();
+        std::iter::from_fn(move || {
+            let (first, hosts) = named.next()?;
+            let mut run = TargetRun { first, each: (hosts.end - hosts.start).max(1), hosts };
+            while let Some((_, hosts)) = named.next_if(|(i, hosts)| run.is_continued_by(*i, hosts)) {
+                run.hosts.end = hosts.end;
             }
-        }
-        runs
+            Some(run)
+        })
     }
 
     /// The clusters of the image that an entry names: a guest may write to them, or give up a reference to them. `None`

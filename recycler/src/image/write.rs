@@ -75,7 +75,12 @@ impl<D: BlockDevice> Image<D> {
         let length = buf.len();
         // Of the requests of one cluster that get here, most are first writes.
         if !self.write_first_at_once(offset, buf)? {
-            let done = self.write_at_once(&request, offset, buf)?;
+            let mut done = self.write_at_once(&request, offset, buf)?;
+            if done < length
+                && self.check_targets_blocking(GuestOffset(offset + done as u64), (length - done) as u64)?
+            {
+                done += self.write_at_once(&request, offset + done as u64, buf.slice(done..length))?;
+            }
             if done == length {
                 self.end_here(request, length as u64, Purpose::Write);
                 return Ok(());

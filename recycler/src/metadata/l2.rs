@@ -38,8 +38,6 @@ const LOADING: usize = 64;
 /// its own then.
 const SURVEYED: usize = 16;
 const SECTOR: usize = 512;
-/// Changed sectors that are no farther apart are written in one piece.
-const GAP: usize = 2;
 
 /// The slices in memory.
 pub(crate) struct L2Cache {
@@ -280,7 +278,13 @@ impl L2Cache {
         let mut captured = Captured(Vec::with_capacity(listed.len()));
         let mut writes = Writes::default();
         let mut failure = None;
-        for slice in listed.into_values() {
+        let mut listed = listed.into_values().peekable();
+        // Whether the slice before, of the same table, is written, too.
+        let mut follows = false;
+        while let Some(slice) = listed.next() {
+            let next = slice.key() + 1;
+            let is_followed = next % self.slices_per_table() != 0 && listed.peek().is_some_and(|s| s.key() == next);
+            let joins = (std::mem::replace(&mut follows, is_followed), is_followed);
             let place = match self.place(l1, slice.key(), file_length) {
                 Ok(place) => place,
                 Err(e) => {
@@ -293,10 +297,11 @@ impl L2Cache {
                 // Under the lock: a change is either in the copy, or puts the slice on the list again.
                 slice.listed.store(false, Ordering::Release);
                 let sectors = slice.sectors.swap(0, Ordering::Relaxed);
-                if let Some(place) = place {
+                if let (Some(place), Some(range)) = (place, self.range_of(sectors, joins)) {
                     let in_table = place.0 & (self.geometry.cluster_size() - 1);
                     for table in mirrors.places(HostOffset(place.0 - in_table)) {
-                        push_sectors(&mut writes, table.0 + in_table, &entries, sectors);
+                        let place = table.0 + in_table + (range.start * SECTOR) as u64;
+                        entries.sectors(range.clone(), writes.at(place));
                     }
                 }
                 sectors
@@ -314,6 +319,20 @@ impl L2Cache {
                 Err(e)
             }
         }
+    }
+
+    /// The sectors to be written where those whose bits are set have changed. What is between them is what the disk has, so it
+    /// may be written again; and so may what is between them and a neighbour that is written, before or after: fewer, longer
+    /// writes.
+    fn range_of(&self, changed: u8, (before, after): (bool, bool)) -> Option<Range<usize>> {
+        let all = self.slice_size as usize / SECTOR;
+        let first = if before { 0 } else { changed.trailing_zeros() as usize };
+        let end = if after { all } else { (u8::BITS - changed.leading_zeros()) as usize };
+        (changed != 0).then_some(first..end)
+    }
+
+    fn slices_per_table(&self) -> u64 {
+        self.geometry.cluster_size() / self.slice_size
     }
 
     /// The captured slices could not be written.
@@ -405,24 +424,5 @@ fn named(entry: Entry) -> String {
     match entry.subclusters.0 {
         0 => format!("{:#x}", entry.word),
         bitmap => format!("{:#x} with subclusters {bitmap:#x}", entry.word),
-    }
-}
-
-/// Adds the sectors whose bits are set to `writes`; a slice stands at byte `place`.
-fn push_sectors<G>(writes: &mut Writes, place: u64, entries: &Locked<'_, G>, sectors: u8) {
-    let mut bytes = Vec::new();
-    let mut next = 0;
-    for sector in (0..8).filter(|s| sectors & (1 << s) != 0) {
-        // What is between two changed sectors is what the disk has, so it may be written again: fewer, longer writes.
-        if next > 0 && sector - next > GAP {
-            writes.push(place + (next * SECTOR - bytes.len()) as u64, &bytes);
-            bytes.clear();
-        }
-        let from = if bytes.is_empty() { sector } else { next };
-        (from..=sector).for_each(|s| entries.sector(s, &mut bytes));
-        next = sector + 1;
-    }
-    if !bytes.is_empty() {
-        writes.push(place + (next * SECTOR - bytes.len()) as u64, &bytes);
     }
 }

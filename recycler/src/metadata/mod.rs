@@ -111,12 +111,17 @@ impl Writes {
     }
 
     pub(crate) fn push(&mut self, offset: u64, bytes: &[u8]) {
-        match self.0.last_mut() {
-            Some((start, piece)) if *start + piece.len() as u64 == offset && piece.len() < PIECE => {
-                piece.extend_from_slice(bytes);
-            }
-            _ => self.0.push((offset, bytes.to_vec())),
+        self.at(offset).extend_from_slice(bytes);
+    }
+
+    /// Where the bytes to be written from `offset` on are to be put.
+    fn at(&mut self, offset: u64) -> &mut Vec<u8> {
+        let continues = |(start, piece): &(u64, Vec<u8>)| start + piece.len() as u64 == offset && piece.len() < PIECE;
+        if !self.0.last().is_some_and(continues) {
+            self.0.push((offset, Vec::new()));
         }
+        let last = self.0.len() - 1;
+        &mut self.0[last].1
     }
 
     pub(crate) async fn submit<D: BlockDevice>(&self, volume: &Volume<D>, action: &'static str) -> Result<u64> {

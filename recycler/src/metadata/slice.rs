@@ -7,6 +7,7 @@
 //! follows from it: who changes an entry takes the run away first, under the slice's lock, and a reader who has seen the new
 //! entry does not find the old run after it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::format::l2::{self, Entry};
@@ -273,11 +274,29 @@ impl<G> Locked<'_, G> {
         self.slice.words().get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
     }
 
-    /// A sector's bytes as on disk.
-    pub(super) fn sector(&self, sector: usize, out: &mut Vec<u8>) {
-        let start = sector * PER_SECTOR;
-        let words = self.slice.words().get(start..start + PER_SECTOR).unwrap_or_default();
-        out.extend(words.iter().flat_map(|e| e.load(Ordering::Relaxed).to_ne_bytes()));
+    /// The bytes of so many 512-byte sectors as on disk.
+    pub(super) fn sectors(&self, sectors: Range<usize>, out: &mut Vec<u8>) {
+        let words = sectors.start * PER_SECTOR..sectors.end * PER_SECTOR;
+        let words = self.slice.words().get(words).unwrap_or_default();
+        let start = out.len();
+        out.resize(start + size_of_val(words), 0);
+        for (to, word) in out.split_at_mut(start).1.chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+        }
+    }
+
+    /// Guests may write through all entries of which this is true; not asked for those which they may already.
+    pub(crate) fn set_checked_where(&self, is_right: impl Fn(Entry) -> bool)
+    where
+        Self: Entries,
+    {
+        for first in (0..self.len()).step_by(64) {
+            let unchecked = (first..self.len().min(first + 64)).filter(|&i| !self.slice.targets().is_checked(i));
+            let marks = unchecked.filter(|&i| is_right(self.get(i))).fold(0, |marks, i| marks | 1u64 << (i % 64));
+            if let Some(word) = self.slice.targets().checked.get(first / 64).filter(|_| marks != 0) {
+                word.fetch_or(marks, Ordering::AcqRel);
+            }
+        }
     }
 
     /// Guests may write through an entry: see [`Targets`].
