@@ -142,10 +142,10 @@ impl<D: BlockDevice> Image<D> {
         if within + length > self.plain_span {
             return None;
         }
-        let (view, index) = self.meta.l2.view(self.meta.geometry.guest_cluster(at))?;
         if self.meta.external {
-            return self.place_outside(&view, index, at, length);
+            return self.place_outside(at, length);
         }
+        let (view, index) = self.meta.l2.view(self.meta.geometry.guest_cluster(at))?;
         let (host, copied) = view.data_for(purpose == Purpose::Write, index)?;
         let end = host.0 + within + length;
         if !view.still() || end > self.volume.length() {

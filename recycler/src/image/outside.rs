@@ -37,7 +37,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::l2::{Entry, Mapping};
-use crate::metadata::slice::{Entries as _, Slice, View};
+use crate::metadata::slice::{Entries as _, Slice};
 use crate::mutation::{Mutation, broken};
 use crate::units::{GuestCluster, GuestOffset, HostOffset};
 
@@ -47,15 +47,11 @@ pub(super) const PIECE: u64 = 32 << 20;
 impl<D: BlockDevice> Image<D> {
     /// As [`place_of`](Self::place_of), in the data file.
     #[inline(never)]
-    pub(super) fn place_outside(
-        &self,
-        view: &View<'_>,
-        index: usize,
-        at: GuestOffset,
-        length: u64,
-    ) -> Option<(&Volume<D>, HostOffset)> {
+    pub(super) fn place_outside(&self, at: GuestOffset, length: u64) -> Option<(&Volume<D>, HostOffset)> {
         let volume = self.data.volume()?;
-        let mapping = self.meta.decode(self.meta.geometry.guest_cluster(at), view.get(index)).ok()?;
+        let guest = self.meta.geometry.guest_cluster(at);
+        let (view, index) = self.meta.l2.view(guest)?;
+        let mapping = self.meta.decode(guest, view.get(index)).ok()?;
         let plain = matches!(mapping, Mapping::Data { .. }) && view.still() && at.0 + length <= volume.length();
         plain.then_some((volume, HostOffset(at.0)))
     }

@@ -11,6 +11,7 @@ pub(crate) mod patches;
 pub(crate) mod refcounts;
 pub(crate) mod slice;
 pub(crate) mod slices;
+pub(crate) mod ways;
 mod words;
 
 use std::sync::Arc;

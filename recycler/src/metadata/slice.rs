@@ -17,13 +17,10 @@ use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::HostOffset;
 
-use super::words::Words;
+use super::ways::{Memory, RUNS, Way};
 
 /// Words in 512 bytes.
 const PER_SECTOR: usize = 64;
-/// log2 of the bytes of the disk that a group is to map: enough for most of a disk's entries to be in few words, and so few
-/// that one cluster out of line does not matter much.
-const GROUP_BITS: u32 = 22;
 /// In a run, which is its first entry: guests may write through all of its entries. No entry of data has this bit.
 const ALL_CHECKED: u64 = 1 << 1;
 
@@ -32,50 +29,12 @@ pub(crate) struct Slice {
     /// Which one it is. Changes only while nobody holds the slice.
     key: AtomicU64,
     memory: Arc<Memory>,
-    /// Its place there.
-    pub(super) place: usize,
+    pub(super) way: Way,
     lock: RwLock<()>,
     /// Whether it is in the list of slices to be written back.
     pub(super) listed: AtomicBool,
     /// The 512-byte sectors that changed, as bits. Changed under the lock.
     pub(super) sectors: AtomicU8,
-}
-
-/// What is in a number of slices.
-pub(super) struct Memory {
-    pub(super) layout: Layout,
-    words: Words,
-    /// See [`Targets`].
-    checked: Words,
-    /// The first entry of each group that is a run, perhaps with [`ALL_CHECKED`]; else 0. None for extended entries.
-    runs: Words,
-}
-
-impl Memory {
-    /// `None`: the system has not so much.
-    pub(super) fn new(slices: usize, layout: Layout) -> Option<Memory> {
-        let words = Words::new(slices.checked_mul(layout.words())?)?;
-        let checked = Words::new(slices.checked_mul(layout.marks())?)?;
-        let runs = Words::new(slices.checked_mul(layout.runs())?)?;
-        Some(Memory { layout, words, checked, runs })
-    }
-
-    #[inline]
-    fn words(&self, place: usize) -> &[AtomicU64] {
-        let first = place << self.layout.word_bits;
-        self.words.get(first..first + self.layout.words()).unwrap_or_default()
-    }
-
-    #[inline]
-    fn targets(&self, place: usize) -> Targets<'_> {
-        let first = place * self.layout.marks();
-        Targets { checked: self.checked.get(first..first + self.layout.marks()).unwrap_or_default() }
-    }
-
-    fn runs(&self, place: usize) -> &[AtomicU64] {
-        let first = place * self.layout.runs();
-        self.runs.get(first..first + self.layout.runs()).unwrap_or_default()
-    }
 }
 
 /// Which entries of a slice were found to point at clusters that guests may write to: see `Image::check_targets`. What the
@@ -109,11 +68,11 @@ impl Targets<'_> {
 }
 
 impl Slice {
-    pub(super) fn new(memory: Arc<Memory>, place: usize) -> Self {
+    pub(super) fn new(memory: Arc<Memory>, way: Way) -> Self {
         Slice {
             key: AtomicU64::new(0),
             memory,
-            place,
+            way,
             lock: RwLock::new(()),
             listed: AtomicBool::new(false),
             sectors: AtomicU8::new(0),
@@ -121,12 +80,17 @@ impl Slice {
     }
 
     fn words(&self) -> &[AtomicU64] {
-        self.memory.words(self.place)
+        self.memory.words(self.way.place)
+    }
+
+    /// The run of each group; exact under the lock.
+    fn runs(&self) -> &[AtomicU64] {
+        self.memory.runs(self.way.place)
     }
 
     /// Which entries guests may write through.
     pub(crate) fn targets(&self) -> Targets<'_> {
-        self.memory.targets(self.place)
+        Targets { checked: self.memory.checked(self.way.place) }
     }
 
     /// log2 of the words of an entry.
@@ -161,7 +125,7 @@ impl Slice {
     /// Looks for the run of a group; under the lock for changes.
     fn describe(&self, group: usize) {
         let layout = self.memory.layout;
-        let Some(run) = self.memory.runs(self.place).get(group) else { return };
+        let Some(run) = self.runs().get(group) else { return };
         let (at, len) = (group << layout.group_bits, 1 << layout.group_bits);
         let [first, others @ ..] = self.words().get(at..at + len).unwrap_or_default() else { return };
         let entry = |word: &AtomicU64| u64::from_be(word.load(Ordering::Acquire));
@@ -178,6 +142,7 @@ impl Slice {
         // If the first and the last are data and no more, so are those between.
         if is_data(first) && is_data(layout.follows(first, len - 1)) && is_run() {
             let all_checked = self.targets().are_checked(at, len as u64);
+            self.memory.known(self.way).fetch_or(RUNS, Ordering::Relaxed);
             run.store(first | if all_checked { ALL_CHECKED } else { 0 }, Ordering::Release);
         }
     }
@@ -189,58 +154,8 @@ impl Slice {
             to.store(from, Ordering::Relaxed);
         }
         self.sectors.store(0, Ordering::Relaxed);
-        let marks = self.targets().checked.iter().chain(self.memory.runs(self.place));
+        let marks = self.targets().checked.iter().chain(self.runs());
         marks.for_each(|word| word.store(0, Ordering::Relaxed));
-    }
-}
-
-/// How slices are laid out. All sizes are powers of two; these are their logarithms.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Layout {
-    /// Words of a slice.
-    word_bits: u32,
-    /// Words of an entry.
-    entry_bits: u32,
-    /// Entries of a group: at least one word of marks.
-    group_bits: u32,
-    /// Bytes of a cluster.
-    cluster_bits: u32,
-    /// What is within its group, of an entry's index.
-    group_mask: usize,
-}
-
-impl Layout {
-    /// Slices of so many words, at least 64; entries of so many.
-    pub(crate) fn new(words: usize, entry_words: usize, cluster_bits: u32) -> Layout {
-        let (word_bits, entry_bits) = (words.trailing_zeros(), entry_words.trailing_zeros());
-        let group_bits = GROUP_BITS.saturating_sub(cluster_bits).clamp(6, word_bits.max(6));
-        Layout { word_bits, entry_bits, group_bits, cluster_bits, group_mask: (1 << group_bits) - 1 }
-    }
-
-    /// log2 of the entries of a slice.
-    pub(super) fn index_bits(self) -> u32 {
-        self.word_bits - self.entry_bits
-    }
-
-    #[inline]
-    fn words(self) -> usize {
-        1 << self.word_bits
-    }
-
-    /// Words with a bit for each entry.
-    fn marks(self) -> usize {
-        (self.words() >> self.entry_bits).div_ceil(64)
-    }
-
-    /// Words with the runs of all groups.
-    fn runs(self) -> usize {
-        if self.entry_bits == 0 { self.words() >> self.group_bits } else { 0 }
-    }
-
-    /// What follows, so many entries later, from the first entry of a run.
-    #[inline]
-    fn follows(self, first: u64, later: usize) -> u64 {
-        first.wrapping_add((later as u64) << self.cluster_bits)
     }
 }
 
@@ -310,7 +225,7 @@ impl<G> Locked<'_, G> {
         targets.marks(index, count).for_each(|(word, marks)| _ = word.fetch_or(marks, Ordering::AcqRel));
         let bits = self.slice.memory.layout.group_bits;
         let groups = index >> bits..index.saturating_add(count as usize).div_ceil(1 << bits);
-        for (group, run) in self.slice.memory.runs(self.slice.place).iter().enumerate() {
+        for (group, run) in self.slice.runs().iter().enumerate() {
             // Under the lock a run that is there stays.
             let is_run = groups.contains(&group) && run.load(Ordering::Relaxed) != 0;
             if is_run && targets.are_checked(group << bits, 1 << bits) {
@@ -327,10 +242,7 @@ impl Locked<'_, RwLockWriteGuard<'_, ()>> {
         let words = [entry.word, entry.subclusters.0];
         let stored = self.slice.words().get(at..at + (1 << self.slice.entry_bits())).unwrap_or_default();
         let layout = self.slice.memory.layout;
-        let run = self.slice.memory.runs(self.slice.place).get(index >> layout.group_bits);
-        if let Some(run) = run {
-            run.store(0, Ordering::Relaxed);
-        }
+        self.end_run(index >> layout.group_bits);
         for (to, word) in stored.iter().zip(words) {
             // Who sees the entry without the lock sees what was done before it was made.
             to.store(word.to_be(), Ordering::Release);
@@ -338,8 +250,23 @@ impl Locked<'_, RwLockWriteGuard<'_, ()>> {
         }
         // One look at a neighbour tells of most changes that they leave no run.
         let pair = index & !1;
-        if run.is_some() && layout.follows(self.word(pair), 1) == self.word(pair + 1) {
+        if layout.has_runs() && layout.follows(self.word(pair), 1) == self.word(pair + 1) {
             self.slice.describe(index >> layout.group_bits);
+        }
+    }
+
+    /// Takes the run of a group away, if there is one.
+    fn end_run(&self, group: usize) {
+        let (known, runs) = (self.slice.memory.known(self.slice.way), self.slice.runs());
+        // Under the lock this is exact, and most slices that change have none.
+        if known.load(Ordering::Relaxed) & RUNS == 0 {
+            return;
+        }
+        if let Some(run) = runs.get(group) {
+            run.store(0, Ordering::Relaxed);
+        }
+        if runs.iter().all(|run| run.load(Ordering::Relaxed) == 0) {
+            known.fetch_and(!RUNS, Ordering::Relaxed);
         }
     }
 }
@@ -352,6 +279,8 @@ pub(crate) struct View<'a> {
     pub(super) tag: &'a AtomicU64,
     /// The tag when the look-up began.
     pub(super) seen: u64,
+    /// Whether there may be runs; if not, they need not be looked for.
+    pub(super) has_runs: bool,
 }
 
 impl Entries for View<'_> {
@@ -368,9 +297,9 @@ impl Entries for View<'_> {
 impl View<'_> {
     #[inline]
     pub(crate) fn word(&self, index: usize) -> u64 {
-        let Memory { layout, words, runs, .. } = self.memory;
+        let Memory { layout, words, .. } = self.memory;
         let at = self.at(index & ((1 << layout.word_bits) - 1));
-        match runs.get(at >> layout.group_bits).map_or(0, |run| run.load(Ordering::Acquire)) {
+        match self.run_of(at) {
             0 => words.get(at).map_or(0, |word| u64::from_be(word.load(Ordering::Acquire))),
             run => layout.follows(run & !ALL_CHECKED, at & layout.group_mask),
         }
@@ -380,9 +309,9 @@ impl View<'_> {
     /// write, `None` unless guests may write through the entry: see [`Targets`]. The index must be within the slice.
     #[inline(always)]
     pub(crate) fn data_for(&self, write: bool, index: usize) -> Option<(HostOffset, bool)> {
-        let Memory { layout, words, checked, runs } = self.memory;
+        let Memory { layout, words, checked, .. } = self.memory;
         let at = self.at(index);
-        let run = runs.get(at >> layout.group_bits)?.load(Ordering::Acquire);
+        let run = self.run_of(at);
         if run != 0 && (!write || run & ALL_CHECKED != 0) {
             let host = layout.follows(run & l2::OFFSET, at & layout.group_mask);
             return Some((HostOffset(host), run & l2::COPIED != 0));
@@ -392,6 +321,15 @@ impl View<'_> {
         }
         let word = u64::from_be(words.get(at)?.load(Ordering::Acquire));
         l2::plain_data(word, 1 << layout.cluster_bits)
+    }
+
+    /// The run that the word at `at` belongs to, or 0.
+    #[inline(always)]
+    fn run_of(&self, at: usize) -> u64 {
+        if !self.has_runs {
+            return 0;
+        }
+        self.memory.runs.get(at >> self.memory.layout.group_bits).map_or(0, |run| run.load(Ordering::Acquire))
     }
 
     /// Where an entry's word is.
@@ -409,7 +347,7 @@ impl View<'_> {
 
     #[inline]
     pub(crate) fn targets(&self) -> Targets<'_> {
-        self.memory.targets(self.place)
+        Targets { checked: self.memory.checked(self.place) }
     }
 }
 
@@ -417,6 +355,7 @@ impl View<'_> {
 mod tests {
     use super::*;
     use crate::metadata::slices::Slices;
+    use crate::metadata::ways::Layout;
     use proptest::prelude::*;
 
     const CLUSTER: u64 = 64 << 10;
@@ -430,7 +369,7 @@ mod tests {
     }
 
     fn runs(slice: &Slice) -> Vec<bool> {
-        slice.memory.runs(slice.place).iter().map(|run| run.load(Ordering::Relaxed) != 0).collect()
+        slice.runs().iter().map(|run| run.load(Ordering::Relaxed) != 0).collect()
     }
 
     #[test]

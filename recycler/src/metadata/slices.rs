@@ -25,30 +25,14 @@ use std::sync::{Arc, OnceLock};
 
 use crate::mutation::{Mutation, broken};
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
+use crate::sync::atomic::{AtomicUsize, Ordering, fence};
 
-use super::slice::{Layout, Memory, Slice, View};
+use super::slice::{Slice, View};
+use super::ways::{DESCRIBED, Layout, Memory, RUNS, Tags, USED, WAYS};
 
-/// So many that their tags, and what is known about them, are one cache line.
-const WAYS: usize = 7;
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 14 TiB at the usual
 /// cluster size.
 const MAX_SETS: usize = 1 << 16;
-/// The way was looked at since the hand last came by.
-const USED: u8 = 1;
-/// Its runs were looked for; from then on they are kept as entries change.
-const DESCRIBED: u8 = 2;
-
-/// What a look-up needs of a set: one cache line.
-#[derive(Default)]
-#[repr(C, align(64))]
-struct Tags {
-    /// The upper half is the slice's key plus one, or 0; the lower half counts.
-    tags: [AtomicU64; WAYS],
-    /// [`USED`] and [`DESCRIBED`].
-    known: [AtomicU8; WAYS],
-}
-
 /// The rest of a set.
 #[derive(Default)]
 struct Set {
@@ -59,7 +43,6 @@ struct Set {
 
 /// The slices in memory.
 pub(crate) struct Slices {
-    tags: Box<[Tags]>,
     sets: Box<[Set]>,
     memory: Arc<Memory>,
     /// 2^64 divided by their number and rounded up, so that a remainder takes two multiplications.
@@ -79,14 +62,13 @@ impl Slices {
     pub(crate) fn new(capacity: usize, layout: Layout) -> Option<Self> {
         let mut sets = capacity.div_ceil(WAYS).clamp(1, MAX_SETS);
         let memory = loop {
-            match Memory::new(sets * WAYS, layout) {
+            match Memory::new(sets, WAYS, layout) {
                 Some(memory) => break memory,
                 None if sets > 1 => sets /= 2,
                 None => return None,
             }
         };
         Some(Slices {
-            tags: std::iter::repeat_with(Tags::default).take(sets).collect(),
             sets: std::iter::repeat_with(Set::default).take(sets).collect(),
             memory: Arc::new(memory),
             reciprocal: (u64::MAX / sets as u64).wrapping_add(1),
@@ -109,28 +91,24 @@ impl Slices {
     fn set_of(&self, key: u64) -> Option<usize> {
         let key = u32::try_from(key).ok().filter(|&key| key < u32::MAX)?;
         let fraction = self.reciprocal.wrapping_mul(u64::from(key));
-        Some(((u128::from(fraction) * self.tags.len() as u128) >> 64) as usize)
-    }
-
-    /// Where in memory the slice of a way is: those of the first ways lie together, as they are all that a small disk needs.
-    #[inline]
-    fn place(&self, set: usize, way: usize) -> usize {
-        way * self.tags.len() + set
+        Some(((u128::from(fraction) * self.sets.len() as u128) >> 64) as usize)
     }
 
     /// A look at a slice without a lock; `None` if it is not found so.
     #[inline]
     pub(crate) fn view(&self, key: u64) -> Option<View<'_>> {
         let set = self.set_of(key)?;
-        let Tags { tags, known } = self.tags.get(set)?;
+        let Tags { tags, known } = self.memory.tags.get(set)?;
         let name = name(key);
         for (way, (tag, known)) in tags.iter().zip(known).enumerate() {
             let seen = tag.load(Ordering::Acquire);
             if seen >> 32 == name {
-                if known.load(Ordering::Relaxed) != USED | DESCRIBED {
-                    self.get_to_know(key, self.place(set, way), known);
+                let known_now = known.load(Ordering::Relaxed);
+                if known_now & (USED | DESCRIBED) != USED | DESCRIBED {
+                    self.get_to_know(key, set, way);
                 }
-                return Some(View { memory: &self.memory, place: self.place(set, way), tag, seen });
+                let (place, has_runs) = (self.memory.place(set, way), known_now & RUNS != 0);
+                return Some(View { memory: &self.memory, place, tag, seen, has_runs });
             }
         }
         None
@@ -138,24 +116,22 @@ impl Slices {
 
     /// A slice is looked at that was not lately, or for the second time: one that is of lasting use is worth being described.
     #[cold]
-    fn get_to_know(&self, key: u64, place: usize, known: &AtomicU8) {
-        let before = known.load(Ordering::Relaxed);
-        // If another thread's mark gets lost, this is done again.
-        known.store(before | USED, Ordering::Relaxed);
-        if before != USED {
+    fn get_to_know(&self, key: u64, set: usize, way: usize) {
+        let way = self.memory.way(set, way);
+        if self.memory.known(way).fetch_or(USED, Ordering::Relaxed) & (USED | DESCRIBED) != USED {
             return;
         }
         // Held, it keeps its way, unless it had lost it already.
-        let Some(slice) = self.get(key).filter(|slice| slice.place == place) else { return };
+        let Some(slice) = self.get(key).filter(|slice| slice.way == way) else { return };
         if slice.describe_all() {
-            known.store(USED | DESCRIBED, Ordering::Relaxed);
+            self.memory.known(way).fetch_or(DESCRIBED, Ordering::Relaxed);
         }
     }
 
     /// The slice if it is in memory. It keeps its place as long as somebody has it.
     pub(crate) fn get(&self, key: u64) -> Option<Arc<Slice>> {
         let set = self.set_of(key)?;
-        let (tags, Set { slices, hand }) = (self.tags.get(set)?, self.sets.get(set)?);
+        let (tags, Set { slices, hand }) = (self.memory.tags.get(set)?, self.sets.get(set)?);
         let _hand = hand.lock();
         let name = name(key);
         for (tag, slice) in tags.tags.iter().zip(slices) {
@@ -172,10 +148,11 @@ impl Slices {
     /// Puts a slice into memory that is not there: one at a time does so for each key.
     pub(crate) fn insert(&self, key: u64, words: &[u64]) -> Option<Arc<Slice>> {
         let index = self.set_of(key)?;
-        let (tags, set) = (self.tags.get(index)?, self.sets.get(index)?);
+        let (tags, set) = (self.memory.tags.get(index)?, self.sets.get(index)?);
         let mut hand = set.hand.lock();
         let Some(way) = self.find_way(index, &mut hand) else {
-            let slice = Slice::new(Arc::new(Memory::new(1, self.memory.layout)?), 0);
+            let memory = Arc::new(Memory::new(1, 1, self.memory.layout)?);
+            let slice = Slice::new(memory.clone(), memory.way(0, 0));
             slice.fill(key, words);
             let slice = Arc::new(slice);
             let mut aside = self.aside.lock();
@@ -205,7 +182,7 @@ impl Slices {
 
     /// Forgets slices, which nobody must be using.
     pub(super) fn forget(&self, keys: std::ops::Range<u64>) {
-        for (set, tags) in self.sets.iter().zip(&self.tags) {
+        for (set, tags) in self.sets.iter().zip(&self.memory.tags) {
             let _hand = set.hand.lock();
             for tag in &tags.tags {
                 let seen = tag.load(Ordering::Relaxed);
@@ -221,9 +198,9 @@ impl Slices {
 
     /// A way that can be filled: an empty one, else the next that nobody holds and nobody looked at lately.
     fn find_way(&self, index: usize, hand: &mut usize) -> Option<usize> {
-        let (Tags { tags, known }, Set { slices, .. }) = (self.tags.get(index)?, self.sets.get(index)?);
+        let (Tags { tags, known }, Set { slices, .. }) = (self.memory.tags.get(index)?, self.sets.get(index)?);
         let free = |way: usize| {
-            let new = || Arc::new(Slice::new(self.memory.clone(), self.place(index, way)));
+            let new = || Arc::new(Slice::new(self.memory.clone(), self.memory.way(index, way)));
             let slice = slices.get(way)?.get_or_init(new);
             // Another holder can only come from here or from a holder, so one reference is the way's own and stays the only
             // one. The fence is for what the last holder did.

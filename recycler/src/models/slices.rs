@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::{play, spawn};
 use crate::format::l2::{COPIED, Entry};
 use crate::format::subclusters::Subclusters;
-use crate::metadata::slice::Layout;
 use crate::metadata::slices::Slices;
+use crate::metadata::ways::Layout;
 
 /// A look never shows another slice's entries.
 pub(super) fn looks() {
