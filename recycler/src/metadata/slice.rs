@@ -17,12 +17,10 @@ use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::HostOffset;
 
-use super::ways::{Memory, RUNS, Way};
+use super::ways::{CHECKED, Memory, RUNS, Way};
 
 /// Words in 512 bytes.
 const PER_SECTOR: usize = 64;
-/// In a run, which is its first entry: guests may write through all of its entries. No entry of data has this bit.
-const ALL_CHECKED: u64 = 1 << 1;
 
 /// Part of an L2 table. Its words are big-endian, as on disk, and decoded on use.
 pub(crate) struct Slice {
@@ -141,9 +139,8 @@ impl Slice {
         };
         // If the first and the last are data and no more, so are those between.
         if is_data(first) && is_data(layout.follows(first, len - 1)) && is_run() {
-            let all_checked = self.targets().are_checked(at, len as u64);
-            self.memory.known(self.way).fetch_or(RUNS, Ordering::Relaxed);
-            run.store(first | if all_checked { ALL_CHECKED } else { 0 }, Ordering::Release);
+            self.memory.known(self.way).fetch_or(RUNS, Ordering::AcqRel);
+            run.store(first, Ordering::Release);
         }
     }
 
@@ -212,6 +209,7 @@ impl<G> Locked<'_, G> {
                 word.fetch_or(marks, Ordering::AcqRel);
             }
         }
+        self.were_checked();
     }
 
     /// Guests may write through an entry: see [`Targets`].
@@ -223,14 +221,14 @@ impl<G> Locked<'_, G> {
     pub(crate) fn set_all_checked(&self, index: usize, count: u64) {
         let targets = self.slice.targets();
         targets.marks(index, count).for_each(|(word, marks)| _ = word.fetch_or(marks, Ordering::AcqRel));
-        let bits = self.slice.memory.layout.group_bits;
-        let groups = index >> bits..index.saturating_add(count as usize).div_ceil(1 << bits);
-        for (group, run) in self.slice.runs().iter().enumerate() {
-            // Under the lock a run that is there stays.
-            let is_run = groups.contains(&group) && run.load(Ordering::Relaxed) != 0;
-            if is_run && targets.are_checked(group << bits, 1 << bits) {
-                run.fetch_or(ALL_CHECKED, Ordering::AcqRel);
-            }
+        self.were_checked();
+    }
+
+    /// If all entries are, this is said in one place.
+    fn were_checked(&self) {
+        let slice = self.slice;
+        if slice.targets().are_checked(0, slice.words().len() as u64 >> slice.entry_bits()) {
+            slice.memory.known(slice.way).fetch_or(CHECKED, Ordering::AcqRel);
         }
     }
 }
@@ -266,7 +264,7 @@ impl Locked<'_, RwLockWriteGuard<'_, ()>> {
             run.store(0, Ordering::Relaxed);
         }
         if runs.iter().all(|run| run.load(Ordering::Relaxed) == 0) {
-            known.fetch_and(!RUNS, Ordering::Relaxed);
+            known.fetch_and(!RUNS, Ordering::AcqRel);
         }
     }
 }
@@ -279,8 +277,8 @@ pub(crate) struct View<'a> {
     pub(super) tag: &'a AtomicU64,
     /// The tag when the look-up began.
     pub(super) seen: u64,
-    /// Whether there may be runs; if not, they need not be looked for.
-    pub(super) has_runs: bool,
+    /// What was known about it then: if there are no runs, they need not be looked for.
+    pub(super) known: u8,
 }
 
 impl Entries for View<'_> {
@@ -301,7 +299,7 @@ impl View<'_> {
         let at = self.at(index & ((1 << layout.word_bits) - 1));
         match self.run_of(at) {
             0 => words.get(at).map_or(0, |word| u64::from_be(word.load(Ordering::Acquire))),
-            run => layout.follows(run & !ALL_CHECKED, at & layout.group_mask),
+            run => layout.follows(run, at & layout.group_mask),
         }
     }
 
@@ -311,13 +309,14 @@ impl View<'_> {
     pub(crate) fn data_for(&self, write: bool, index: usize) -> Option<(HostOffset, bool)> {
         let Memory { layout, words, checked, .. } = self.memory;
         let at = self.at(index);
+        let unknown = write && self.known & CHECKED == 0;
+        if unknown && checked.get(at / 64)?.load(Ordering::Acquire) >> (at % 64) & 1 == 0 {
+            return None;
+        }
         let run = self.run_of(at);
-        if run != 0 && (!write || run & ALL_CHECKED != 0) {
+        if run != 0 {
             let host = layout.follows(run & l2::OFFSET, at & layout.group_mask);
             return Some((HostOffset(host), run & l2::COPIED != 0));
-        }
-        if write && checked.get(at / 64)?.load(Ordering::Acquire) >> (at % 64) & 1 == 0 {
-            return None;
         }
         let word = u64::from_be(words.get(at)?.load(Ordering::Acquire));
         l2::plain_data(word, 1 << layout.cluster_bits)
@@ -326,7 +325,7 @@ impl View<'_> {
     /// The run that the word at `at` belongs to, or 0.
     #[inline(always)]
     fn run_of(&self, at: usize) -> u64 {
-        if !self.has_runs {
+        if self.known & RUNS == 0 {
             return 0;
         }
         self.memory.runs.get(at >> self.memory.layout.group_bits).map_or(0, |run| run.load(Ordering::Acquire))
@@ -403,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn guests_write_through_a_run_when_all_of_it_is_checked() {
+    fn guests_write_through_entries_that_are_checked_in_runs_or_not() {
         let slices = Slices::new(7, Layout::new(512, 1, 12)).unwrap();
         let words: Vec<u64> = (0..512).map(|i| (((1 << 30) + (i << 12)) | l2::COPIED).to_be()).collect();
         let slice = slices.insert(3, &words).unwrap();
@@ -418,7 +417,7 @@ mod tests {
         );
         slice.read().set_all_checked(100, 412);
         assert_eq!(look(true, 100), look(false, 100));
-        // A run that ends and comes back is checked as it was.
+        // What the engine sets is right, and a run that comes back is checked as it was.
         slice.write().set(7, Entry::default());
         assert_eq!(look(true, 7), None);
         slice.write().set(7, Entry { word: u64::from_be(words[7]), subclusters: Subclusters(0) });

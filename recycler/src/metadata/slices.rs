@@ -28,7 +28,7 @@ use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicUsize, Ordering, fence};
 
 use super::slice::{Slice, View};
-use super::ways::{DESCRIBED, Layout, Memory, RUNS, Tags, USED, WAYS};
+use super::ways::{DESCRIBED, Layout, Memory, Tags, USED, WAYS};
 
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 14 TiB at the usual
 /// cluster size.
@@ -103,12 +103,12 @@ impl Slices {
         for (way, (tag, known)) in tags.iter().zip(known).enumerate() {
             let seen = tag.load(Ordering::Acquire);
             if seen >> 32 == name {
-                let known_now = known.load(Ordering::Relaxed);
-                if known_now & (USED | DESCRIBED) != USED | DESCRIBED {
+                // Like an entry, with acquire: nobody takes a mark of another slice for one of this.
+                let known = known.load(Ordering::Acquire);
+                if known & (USED | DESCRIBED) != USED | DESCRIBED {
                     self.get_to_know(key, set, way);
                 }
-                let (place, has_runs) = (self.memory.place(set, way), known_now & RUNS != 0);
-                return Some(View { memory: &self.memory, place, tag, seen, has_runs });
+                return Some(View { memory: &self.memory, place: self.memory.place(set, way), tag, seen, known });
             }
         }
         None
@@ -118,13 +118,13 @@ impl Slices {
     #[cold]
     fn get_to_know(&self, key: u64, set: usize, way: usize) {
         let way = self.memory.way(set, way);
-        if self.memory.known(way).fetch_or(USED, Ordering::Relaxed) & (USED | DESCRIBED) != USED {
+        if self.memory.known(way).fetch_or(USED, Ordering::AcqRel) & (USED | DESCRIBED) != USED {
             return;
         }
         // Held, it keeps its way, unless it had lost it already.
         let Some(slice) = self.get(key).filter(|slice| slice.way == way) else { return };
         if slice.describe_all() {
-            self.memory.known(way).fetch_or(DESCRIBED, Ordering::Relaxed);
+            self.memory.known(way).fetch_or(DESCRIBED, Ordering::AcqRel);
         }
     }
 

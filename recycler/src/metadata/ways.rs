@@ -13,6 +13,8 @@ pub(super) const USED: u8 = 1;
 pub(super) const DESCRIBED: u8 = 2;
 /// There may be runs. Exact under the slice's lock; without it, only a hint.
 pub(super) const RUNS: u8 = 4;
+/// Guests may write through all of its entries: see [`super::slice::Targets`].
+pub(super) const CHECKED: u8 = 8;
 
 /// log2 of the bytes of the disk that a group is to map: enough for most of a disk's entries to be in few words, and so few
 /// that one cluster out of line does not matter much.
@@ -33,7 +35,7 @@ pub(super) struct Way {
 pub(super) struct Tags {
     /// The upper half is the slice's key plus one, or 0; the lower half counts.
     pub(super) tags: [AtomicU64; WAYS],
-    /// [`USED`], [`DESCRIBED`] and [`RUNS`].
+    /// [`USED`], [`DESCRIBED`], [`RUNS`], [`CHECKED`]. Who sees a mark of a slice sees the slice's tag, too, or a later one.
     pub(super) known: [AtomicU8; WAYS],
 }
 
@@ -44,7 +46,7 @@ pub(super) struct Memory {
     pub(super) words: Words,
     /// See [`super::slice::Targets`].
     pub(super) checked: Words,
-    /// The first entry of each group that is a run, and a mark; else 0. None for extended entries.
+    /// The first entry of each group that is a run; else 0. None for extended entries.
     pub(super) runs: Words,
 }
 
