@@ -193,6 +193,18 @@ pub struct Field {
 /// What each contender's rounds took; a round that one of them was left out of is `None` there.
 pub type Samples = BTreeMap<Contender, Vec<Option<Done>>>;
 
+/// Adds the rounds of other files, of which all or none of the contenders had any.
+pub fn add(samples: &mut Samples, more: Samples) {
+    let rounds = |samples: &Samples| samples.values().map(Vec::len).max().unwrap_or(0);
+    let (before, after) = (rounds(samples), rounds(samples) + rounds(&more));
+    for (who, done) in more {
+        let all = samples.entry(who).or_default();
+        all.resize_with(before, || None);
+        all.extend(done);
+    }
+    samples.values_mut().for_each(|all| all.resize_with(after, || None));
+}
+
 impl Field {
     /// Those that cannot open their image are left out, with a word on standard error.
     pub fn open(contenders: &[Contender], mut opening: impl FnMut(Contender) -> Result<Opening>) -> Result<Self> {

@@ -5,8 +5,8 @@ use bench_work::offsets::Offsets;
 use bench_work::protocol::{Kind, Opening, Work};
 
 use super::Bench;
-use crate::contender::Contender::{self, Library, Raw};
-use crate::contender::Field;
+use crate::contender::Contender::{self, Library, Qemu, Raw};
+use crate::contender::{Field, Samples, add};
 use crate::counts;
 use crate::figures::{Line, Spread, ratios};
 use crate::place::{GIB, MIB, Place, Resident, STRETCH, Shape, WITHIN, opening};
@@ -34,14 +34,22 @@ fn random(bench: &mut Bench, row: &str, kind: Kind, target: f64, instructions: f
     {
         for &(cluster, size) in sizes {
             let shape = Shape::mapped(scale.size(size), cluster, resident);
-            shape.make(place, row, &Contender::ALL)?;
-            let mut field = Field::open(&Contender::ALL, |who| Ok(opening(&place.of(who, row))))?;
             let count = scale.pick(2_000, 2_500);
             let rounds = if cluster == 64 << 10 { scale.rounds() } else { scale.rounds() / 2 };
-            let samples =
-                field.rounds(rounds, false, |round| Work::new(kind, 4096, anywhere(&shape, round), count).warm(500))?;
-            let peaks = field.peaks()?;
-            field.close()?;
+            let (mut samples, mut peaks) = (Samples::new(), Vec::new());
+            for set in 0..scale.sets() {
+                place.clear()?;
+                // QEMU has to be started for every round, so once is enough.
+                let contenders: Vec<_> = Contender::ALL.into_iter().filter(|&who| set == 0 || who != Qemu).collect();
+                shape.make(place, row, &contenders)?;
+                let mut field = Field::open(&contenders, |who| Ok(opening(&place.of(who, row))))?;
+                let some = field.rounds(rounds.div_ceil(scale.sets()), false, |round| {
+                    Work::new(kind, 4096, anywhere(&shape, set << 32 | round), count).warm(500)
+                })?;
+                add(&mut samples, some);
+                peaks = field.peaks()?;
+                field.close()?;
+            }
             let work = format!("random 4 KiB {verb}, {} KiB clusters, {}", cluster >> 10, place.name);
             lines.push(ratios(row, &work, &samples).at_most(target));
             if cluster == 64 << 10 && place.name == bench.tmpfs.name {

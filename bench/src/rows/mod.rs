@@ -43,6 +43,12 @@ impl Scale {
         }
     }
 
+    /// Times that files are made anew and opened anew for one row. Where in memory, or on the device, a file happens to lie
+    /// makes random requests to it up to a tenth faster or slower, as long as it lies there.
+    pub fn sets(self) -> u64 {
+        if self == Self::Full { 3 } else { 1 }
+    }
+
     /// Sizes of files: smaller ones for the tiny scale.
     pub fn size(self, size: u64) -> u64 {
         if self == Self::Tiny { size / 32 } else { size }
