@@ -66,7 +66,7 @@ pub(crate) async fn scan<D: BlockDevice>(
     let per_table = geometry.l2_entries();
     let mut words = Vec::new();
     for l1_index in 0..meta.l1.len().max(snapshots.len()) {
-        let active = meta.l1.get(l1_index, volume.length())?;
+        let active = meta.l1.get(l1_index, volume)?;
         let shared = snapshots.at(volume, meta, l1_index).await?;
         if active.is_none() && shared.is_empty() {
             continue;
@@ -340,7 +340,7 @@ async fn names<D: BlockDevice>(
             Ok((named, named && is_junk()))
         }
         Reference::L1Entry(index) => {
-            let named = meta.l1.get(index, volume.length())?.is_some_and(|t| geometry.host_cluster(t.host) == host);
+            let named = meta.l1.get(index, volume)?.is_some_and(|t| geometry.host_cluster(t.host) == host);
             Ok((named, false))
         }
         Reference::RefcountTable(index) => {
@@ -418,7 +418,7 @@ async fn remove_named<D: BlockDevice>(
             remove(&words, set);
         }
         // An entry that cannot be is reported to the request that needs it.
-        let Ok(Some(table)) = meta.l1.get(l1_index, volume.length()) else { continue };
+        let Ok(Some(table)) = meta.l1.get(l1_index, volume) else { continue };
         set.remove(geometry.host_cluster(table.host));
         if meta.external {
             continue;

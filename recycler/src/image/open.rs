@@ -221,7 +221,7 @@ impl<D: BlockDevice> Image<D> {
         let l1_start = self.meta.l1.clusters().start * cluster_size;
         for l1_index in 0..self.meta.l1.len() {
             // An entry that cannot be is reported to the request that needs it.
-            if let Ok(Some(table)) = self.meta.l1.get(l1_index, self.volume.length())
+            if let Ok(Some(table)) = self.meta.l1.get(l1_index, &self.volume)
                 && !tables.insert(geometry.host_cluster(table.host))
             {
                 let reason = format!("{}: the L2 table is at the place of another table", table.host);

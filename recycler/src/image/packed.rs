@@ -143,7 +143,7 @@ impl<D: BlockDevice> Image<D> {
                 read_table(&self.volume, &self.meta, table.host, &mut words).await?;
                 self.leave_out(&mut sole, table.host, &words, |_| true);
             }
-            if let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? {
+            if let Some(table) = self.meta.l1.get(l1_index, &self.volume)? {
                 self.meta.l2.survey(&self.volume, table.host, l1_index, &mut words).await?;
                 // The compressed clusters of such a table are what the choice is about.
                 let other = |m: &Mapping| !table.copied || !matches!(m, Mapping::Compressed { .. });
@@ -168,7 +168,7 @@ impl<D: BlockDevice> Image<D> {
     pub(crate) async fn packed_in(&self, l1_index: u64, chosen: &ClusterSet, sole: &ClusterSet) -> Result<Vec<Extent>> {
         let geometry = self.meta.geometry;
         let mut found = Vec::new();
-        let Some(table) = self.meta.l1.get(l1_index, self.volume.length())?.filter(|t| t.copied) else {
+        let Some(table) = self.meta.l1.get(l1_index, &self.volume)?.filter(|t| t.copied) else {
             return Ok(found);
         };
         let mut words = Vec::new();
@@ -199,7 +199,7 @@ impl<D: BlockDevice> Image<D> {
         let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await? else {
             return Ok(None);
         };
-        let own = self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied);
+        let own = self.meta.l1.get(l1_index, &self.volume)?.is_some_and(|t| t.copied);
         Ok(own.then_some((turn, slice, index)))
     }
 

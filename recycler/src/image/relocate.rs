@@ -195,7 +195,7 @@ impl<D: BlockDevice> Image<D> {
         Ok(match m.reference {
             Reference::L2Entry(_) => true,
             Reference::L1Entry(index) => {
-                self.meta.l1.get(index, self.volume.length())?.is_some_and(|t| t.copied && t.host == src)
+                self.meta.l1.get(index, &self.volume)?.is_some_and(|t| t.copied && t.host == src)
             }
             Reference::RefcountTable(index) => self.meta.refcounts.lock().await.block(index)? == Some(src),
         })
@@ -212,7 +212,7 @@ impl<D: BlockDevice> Image<D> {
                     return Ok(false);
                 };
                 let l1_index = guest.0 / geometry.l2_entries();
-                if !self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied) {
+                if !self.meta.l1.get(l1_index, &self.volume)?.is_some_and(|t| t.copied) {
                     return Ok(false);
                 }
                 let mut entries = self.meta.l2.modify(&slice);

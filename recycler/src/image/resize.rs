@@ -90,14 +90,14 @@ impl<D: BlockDevice> Image<D> {
         let per_table = geometry.l2_entries();
         let first = geometry.clusters_for(size);
         for l1_index in first / per_table..self.meta.l1.len() {
-            let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? else { continue };
+            let Some(table) = self.meta.l1.get(l1_index, &self.volume)? else { continue };
             self.note_snapshot_tables().await?;
             self.check_undisputed(l1_index)?;
             let start = first.max(l1_index * per_table);
             let end = (l1_index + 1) * per_table;
             self.clear_clusters(start..end, Clear::Forget, Access::Frozen).await?;
             if start == l1_index * per_table {
-                let table = self.meta.l1.get(l1_index, self.volume.length())?.unwrap_or(table);
+                let table = self.meta.l1.get(l1_index, &self.volume)?.unwrap_or(table);
                 self.meta.l1.set(l1_index, None);
                 self.meta.l2.forget(start..end);
                 let c = geometry.host_cluster(table.host);
@@ -157,7 +157,7 @@ impl<D: BlockDevice> Image<D> {
         let mut at = from;
         while at < to {
             let end = to.min((at / table_bytes + 1) * table_bytes);
-            let mapped = self.meta.l1.get(at / table_bytes, self.volume.length())?.is_some();
+            let mapped = self.meta.l1.get(at / table_bytes, &self.volume)?.is_some();
             if mapped || !self.backing.is_zero_from(at) {
                 // An external data file ends with the disk, wherever in a cluster that is.
                 let visible = if self.meta.external { end.min(size) } else { end };

@@ -121,7 +121,7 @@ impl<D: BlockDevice> Image<D> {
         let Place::Data(guest) = place else { return Ok(0) };
         let geometry = self.meta.geometry;
         let dst = geometry.host_offset(m.dst);
-        let table = self.meta.l1.get(place.l1_index(geometry), self.volume.length())?;
+        let table = self.meta.l1.get(place.l1_index(geometry), &self.volume)?;
         let active = m.references.iter().any(|r| r.entry.active);
         let slice = match table {
             Some(_) if active => self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await?,
@@ -154,7 +154,7 @@ impl<D: BlockDevice> Image<D> {
     fn rewrite_shared_table(&self, m: &SharedMove<'_>, index: u64) -> Result<u64> {
         let geometry = self.meta.geometry;
         let dst = geometry.host_offset(m.dst);
-        let active = self.meta.l1.get(index, self.volume.length())?;
+        let active = self.meta.l1.get(index, &self.volume)?;
         let mut rewritten = 0;
         for SharedSource { entry, .. } in m.references {
             self.meta.patches.set(entry.at, entry.naming(dst));

@@ -110,7 +110,7 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         // A table that guests have made since is none of these: no snapshot refers to what was free.
-        let active = (0..self.meta.l1.len()).filter_map(|i| self.meta.l1.get(i, self.volume.length()).ok().flatten());
+        let active = (0..self.meta.l1.len()).filter_map(|i| self.meta.l1.get(i, &self.volume).ok().flatten());
         let sole = active.filter(|table| table.copied).map(|table| geometry.host_cluster(table.host));
         let disputed: Vec<_> = sole.filter(|&c| found.contains(c)).collect();
         disputed.into_iter().for_each(|c| _ = self.snapshots.lock().disputed.insert(c));
@@ -121,7 +121,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// Refuses an L2 table that the disk claims for itself, so that guests would change it, and a snapshot refers to.
     pub(super) fn check_undisputed(&self, l1_index: u64) -> Result<()> {
-        let Some(table) = self.meta.l1.get(l1_index, self.volume.length())? else { return Ok(()) };
+        let Some(table) = self.meta.l1.get(l1_index, &self.volume)? else { return Ok(()) };
         if table.copied && self.snapshots.lock().disputed.contains(self.meta.geometry.host_cluster(table.host)) {
             let at = self.meta.l1.clusters().start * self.meta.geometry.cluster_size() + l1_index * 8;
             let reason = format!("{}: the L2 table is said to be the disk's alone, and a snapshot has it", table.host);

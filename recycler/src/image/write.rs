@@ -333,7 +333,7 @@ impl<D: BlockDevice> Image<D> {
     /// The slice that maps a guest cluster, if it is in memory, the L2 table is ours alone, and guests may write through the
     /// `count` entries from the cluster's on. Nobody may be exchanging tables.
     pub(super) fn slice_at_once(&self, first: GuestCluster, count: u64) -> Result<Option<(Arc<Slice>, usize)>> {
-        let table = self.meta.l1.get(first.0 / self.meta.geometry.l2_entries(), self.volume.length())?;
+        let table = self.meta.l1.get(first.0 / self.meta.geometry.l2_entries(), &self.volume)?;
         if !table.is_some_and(|t| t.copied) {
             return Ok(None);
         }
@@ -347,13 +347,13 @@ impl<D: BlockDevice> Image<D> {
         let geometry = self.meta.geometry;
         let l1_index = guest.0 / geometry.l2_entries();
         loop {
-            if self.meta.l1.get(l1_index, self.volume.length())?.is_some_and(|t| t.copied)
+            if self.meta.l1.get(l1_index, &self.volume)?.is_some_and(|t| t.copied)
                 && let Some(found) = self.meta.l2.slice(&self.volume, &self.meta.l1, guest).await?
             {
                 return Ok(found);
             }
             let _turn = self.table_turns.take(l1_index..l1_index + 1).await;
-            let old = self.meta.l1.get(l1_index, self.volume.length())?;
+            let old = self.meta.l1.get(l1_index, &self.volume)?;
             if old.is_some_and(|t| t.copied) {
                 continue;
             }

@@ -141,7 +141,7 @@ impl CommitTurn<'_> {
         // The counts are copied last, so that they include those of every cluster that the copied tables refer to.
         let (l2_writes, l1_writes) = {
             let mirrors = meta.mirrors.lock();
-            let (l2_writes, captured) = meta.l2.capture(&meta.l1, &mirrors, volume.length())?;
+            let (l2_writes, captured) = meta.l2.capture(&meta.l1, &mirrors, volume)?;
             self.unfinished.l2 = Some(captured);
             let (l1_writes, l1_entries) = meta.l1.capture(l1_move.as_ref().map(|m| (m.to, m.entries)));
             self.unfinished.l1 = l1_entries;

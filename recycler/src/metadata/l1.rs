@@ -46,7 +46,7 @@ impl L1Table {
 
     /// The L2 table that entry `index` refers to, if any. The entry is checked now, not at opening, so that one bad
     /// entry does not hide the rest of the disk.
-    pub(crate) fn get(&self, index: u64, file_length: u64) -> Result<Option<L2Ref>> {
+    pub(crate) fn get<D: BlockDevice>(&self, index: u64, volume: &Volume<D>) -> Result<Option<L2Ref>> {
         let state = self.state.read();
         let Some(&entry) = state.entries.get(index as usize) else { return Ok(None) };
         let at = state.offset.0 + index * 8;
@@ -54,7 +54,9 @@ impl L1Table {
         let Some((host, copied)) = l2::decode_l1(entry, self.geometry.cluster_size()).map_err(invalid)? else {
             return Ok(None);
         };
-        if host.0 + self.geometry.cluster_size() > file_length.next_multiple_of(self.geometry.cluster_size()) {
+        // While nobody changes the entry: the file became long enough before it was made, and is cut after it is gone.
+        let length = volume.length().next_multiple_of(self.geometry.cluster_size());
+        if host.0 + self.geometry.cluster_size() > length {
             return Err(invalid("the L2 table lies outside the file"));
         }
         Ok(Some(L2Ref { host, copied }))

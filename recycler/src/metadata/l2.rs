@@ -179,7 +179,7 @@ impl L2Cache {
     }
 
     fn absent<D: BlockDevice>(&self, l1: &L1Table, key: u64, volume: &Volume<D>) -> Result<Absent> {
-        Ok(self.place(l1, key, volume.length())?.map_or(Absent::NoTable, Absent::At))
+        Ok(self.place(l1, key, volume)?.map_or(Absent::NoTable, Absent::At))
     }
 
     fn buffer(&self) -> Box<[u64]> {
@@ -220,10 +220,10 @@ impl L2Cache {
     }
 
     /// Where a slice is on disk.
-    fn place(&self, l1: &L1Table, key: u64, file_length: u64) -> Result<Option<HostOffset>> {
+    fn place<D: BlockDevice>(&self, l1: &L1Table, key: u64, volume: &Volume<D>) -> Result<Option<HostOffset>> {
         let first = key * self.per_slice();
         let per_table = self.geometry.l2_entries();
-        let table = l1.get(first / per_table, file_length)?;
+        let table = l1.get(first / per_table, volume)?;
         Ok(table.map(|t| HostOffset(t.host.0 + first % per_table * self.entry_size())))
     }
 
@@ -274,7 +274,12 @@ impl L2Cache {
 
     /// Copies what changed of every dirty slice, to be written; they count as clean from now on, but are held until the
     /// commit is done.
-    pub(super) fn capture(&self, l1: &L1Table, mirrors: &Mirrors, file_length: u64) -> Result<(Writes, Captured)> {
+    pub(super) fn capture<D: BlockDevice>(
+        &self,
+        l1: &L1Table,
+        mirrors: &Mirrors,
+        volume: &Volume<D>,
+    ) -> Result<(Writes, Captured)> {
         let listed = std::mem::take(&mut *self.dirty.lock());
         let mut captured = Captured(Vec::with_capacity(listed.len()));
         let mut writes = Writes::default();
@@ -286,7 +291,7 @@ impl L2Cache {
             let next = slice.key() + 1;
             let is_followed = next % self.slices_per_table() != 0 && listed.peek().is_some_and(|s| s.key() == next);
             let joins = (std::mem::replace(&mut follows, is_followed), is_followed);
-            let place = match self.place(l1, slice.key(), file_length) {
+            let place = match self.place(l1, slice.key(), volume) {
                 Ok(place) => place,
                 Err(e) => {
                     failure.get_or_insert(e);
@@ -414,7 +419,7 @@ impl L2Cache {
         entry: Entry,
         reason: &str,
     ) -> Error {
-        let slice = self.place(l1, guest.0 / self.per_slice(), volume.length()).ok().flatten();
+        let slice = self.place(l1, guest.0 / self.per_slice(), volume).ok().flatten();
         let at = slice.map_or(0, |s| s.0 + guest.0 % self.per_slice() * self.entry_size());
         Error::invalid("L2 table entry", at, format!("{}: {reason}", named(entry)))
     }

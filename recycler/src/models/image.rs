@@ -130,6 +130,25 @@ pub(super) fn commits() {
     ends_with(&device, image, &[(0, 1), (1, 11), (2, 12), (3, 0)]);
 }
 
+/// Guests look at a disk that gets its first table: none of them takes the table for one outside the file.
+pub(super) fn first_table() {
+    let (device, image) = blank();
+    let readers: Vec<_> = (1..3)
+        .map(|cluster| {
+            let image = image.clone();
+            spawn(move || (0..3).for_each(|_| assert_eq!(read(&image, cluster), 0)))
+        })
+        .collect();
+    let flusher = spawn({
+        let image = image.clone();
+        move || block_on(image.flush()).unwrap()
+    });
+    write(&image, 0, 1);
+    readers.into_iter().for_each(|reader| reader.join().unwrap());
+    flusher.join().unwrap();
+    ends_with(&device, image, &[(0, 1), (1, 0)]);
+}
+
 /// What one guest gives back another is given: neither ever sees the other's data.
 pub(super) fn hand_out() {
     let (device, image) = blank();
@@ -173,6 +192,11 @@ fn no_write_is_lost_to_the_only_move() {
 #[test]
 fn no_write_is_lost_to_a_commit() {
     play("commits", 0.2, commits);
+}
+
+#[test]
+fn a_new_table_is_within_the_file() {
+    play("first_table", 0.1, first_table);
 }
 
 #[test]

@@ -68,7 +68,7 @@ pub async fn compress<D: BlockDevice>(
     let mut words = Vec::new();
     let total = geometry.clusters_for(image.virtual_size());
     for l1_index in 0..image.meta.l1.len() {
-        let Some(table) = image.meta.l1.get(l1_index, image.volume.length())?.filter(|t| t.copied) else { continue };
+        let Some(table) = image.meta.l1.get(l1_index, &image.volume)?.filter(|t| t.copied) else { continue };
         image.meta.l2.survey(&image.volume, table.host, l1_index, &mut words).await?;
         let first = l1_index * geometry.l2_entries();
         let plain: Vec<(GuestCluster, HostCluster)> = (first..)
