@@ -191,7 +191,7 @@ impl<G> Locked<'_, G> {
         let words = sectors.start * PER_SECTOR..sectors.end * PER_SECTOR;
         let words = self.slice.words().get(words).unwrap_or_default();
         let start = out.len();
-        out.resize(start + size_of_val(words), 0);
+        out.resize(start + words.len() * 8, 0);
         for (to, word) in out.split_at_mut(start).1.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
         }
