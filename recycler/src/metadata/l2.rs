@@ -23,7 +23,7 @@ use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::l2::Entry;
 use crate::mutation::{Mutation, broken};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Mutex, RwLockWriteGuard};
 use crate::units::{Geometry, GuestCluster, HostOffset};
 
@@ -55,6 +55,8 @@ pub(crate) struct L2Cache {
     buffers: Mutex<Vec<Box<[u64]>>>,
     patches: Arc<Patches>,
     dirty: Mutex<BTreeMap<u64, Arc<Slice>>>,
+    /// How many these are, for those who ask after each request.
+    dirty_len: AtomicUsize,
     /// Bytes read from the device, for the statistics.
     pub(crate) read_bytes: AtomicU64,
 }
@@ -86,6 +88,7 @@ impl L2Cache {
             buffers: Mutex::default(),
             patches,
             dirty: Mutex::default(),
+            dirty_len: AtomicUsize::new(0),
             read_bytes: AtomicU64::new(0),
         })
     }
@@ -102,7 +105,7 @@ impl L2Cache {
 
     /// Whether so much is dirty that a commit is due, lest memory grow.
     pub(crate) fn wants_commit(&self) -> bool {
-        self.dirty.lock().len() * 2 >= self.slices.capacity()
+        self.dirty_len.load(Ordering::Relaxed) * 2 >= self.slices.capacity()
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
@@ -244,7 +247,9 @@ impl L2Cache {
     /// Puts a slice on the dirty list, which the next commit writes back. To be called before a change, under the slice's lock.
     pub(crate) fn will_change(&self, slice: &Arc<Slice>) {
         if !slice.listed.swap(true, Ordering::AcqRel) {
-            self.dirty.lock().insert(slice.key(), slice.clone());
+            let mut dirty = self.dirty.lock();
+            dirty.insert(slice.key(), slice.clone());
+            self.dirty_len.store(dirty.len(), Ordering::Relaxed);
         }
     }
 
@@ -268,6 +273,7 @@ impl L2Cache {
             slice.listed.store(false, Ordering::Release);
             slice.sectors.store(0, Ordering::Relaxed);
         }
+        self.dirty_len.store(dirty.len(), Ordering::Relaxed);
         drop(dirty);
         self.slices.forget(keys);
     }
@@ -280,7 +286,11 @@ impl L2Cache {
         mirrors: &Mirrors,
         volume: &Volume<D>,
     ) -> Result<(Writes, Captured)> {
-        let listed = std::mem::take(&mut *self.dirty.lock());
+        let listed = {
+            let mut dirty = self.dirty.lock();
+            self.dirty_len.store(0, Ordering::Relaxed);
+            std::mem::take(&mut *dirty)
+        };
         let mut captured = Captured(Vec::with_capacity(listed.len()));
         let mut writes = Writes::default();
         let mut failure = None;
