@@ -295,7 +295,7 @@ impl L2Cache {
         let mut writes = Writes::default();
         let mut failure = None;
         let mut listed = listed.into_values().peekable();
-        // Whether the slice before, of the same table, is written, too.
+        // Whether the slice before, of the same table, is on the list, too.
         let mut follows = false;
         while let Some(slice) = listed.next() {
             let next = slice.key() + 1;
@@ -338,8 +338,8 @@ impl L2Cache {
     }
 
     /// The sectors to be written where those whose bits are set have changed. What is between them is what the disk has, so it
-    /// may be written again; and so may what is between them and a neighbour that is written, before or after: fewer, longer
-    /// writes.
+    /// may be written again; and so may what is between them and a neighbour that is on the list, before or after: fewer,
+    /// longer writes.
     fn range_of(&self, changed: u8, (before, after): (bool, bool)) -> Option<Range<usize>> {
         let all = self.slice_size as usize / SECTOR;
         let first = if before { 0 } else { changed.trailing_zeros() as usize };

@@ -2,7 +2,7 @@
 //!
 //! Random requests find the entry that they need in no cache near the processor: a disk of 4 GiB has half a MiB of them, and
 //! eight MiB where its clusters are small. But guests fill their disks in order, more or less, so that most of a table says
-//! that each cluster follows the one before. Where all entries of a group (some MiB of the disk) do, one word says it for all
+//! that each cluster follows the one before. Where all entries of a group (4 MiB of a usual disk) do, one word says it for all
 //! of them, their *run*, and a look-up has the entry from there. A run is only ever there while each of the entries is what
 //! follows from it: who changes an entry takes the run away first, under the slice's lock, and a reader who has seen the new
 //! entry does not find the old run after it.
@@ -75,6 +75,11 @@ impl Slice {
             listed: AtomicBool::new(false),
             sectors: AtomicU8::new(0),
         }
+    }
+
+    /// Whether this is its place, and not one on the side.
+    pub(super) fn is_in(&self, memory: &Arc<Memory>, way: Way) -> bool {
+        self.way == way && Arc::ptr_eq(&self.memory, memory)
     }
 
     fn words(&self) -> &[AtomicU64] {

@@ -33,6 +33,7 @@ use super::ways::{DESCRIBED, Layout, Memory, Tags, USED, WAYS};
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 14 TiB at the usual
 /// cluster size.
 const MAX_SETS: usize = 1 << 16;
+
 /// The rest of a set.
 #[derive(Default)]
 struct Set {
@@ -115,14 +116,15 @@ impl Slices {
     }
 
     /// A slice is looked at that was not lately, or for the second time: one that is of lasting use is worth being described.
+    /// This takes its lock for a moment, if it is free.
     #[cold]
     fn get_to_know(&self, key: u64, set: usize, way: usize) {
         let way = self.memory.way(set, way);
         if self.memory.known(way).fetch_or(USED, Ordering::AcqRel) & (USED | DESCRIBED) != USED {
             return;
         }
-        // Held, it keeps its way, unless it had lost it already.
-        let Some(slice) = self.get(key).filter(|slice| slice.way == way) else { return };
+        // Held, it keeps its way, unless it had lost it already (and may be on the side now).
+        let Some(slice) = self.get(key).filter(|slice| slice.is_in(&self.memory, way)) else { return };
         if slice.describe_all() {
             self.memory.known(way).fetch_or(DESCRIBED, Ordering::AcqRel);
         }
