@@ -85,6 +85,8 @@ pub enum Mutation {
     TagAfterEntries,
     /// Runs of a slice are looked for while somebody is changing it.
     RunsWithoutLock,
+    /// Who makes the file longer does not look whether somebody else has done so meanwhile.
+    ExtendUnlooked,
     /// A writer asks what is being moved only after it has looked its cluster up.
     BoundsAfterEntry,
     /// A commit takes a slice for clean at some moment after it has copied it.
@@ -135,12 +137,13 @@ impl Mutation {
     pub const COMMIT: [Mutation; 1] = [Mutation::EmptyBeforeBase];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
-    pub const INTERLEAVINGS: [Mutation; 7] = [
+    pub const INTERLEAVINGS: [Mutation; 8] = [
         Mutation::EnterUnchecked,
         Mutation::LeaveUnnoticed,
         Mutation::WaitForTurnUnregistered,
         Mutation::TagAfterEntries,
         Mutation::RunsWithoutLock,
+        Mutation::ExtendUnlooked,
         Mutation::BoundsAfterEntry,
         Mutation::CleanAfterCopy,
     ];

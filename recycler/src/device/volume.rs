@@ -6,8 +6,8 @@ use super::{BlockDevice, Features};
 use crate::buf::{IoBuf, IoBufMut};
 use crate::error::{Error, Result};
 use crate::mutation::{Mutation, broken};
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{AsyncMutex, Mutex};
 
 /// Zeroes are written, and clusters copied, in pieces of at most this many bytes.
 pub(crate) const PIECE: usize = 1 << 20;
@@ -30,6 +30,8 @@ pub(crate) struct Volume<D> {
     features: Features,
     /// Its length in bytes, kept here so that requests need not ask.
     length: AtomicU64,
+    /// Who changes the length, which has to happen there and here; taken after every other lock.
+    resizing: AsyncMutex<()>,
     /// Cleared for good when the device says that it cannot after all (a file system without the call).
     can_punch: AtomicBool,
     can_zero: AtomicBool,
@@ -50,6 +52,7 @@ impl<D: BlockDevice> Volume<D> {
             device,
             features,
             length: AtomicU64::new(length),
+            resizing: AsyncMutex::new(()),
             can_punch: AtomicBool::new(features.punch_hole),
             can_zero: AtomicBool::new(features.write_zeroes),
             can_copy: AtomicBool::new(features.copy_range),
@@ -69,6 +72,7 @@ impl<D: BlockDevice> Volume<D> {
 
     /// Asks the device again: somebody else may have changed its length.
     pub(crate) async fn refresh_length(&self) -> Result<()> {
+        let _resizing = self.resizing.lock().await;
         let length = self.device.length().await.map_err(Error::io("asking for the length", 0))?;
         self.length.store(length, Ordering::Release);
         Ok(())
@@ -139,7 +143,11 @@ impl<D: BlockDevice> Volume<D> {
         self.ensure_sound()?;
         let end = offset.saturating_add(buf.len() as u64);
         if end > self.length() {
-            self.truncate(end).await?;
+            let _resizing = self.resizing.lock().await;
+            // Another write may have completed more of the cluster, or the file may have grown: it must not become shorter.
+            if end > self.length() || broken(Mutation::ExtendUnlooked) {
+                self.resize(end).await?;
+            }
         }
         self.device.write(offset, buf).await.map_err(Error::io(action, offset))
     }
@@ -159,6 +167,12 @@ impl<D: BlockDevice> Volume<D> {
     /// Makes the file `length` bytes long; a device of fixed length can only be asked for what it has.
     pub(crate) async fn truncate(&self, length: u64) -> Result<()> {
         self.ensure_sound()?;
+        let _resizing = self.resizing.lock().await;
+        self.resize(length).await
+    }
+
+    /// The same, by who has the turn.
+    async fn resize(&self, length: u64) -> Result<()> {
         if !self.features.resize {
             if length <= self.length() {
                 return Ok(());

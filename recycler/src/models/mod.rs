@@ -22,6 +22,7 @@ mod epochs;
 mod image;
 mod slices;
 mod turns;
+mod volume;
 
 #[path = "../../tests/simulation/common/memory.rs"]
 #[allow(unreachable_pub, dead_code)]
@@ -115,13 +116,14 @@ mod explored {
         let _alone = MUTATED.write();
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
-        let weakenings: [(Mutation, fn()); 10] = [
+        let weakenings: [(Mutation, fn()); 11] = [
             (Mutation::EnterUnchecked, super::epochs::reuse),
             (Mutation::ReuseWithoutGrace, super::epochs::reuse),
             (Mutation::LeaveUnnoticed, super::epochs::waiters),
             (Mutation::WaitForTurnUnregistered, super::turns::exclusion),
             (Mutation::TagAfterEntries, super::slices::looks),
             (Mutation::RunsWithoutLock, super::slices::runs),
+            (Mutation::ExtendUnlooked, super::volume::extensions),
             (Mutation::BoundsAfterEntry, super::image::one_move),
             (Mutation::CommitCancelledMove, super::image::moves),
             (Mutation::CopyWithoutGrace, super::image::moves),
