@@ -14,6 +14,7 @@ SYSTEM_PROGRAMS := \
 	cc:gcc \
 	g++:g++ \
 	pkg-config:pkg-config \
+	cmake:cmake \
 	qemu-img:qemu-utils \
 	qemu-io:qemu-utils \
 	qemu-nbd:qemu-utils \

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -128,7 +127,6 @@ def test_static_library_needs_what_pkg_config_says(installed: Installed, languag
     run(program, env={"LD_LIBRARY_PATH": ""})
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_cmake_finds_it(installed: Installed, tmp_path: Path) -> None:
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.16)\nproject(user C)\nfind_package(qcowrecycle 0.1 REQUIRED)\n"

@@ -1,6 +1,5 @@
 //! Where images lie, and the images.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -74,13 +73,9 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
 /// The same, written in blocks of 4 KiB. What is written in longer pieces is cached in larger ones, of sizes that depend on how
 /// memory is divided just then; and a write to part of a large one takes several times as long, on some filesystems.
 fn copy_in_blocks(from: &Path, to: &Path) -> Result<()> {
-    let operand = |name: &str, path: &Path| {
-        let mut operand = OsString::from(name);
-        operand.push(path);
-        operand
-    };
-    let files = [operand("if=", from), operand("of=", to)];
-    qemu::run(Command::new("dd").args(["bs=4k", "conv=sparse", "status=none"]).args(files)).map(drop)
+    let mut dd = Command::new("dd");
+    dd.args(["bs=4k", "conv=sparse", "status=none"]);
+    qemu::run(dd.arg(format!("if={}", from.display())).arg(format!("of={}", to.display()))).map(drop)
 }
 
 /// Makes a file durable, and drops what of it is in the page cache.

@@ -46,7 +46,7 @@ pub(crate) struct L2Cache {
     slice_size: u64,
     /// log2 of the entries of a slice.
     slice_bits: u32,
-    /// What is within its slice, of a guest cluster's number.
+    /// What is within its slice, of a guest cluster's number: at hand, since every request needs it.
     index_mask: u64,
     slices: Slices,
     /// Who reads a slice from the device has the lock that its key leads to.

@@ -1,7 +1,7 @@
 //! The image's tables: cached, changed in memory, and written back in an order that any power cut survives.
 //!
-//! Lock order, first to last: `commit_turn` (async), `refcounts` (async), then the synchronous locks, of which at most one
-//! slice lock, the L1 lock and one of the others nest in that order: slice → L1 → dirty list, mirrors, header.
+//! Lock order, first to last: `commit_turn` (async), `refcounts` (async), then the synchronous locks: the mirrors (which a
+//! commit holds while it copies slices), one slice, one of dirty list, tables and header, and last the L1 table.
 
 pub(crate) mod commit;
 pub(crate) mod l1;

@@ -203,10 +203,7 @@ impl<G> Locked<'_, G> {
     }
 
     /// Guests may write through all entries of which this is true; not asked for those which they may already.
-    pub(crate) fn set_checked_where(&self, is_right: impl Fn(Entry) -> bool)
-    where
-        Self: Entries,
-    {
+    pub(crate) fn set_checked_where(&self, is_right: impl Fn(Entry) -> bool) {
         for first in (0..self.len()).step_by(64) {
             let unchecked = (first..self.len().min(first + 64)).filter(|&i| !self.slice.targets().is_checked(i));
             let marks = unchecked.filter(|&i| is_right(self.get(i))).fold(0, |marks, i| marks | 1u64 << (i % 64));
@@ -231,9 +228,8 @@ impl<G> Locked<'_, G> {
 
     /// If all entries are, this is said in one place.
     fn were_checked(&self) {
-        let slice = self.slice;
-        if slice.targets().are_checked(0, slice.words().len() as u64 >> slice.entry_bits()) {
-            slice.memory.known(slice.way).fetch_or(CHECKED, Ordering::AcqRel);
+        if self.slice.targets().are_checked(0, self.len() as u64) {
+            self.slice.memory.known(self.slice.way).fetch_or(CHECKED, Ordering::AcqRel);
         }
     }
 }

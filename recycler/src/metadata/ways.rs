@@ -109,7 +109,7 @@ pub(crate) struct Layout {
     pub(super) group_bits: u32,
     /// Bytes of a cluster.
     pub(super) cluster_bits: u32,
-    /// What is within its group, of an entry's index.
+    /// What is within its group, of an entry's index: at hand, since every request needs it.
     pub(super) group_mask: usize,
 }
 

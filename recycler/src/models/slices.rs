@@ -1,4 +1,4 @@
-//! Looks at slices without a lock, against whoever fills their places anew.
+//! Looks at slices without a lock, against whoever fills their places anew, or changes their entries.
 
 use std::sync::Arc;
 
