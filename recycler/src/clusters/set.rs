@@ -1,4 +1,4 @@
-//! A set of host clusters, held as a compressed bitmap.
+//! A set of host clusters, held as one run or a compressed bitmap.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -9,8 +9,8 @@ use crate::units::HostCluster;
 
 /// A set of host clusters.
 ///
-/// Sets of one member are frequent where guests take or give up clusters one by one, and come and go with every request: those
-/// cost nothing.
+/// Sets of one run of clusters are frequent: what the file grew by, taken from its front one by one; what a request has in hand. They
+/// change with every request, so that costs nothing.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ClusterSet(Members);
 
@@ -18,7 +18,9 @@ pub(crate) struct ClusterSet(Members);
 enum Members {
     #[default]
     None,
-    One(u64),
+    /// Not empty.
+    Run(Range<u64>),
+    /// Not empty.
     Many(RoaringTreemap),
 }
 
@@ -28,12 +30,18 @@ impl PartialEq for ClusterSet {
     }
 }
 
+fn bitmap_of(run: &Range<u64>) -> RoaringTreemap {
+    let mut bitmap = RoaringTreemap::new();
+    bitmap.insert_range(run.clone());
+    bitmap
+}
+
 impl ClusterSet {
     /// The members as a bitmap.
     fn bitmap(&self) -> Cow<'_, RoaringTreemap> {
         match &self.0 {
             Members::None => Cow::Owned(RoaringTreemap::new()),
-            Members::One(c) => Cow::Owned(RoaringTreemap::from_iter([*c])),
+            Members::Run(run) => Cow::Owned(bitmap_of(run)),
             Members::Many(bitmap) => Cow::Borrowed(bitmap),
         }
     }
@@ -42,7 +50,7 @@ impl ClusterSet {
     fn change<T>(&mut self, change: impl FnOnce(&mut RoaringTreemap) -> T) -> T {
         let mut bitmap = match std::mem::take(&mut self.0) {
             Members::None => RoaringTreemap::new(),
-            Members::One(c) => RoaringTreemap::from_iter([c]),
+            Members::Run(run) => bitmap_of(&run),
             Members::Many(bitmap) => bitmap,
         };
         let result = change(&mut bitmap);
@@ -55,7 +63,7 @@ impl ClusterSet {
     pub(crate) fn len(&self) -> u64 {
         match &self.0 {
             Members::None => 0,
-            Members::One(_) => 1,
+            Members::Run(run) => run.end - run.start,
             Members::Many(bitmap) => bitmap.len(),
         }
     }
@@ -67,47 +75,69 @@ impl ClusterSet {
     pub(crate) fn contains(&self, c: HostCluster) -> bool {
         match &self.0 {
             Members::None => false,
-            Members::One(one) => *one == c.0,
+            Members::Run(run) => run.contains(&c.0),
             Members::Many(bitmap) => bitmap.contains(c.0),
         }
     }
 
     /// Adds a cluster; `false` if it was there.
     pub(crate) fn insert(&mut self, c: HostCluster) -> bool {
-        if self.is_empty() {
-            self.0 = Members::One(c.0);
-            return true;
+        match &mut self.0 {
+            Members::Many(bitmap) => bitmap.insert(c.0),
+            Members::None | Members::Run(_) => {
+                !self.contains(c) && {
+                    self.insert_range(c.0..c.0 + 1);
+                    true
+                }
+            }
         }
-        self.change(|bitmap| bitmap.insert(c.0))
     }
 
     /// Removes a cluster; `false` if it was not there.
     pub(crate) fn remove(&mut self, c: HostCluster) -> bool {
         match &mut self.0 {
-            Members::None => false,
-            Members::One(one) if *one != c.0 => false,
-            Members::One(_) => {
-                self.0 = Members::None;
-                true
-            }
             Members::Many(_) => self.change(|bitmap| bitmap.remove(c.0)),
+            Members::None | Members::Run(_) => {
+                self.contains(c) && {
+                    self.remove_range(c.0..c.0 + 1);
+                    true
+                }
+            }
         }
     }
 
     pub(crate) fn insert_range(&mut self, range: Range<u64>) {
-        // One is most of what guests' writes take, and much the cheaper to change.
-        if range.start + 1 == range.end {
-            self.insert(HostCluster(range.start));
-        } else if !range.is_empty() {
-            self.change(|bitmap| bitmap.insert_range(range));
+        if range.is_empty() {
+            return;
+        }
+        match &mut self.0 {
+            Members::None => self.0 = Members::Run(range),
+            // They overlap, or one follows the other.
+            Members::Run(run) if range.start <= run.end && run.start <= range.end => {
+                *run = run.start.min(range.start)..run.end.max(range.end);
+            }
+            // One is much the cheaper to change.
+            Members::Many(bitmap) if range.start + 1 == range.end => _ = bitmap.insert(range.start),
+            Members::Run(_) | Members::Many(_) => _ = self.change(|bitmap| bitmap.insert_range(range)),
         }
     }
 
     pub(crate) fn remove_range(&mut self, range: Range<u64>) {
-        if range.start + 1 == range.end {
-            self.remove(HostCluster(range.start));
-        } else if !range.is_empty() {
-            self.change(|bitmap| bitmap.remove_range(range));
+        if range.is_empty() {
+            return;
+        }
+        match &mut self.0 {
+            Members::None => {}
+            Members::Run(run) if range.end <= run.start || run.end <= range.start => {}
+            Members::Run(run) if range.start <= run.start => {
+                run.start = range.end.min(run.end);
+                if run.is_empty() {
+                    self.0 = Members::None;
+                }
+            }
+            Members::Run(run) if run.end <= range.end => run.end = range.start,
+            Members::Many(_) if range.start + 1 == range.end => _ = self.change(|bitmap| bitmap.remove(range.start)),
+            Members::Run(_) | Members::Many(_) => _ = self.change(|bitmap| bitmap.remove_range(range)),
         }
     }
 
@@ -115,44 +145,58 @@ impl ClusterSet {
     pub(crate) fn count_in(&self, range: Range<u64>) -> u64 {
         match &self.0 {
             Members::None => 0,
-            Members::One(c) => u64::from(range.contains(c)),
+            Members::Run(run) => range.end.min(run.end).saturating_sub(range.start.max(run.start)),
             Members::Many(bitmap) => bitmap.range_cardinality(range),
         }
     }
 
     pub(crate) fn add_all(&mut self, other: &ClusterSet) {
-        if !other.is_empty() {
-            self.change(|bitmap| *bitmap |= &*other.bitmap());
+        match &other.0 {
+            Members::None => {}
+            Members::Run(run) => self.insert_range(run.clone()),
+            Members::Many(others) => self.change(|bitmap| *bitmap |= others),
         }
     }
 
     pub(crate) fn remove_all(&mut self, other: &ClusterSet) {
-        if !other.is_empty() {
-            self.change(|bitmap| *bitmap -= &*other.bitmap());
+        match &other.0 {
+            Members::None => {}
+            Members::Run(run) => self.remove_range(run.clone()),
+            Members::Many(others) => self.change(|bitmap| *bitmap -= others),
         }
     }
 
     pub(crate) fn intersection(&self, other: &ClusterSet) -> ClusterSet {
+        if let (Members::Run(a), Members::Run(b)) = (&self.0, &other.0) {
+            let mut both = ClusterSet::default();
+            both.insert_range(a.start.max(b.start)..a.end.min(b.end));
+            return both;
+        }
         let both = &*self.bitmap() & &*other.bitmap();
         ClusterSet(if both.is_empty() { Members::None } else { Members::Many(both) })
     }
 
     pub(crate) fn is_disjoint(&self, other: &ClusterSet) -> bool {
-        self.bitmap().is_disjoint(&other.bitmap())
+        match (&self.0, &other.0) {
+            (Members::None, _) | (_, Members::None) => true,
+            (Members::Run(run), _) => other.count_in(run.clone()) == 0,
+            (_, Members::Run(run)) => self.count_in(run.clone()) == 0,
+            (Members::Many(a), Members::Many(b)) => a.is_disjoint(b),
+        }
     }
 
-    fn members(&self) -> (Option<u64>, Option<&RoaringTreemap>) {
+    fn members(&self) -> (Range<u64>, Option<&RoaringTreemap>) {
         match &self.0 {
-            Members::None => (None, None),
-            Members::One(c) => (Some(*c), None),
-            Members::Many(bitmap) => (None, Some(bitmap)),
+            Members::None => (0..0, None),
+            Members::Run(run) => (run.clone(), None),
+            Members::Many(bitmap) => (0..0, Some(bitmap)),
         }
     }
 
     /// The members in ascending order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = u64> + '_ {
-        let (one, many) = self.members();
-        one.into_iter().chain(many.into_iter().flat_map(RoaringTreemap::iter))
+        let (run, many) = self.members();
+        run.chain(many.into_iter().flat_map(RoaringTreemap::iter))
     }
 
     /// The members in ascending order, as ranges of consecutive clusters.
@@ -162,14 +206,14 @@ impl ClusterSet {
 
     /// The members from `start` on, as ranges of consecutive clusters.
     pub(crate) fn runs_from(&self, start: u64) -> impl Iterator<Item = Range<u64>> + '_ {
-        let (one, many) = self.members();
+        let (run, many) = self.members();
         // Not by skipping: the set may be large below `start`.
         let many = many.map(|bitmap| {
             let mut members = bitmap.iter();
             members.advance_to(start);
             members
         });
-        runs(one.filter(|&c| c >= start).into_iter().chain(many.into_iter().flatten()))
+        runs((run.start.max(start)..run.end).chain(many.into_iter().flatten()))
     }
 
     /// The lowest members below `limit`, at most `max` of them.
@@ -186,24 +230,27 @@ impl ClusterSet {
     pub(crate) fn max(&self) -> Option<HostCluster> {
         match &self.0 {
             Members::None => None,
-            Members::One(c) => Some(HostCluster(*c)),
+            Members::Run(run) => Some(HostCluster(run.end - 1)),
             Members::Many(bitmap) => bitmap.max().map(HostCluster),
         }
     }
 
-    /// Takes the lowest run of consecutive members out of the set, at most `max` of them.
+    /// Takes the lowest run of consecutive members out of the set, at most `max` of them (but one at least).
     pub(crate) fn take_run(&mut self, max: u64) -> Option<Range<u64>> {
-        let start = match &self.0 {
+        let taken = match &self.0 {
             Members::None => return None,
-            Members::One(c) => *c,
-            Members::Many(bitmap) => bitmap.min()?,
+            Members::Run(run) => run.start..run.end.min(run.start.saturating_add(max.max(1))),
+            Members::Many(bitmap) => {
+                let start = bitmap.min()?;
+                let mut end = start + 1;
+                while end - start < max && bitmap.contains(end) {
+                    end += 1;
+                }
+                start..end
+            }
         };
-        let mut end = start + 1;
-        while end - start < max && self.contains(HostCluster(end)) {
-            end += 1;
-        }
-        self.remove_range(start..end);
-        Some(start..end)
+        self.remove_range(taken.clone());
+        Some(taken)
     }
 
     /// The lowest run of `count` consecutive members that ends below `limit`.
@@ -244,6 +291,12 @@ mod tests {
         members.iter().copied().map(HostCluster).collect()
     }
 
+    fn run(members: Range<u64>) -> ClusterSet {
+        let mut set = ClusterSet::default();
+        set.insert_range(members);
+        set
+    }
+
     #[test]
     fn runs_are_taken_from_the_low_end() {
         let mut s = set(&[3, 4, 5, 9, 20, 21]);
@@ -258,26 +311,38 @@ mod tests {
 
     /// Whatever is done to a set of few members, it holds what a plain set would.
     #[test]
-    fn sets_of_one_member_are_sets() {
+    fn sets_of_one_run_are_sets() {
         let (mut s, mut plain) = (ClusterSet::default(), std::collections::BTreeSet::new());
         let mut number = 1u64;
         for _ in 0..10_000 {
             number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let (c, what) = ((number >> 40) % 4, (number >> 50) % 6);
+            let (c, d, what) = ((number >> 40) % 6, (number >> 45) % 6, (number >> 50) % 8);
             match what {
                 0 => assert_eq!(s.insert(HostCluster(c)), plain.insert(c)),
                 1 => assert_eq!(s.remove(HostCluster(c)), plain.remove(&c)),
                 2 => {
-                    s.insert_range(c..c + 2);
-                    plain.extend(c..c + 2);
+                    s.insert_range(c..d);
+                    plain.extend(c..d);
+                }
+                5 => {
+                    s.remove_range(c..d);
+                    plain.retain(|m| !(c..d).contains(m));
+                }
+                6 => {
+                    let two = set(&[c, d]);
+                    s.add_all(&two);
+                    plain.extend([c, d]);
+                    assert!(s.is_disjoint(&two.intersection(&set(&[6]))) && !s.is_disjoint(&two));
                 }
                 3 => {
-                    s.remove_range(c..5);
+                    s.remove_range(c..7);
                     plain.retain(|&m| m < c);
                 }
                 4 => {
                     s.remove_all(&set(&[c]));
                     plain.remove(&c);
+                    s.remove_all(&run(c..d));
+                    plain.retain(|m| !(c..d).contains(m));
                 }
                 _ => assert_eq!(s.take_run(1), plain.pop_first().map(|c| c..c + 1)),
             }
@@ -288,8 +353,13 @@ mod tests {
             assert_eq!((s.len(), s.is_empty()), (members.len() as u64, members.is_empty()));
             assert_eq!(s.count_in(1..3), plain.range(1..3).count() as u64);
             s.insert_range(c..c);
-            s.remove_range(4..c);
+            s.remove_range(5..c);
             assert_eq!(s.max().map(|c| c.0), members.last().copied());
+            let (others, count) = (run(c..d), plain.range(c..d.max(c)).count() as u64);
+            assert_eq!((s.is_disjoint(&others), others.is_disjoint(&s)), (count == 0, count == 0));
+            assert_eq!(s.intersection(&others).len(), count);
+            s.add_all(&others);
+            plain.extend(c..d);
             assert_eq!(s.is_disjoint(&set(&[c])), !plain.contains(&c));
             assert_eq!(s.intersection(&set(&[c])).len(), u64::from(s.contains(HostCluster(c))));
         }
