@@ -45,6 +45,11 @@ impl<D: BlockDevice> Image<D> {
         // A refcount block often lies among what it counts, and would hold the end of the file there. No flush is made for
         // this: the next commit makes Junk of the blocks. (Those that count clusters below the limit will be needed.)
         self.drop_empty_blocks(limit).await?;
+        self.cut_tail().await
+    }
+
+    /// The same without looking for more: only the Junk that is there.
+    pub(crate) async fn cut_tail(&self) -> Result<()> {
         let end = self.clusters.lock().junk_tail();
         self.truncate_to(end).await
     }

@@ -78,19 +78,9 @@ impl<D: BlockDevice> Image<D> {
     pub(crate) async fn take_holes(&self, count: u64, limit: u64, purpose: Purpose) -> Result<Holes<'_>> {
         self.prepare_changes().await?;
         let mut refcounts = self.meta.refcounts.lock().await;
-        let mut holes = Holes { clusters: &self.clusters, set: ClusterSet::default() };
         // Only who has the refcounts takes from Junk, so the holes stay while they are counted.
         let free = self.countable_junk(&refcounts, count, limit);
-        for run in free {
-            refcounts.add(&self.volume, run.clone(), 1).await?;
-            holes.set.insert_range(run.clone());
-            let mut states = self.clusters.lock();
-            states.junk.remove_range(run.clone());
-            match purpose {
-                Purpose::Copy => states.copies.insert_range(run),
-                Purpose::Erase => states.roots.insert_range(run),
-            }
-        }
+        let mut holes = self.count_holes(&mut refcounts, free, purpose).await?;
         if purpose == Purpose::Copy && holes.set.len() < count {
             // Then the pool, which is counted already: what it held near the start of the file would stay there as holes
             // when it is given back. New clusters for guests can be made at the end.
@@ -100,6 +90,42 @@ impl<D: BlockDevice> Image<D> {
                 set.remove_all(&taken);
                 states.copies.add_all(&taken);
                 holes.set.add_all(&taken);
+            }
+        }
+        Ok(holes)
+    }
+
+    /// What [`take_holes`](Self::take_holes) would take out of Junk, for somebody who [chooses](Self::take_chosen).
+    pub(crate) async fn offer_holes(&self, count: u64, limit: u64) -> Vec<Range<u64>> {
+        let refcounts = self.meta.refcounts.lock().await;
+        self.countable_junk(&refcounts, count, limit)
+    }
+
+    /// Junk → Copies: those that are Junk, still, and counts them. The caller has the compaction's turn.
+    pub(crate) async fn take_chosen(&self, chosen: &ClusterSet) -> Result<Holes<'_>> {
+        self.prepare_changes().await?;
+        let mut refcounts = self.meta.refcounts.lock().await;
+        let free = chosen.intersection(&self.clusters.lock().junk);
+        let free = free.runs().filter(|run| refcounts.can_count(run)).collect();
+        self.count_holes(&mut refcounts, free, Purpose::Copy).await
+    }
+
+    /// Takes these out of Junk.
+    async fn count_holes(
+        &self,
+        refcounts: &mut Refcounts,
+        free: Vec<Range<u64>>,
+        purpose: Purpose,
+    ) -> Result<Holes<'_>> {
+        let mut holes = Holes { clusters: &self.clusters, set: ClusterSet::default() };
+        for run in free {
+            refcounts.add(&self.volume, run.clone(), 1).await?;
+            holes.set.insert_range(run.clone());
+            let mut states = self.clusters.lock();
+            states.junk.remove_range(run.clone());
+            match purpose {
+                Purpose::Copy => states.copies.insert_range(run),
+                Purpose::Erase => states.roots.insert_range(run),
             }
         }
         Ok(holes)

@@ -9,6 +9,8 @@
 //!   afterwards; it is durable once a later flush has made the new reference durable too.
 //! - Cut after the second: nothing refers to the sources; until they are uncounted they are leaks.
 
+use tokio::time::{Duration, Instant};
+
 use super::pacing::Pacer;
 use super::place::place;
 use super::plan::{floor, plan};
@@ -35,12 +37,20 @@ const BATCH_CLUSTERS: u64 = 16384;
 /// The same where the holes occupy no space: then what is in the file twice takes space that it did not take before, of which the
 /// host may have little.
 const SPARSE_BATCH_BYTES: u64 = 4 << 20;
-/// So many of the next holes tell whether they do.
-const SAMPLE: u64 = 8;
+/// And then it is moved in parts, each with a flush of its own: of this many bytes, or as many as could be copied while what a
+/// flush takes goes by.
+const SPARSE_PART_BYTES: u64 = 256 << 10;
+const COPIED_PER_SECOND: u64 = 1 << 30;
+/// So many of the next holes, which lie among so many times as many, tell whether they do.
+const SAMPLE: usize = 8;
+const SPREAD: usize = 64;
 /// A copy is made of at most this many bytes before guests and the rate limit get a look in.
 pub(super) const COPY_BYTES: u64 = 1 << 20;
 /// The device is told what will be read at least this much in advance.
 const AHEAD_BYTES: u64 = 8 << 20;
+/// A batch chooses, for runs of clusters that are to stay whole, among so many times the holes that it fills. The others are there
+/// for the batches that follow.
+const CHOICE: u64 = 2;
 /// A scan remembers at most this many clusters; what does not fit is found by the next one.
 const SCAN_CLUSTERS: usize = 1 << 18;
 
@@ -91,6 +101,7 @@ pub async fn compact<D: BlockDevice>(
         copier: Copier::default(),
         moved: 0,
         crowded: false,
+        waited: Duration::ZERO,
         roomy: false,
         gathered: false,
     };
@@ -138,6 +149,12 @@ fn whole_runs(sources: &[(HostCluster, Reference)], count: usize) -> usize {
     (count - count / 4..=count).rev().filter(|&at| at > 0).find(cut).unwrap_or(count)
 }
 
+/// How many bytes to move at once, if the holes occupy no space, where what does not depend on that takes so long.
+fn sparse_part(taken: Duration) -> u64 {
+    let meanwhile = taken.as_secs_f64() * COPIED_PER_SECOND as f64;
+    (meanwhile as u64).clamp(SPARSE_PART_BYTES, SPARSE_BATCH_BYTES)
+}
+
 /// How a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
@@ -159,6 +176,8 @@ pub(super) struct Compaction<'a, D: BlockDevice> {
     /// The last round had no holes left for all that should move. The refcount blocks that will not be needed in the end may be
     /// in the way: they stand among the clusters that stay, and are needed as long as one cluster that they count is not moved.
     crowded: bool,
+    /// How long the last part of a batch waited for requests under way and for its flush.
+    waited: Duration,
     /// So this round leaves them the room that they take: what it moves may be moved once more when they are gone.
     roomy: bool,
     /// Clusters that hold little compressed data have been emptied: that is done once, since what fits nowhere better would be
@@ -253,15 +272,15 @@ impl<D: BlockDevice> Compaction<'_, D> {
         self.crowded = false;
         let mut rest = &plan.sources[..];
         while !rest.is_empty() {
-            let (sources, others) = rest.split_at(whole_runs(rest, self.batch_size()));
-            rest = others;
+            let (left, count) = (rest, whole_runs(rest, self.batch_size()));
+            rest = rest.get(count..).unwrap_or_default();
             self.progress.file_size = image.file_size();
             if !progress(self.progress) {
                 return Ok(false);
             }
             self.yield_turn().await?;
-            match self.batch(sources, plan.limit, progress).await? {
-                Ended::Whole => self.progress.done += sources.len() as u64,
+            match self.batch(left, count, plan.limit, progress).await? {
+                Ended::Whole => {}
                 Ended::NoHoles => {
                     self.crowded = true;
                     break;
@@ -286,14 +305,13 @@ impl<D: BlockDevice> Compaction<'_, D> {
     /// Whether most of the holes that are filled next occupy no space.
     fn takes_space(&self) -> bool {
         let bits = self.image.meta.geometry.cluster_bits;
-        let next = self.image.clusters.lock().junk.lowest(SAMPLE, u64::MAX);
-        let (device, mut holes) = (self.image.volume.device(), 0);
-        for run in next.runs() {
-            if device.is_hole(run.start << bits, (run.end - run.start) << bits) {
-                holes += run.end - run.start;
-            }
-        }
-        holes * 2 > next.len()
+        let next: Vec<u64> = {
+            let states = self.image.clusters.lock();
+            states.junk.iter().take(SAMPLE * SPREAD).collect()
+        };
+        let sample = next.iter().step_by(next.len().div_ceil(SAMPLE).max(1));
+        let device = self.image.volume.device();
+        sample.clone().filter(|&&cluster| device.is_hole(cluster << bits, 1 << bits)).count() * 2 > sample.count()
     }
 
     /// Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
@@ -316,24 +334,68 @@ impl<D: BlockDevice> Compaction<'_, D> {
         floor(&states, empty as u64)
     }
 
-    /// Moves a batch of clusters below `limit`.
+    /// Moves the first `count` of the clusters that are left to move, a batch of them, below `limit`.
     async fn batch(
         &mut self,
-        sources: &[(HostCluster, Reference)],
+        left: &[(HostCluster, Reference)],
+        count: usize,
         limit: u64,
         progress: &mut (dyn FnMut(Progress) -> bool + Send),
     ) -> Result<Ended> {
         let image = self.image;
-        let mut holes = image.take_holes(sources.len() as u64, limit, Purpose::Copy).await?;
-        if holes.set.is_empty() {
+        let sources = left.get(..count).unwrap_or(left);
+        // Before the batch's own holes are none any more.
+        let is_sparse = self.takes_space();
+        let group = (COPY_BYTES >> image.meta.geometry.cluster_bits).max(1) as usize;
+        let offered = image.offer_holes(sources.len() as u64 * CHOICE, limit).await;
+        let room: u64 = offered.iter().map(|run| run.end - run.start).sum();
+        let (mut holes, mut moves);
+        if room < sources.len() as u64 {
+            holes = image.take_holes(sources.len() as u64, limit, Purpose::Copy).await?;
+            let sources = sources.iter().take(holes.set.len() as usize).copied().collect();
+            moves = place(sources, &holes.set.runs().collect::<Vec<_>>(), group);
+        } else {
+            // Towards the end, what is left of holes is to do for the batches that follow, too.
+            let is_last_choice = room < sources.len() as u64 * CHOICE && left.len() as u64 <= room;
+            moves = place(if is_last_choice { left } else { sources }.to_vec(), &offered, group);
+            if is_last_choice {
+                let these: ClusterSet = sources.iter().map(|&(src, _)| src).collect();
+                moves.retain(|m| these.contains(m.src));
+            }
+            holes = image.take_chosen(&moves.iter().map(|m| m.dst).collect()).await?;
+            moves.retain(|m| holes.set.contains(m.dst));
+        }
+        if moves.is_empty() {
             return Ok(Ended::NoHoles);
         }
-        let sources = sources.iter().take(holes.set.len() as usize).copied().collect();
-        let group = (COPY_BYTES >> image.meta.geometry.cluster_bits).max(1);
-        let moves = place(sources, &holes.set.runs().collect::<Vec<_>>(), group as usize);
-        let ended = self.carry_out(Batch::new(moves), &mut holes, progress).await;
-        self.pacer.repay().await;
-        ended
+        let mut ended = Ended::Whole;
+        let done = self.progress.done + sources.len() as u64;
+        let bits = image.meta.geometry.cluster_bits;
+        let bytes = (moves.len() as u64) << bits;
+        if bytes <= SPARSE_BATCH_BYTES && sparse_part(self.waited) < bytes && is_sparse {
+            // From the end of the file on, so that each part can be cut off after the next one.
+            moves.sort_unstable_by_key(|m| std::cmp::Reverse(m.src));
+            let mut rest = &mut moves[..];
+            while !rest.is_empty() && ended == Ended::Whole {
+                let count = (sparse_part(self.waited) >> bits).max(1) as usize;
+                let (part, others) = rest.split_at_mut(count.min(rest.len()));
+                rest = others;
+                part.sort_unstable_by_key(|m| m.dst);
+                ended = self.carry_out(Batch::new(part.to_vec()), &mut holes, progress).await?;
+                self.progress.done += part.len() as u64;
+                self.pacer.repay().await;
+                if !broken(Mutation::TruncateBeforeDurable) {
+                    image.cut_tail().await?;
+                }
+            }
+        } else {
+            ended = self.carry_out(Batch::new(moves), &mut holes, progress).await?;
+            self.pacer.repay().await;
+        }
+        if ended == Ended::Whole {
+            self.progress.done = done;
+        }
+        Ok(ended)
     }
 
     /// Takes a batch through its states. `holes` keeps the destinations that were not used.
@@ -347,16 +409,20 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let mut active = Active { image, standing: Vec::new(), rewritten: Vec::new() };
         image.moves.publish(&batch.moves);
         active.gauge(0, batch.moves.len());
+        let published = Instant::now();
         // Writers that looked a source up before the moves were published may still be writing to it.
         if !broken(Mutation::CopyWithoutGrace) {
             image.epochs.grace().await;
         }
         self.pacer.expose();
+        let began = Instant::now();
         let ended = self.copy(&batch.moves, &mut active.standing, progress).await?;
         let copied = Batch::copied(active.standing.clone(), image.meta.stamp());
         active.gauge(1, copied.moves.len());
+        let copied_at = Instant::now();
         // Also the flush that makes the references of the batch before durable.
         let token = if broken(Mutation::RewriteBeforeFlush) { FlushToken::unproven() } else { image.commit().await? };
+        self.waited = (began - published) + copied_at.elapsed();
         // The commit began after the stamp was taken; if it had not, nothing would be rewritten.
         let Ok(flushed) = copied.flushed(&token) else { return Ok(ended) };
         active.gauge(2, flushed.moves.len());
@@ -444,5 +510,17 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let bits = self.image.meta.geometry.cluster_bits;
         let sources: ClusterSet = moves.iter().map(|m| m.src).collect();
         sources.runs().for_each(|run| self.image.volume.will_read(run.start << bits..run.end << bits));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_as_small_as_flushes_are_quick() {
+        assert_eq!(sparse_part(Duration::ZERO), SPARSE_PART_BYTES);
+        assert_eq!(sparse_part(Duration::from_millis(1)), COPIED_PER_SECOND / 1000);
+        assert_eq!(sparse_part(Duration::from_secs(1)), SPARSE_BATCH_BYTES);
     }
 }

@@ -217,15 +217,45 @@ async fn filling_holes_takes_little_space() {
     recycler.await.unwrap();
     let before = made.space();
     assert!(before + gone * CLUSTER / 2 < full, "{before} bytes of {full}: nothing was punched");
-    let mut peak = 0;
-    let report = compact(&made.image, &mut |_| {
+    let breaks = made.breaks().await;
+    let (mut peak, mut done) = (0, 0);
+    let report = compact(&made.image, &mut |p| {
         peak = made.space().max(peak);
+        assert!(p.done >= done, "{} clusters were done, and then {}", done, p.done);
+        done = p.done;
         true
     })
     .await
     .unwrap();
     assert!(report.moved > 22 << 20, "{report:?}");
+    // One seam, and a few between batches, however small the parts are that they are moved in.
+    let after = made.breaks().await;
+    assert!(after <= breaks + 2 + 16, "{breaks} runs were cut before, {after} are now");
     assert!(peak < before + (14 << 20), "{before} bytes before, {peak} at most meanwhile; {report:?}");
     made.verify(in_runs).await;
     made.image.close().await.unwrap();
+}
+
+/// Guests that write much between two flushes find as much room after the next one: a flush that is made anyway makes it durable.
+#[tokio::test]
+async fn the_file_grows_ahead_as_far_as_guests_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = HostFile::create(dir.path().join("disk")).unwrap();
+    create(&device, &CreateOptions::new(1 << 30)).await.unwrap();
+    let image = Image::open(device, Options::default()).await.unwrap();
+    let mut at = 0;
+    for (written, ahead) in [(400, 200..=800), (10, 190..=800), (400, 200..=800), (3000, 512..=2048)] {
+        for _ in 0..written {
+            image.write(at, IoBuf::new(&[1; 4096])).await.unwrap();
+            at += CLUSTER;
+        }
+        image.flush().await.unwrap();
+        let available = image.stats().available / CLUSTER;
+        assert!(
+            ahead.contains(&available),
+            "{available} clusters of room after {written} were taken; expected {ahead:?}"
+        );
+    }
+    image.close().await.unwrap();
+    assert!(fs::metadata(dir.path().join("disk")).unwrap().len() < at + (2 << 20), "room was left in the file");
 }
