@@ -54,3 +54,20 @@ def test_zeroes_give_clusters_back_only_when_told(image_path: Path, unmap: bool)
         assert Qcow2(image_path).mapping(at)[1] == hosts[at] | 1 << 63
     qemu.assert_clean(image_path)
     qemu.assert_contents(image_path, expected)
+
+
+def test_zeroes_in_an_old_overlay_hide_what_is_beneath(tmp_path: Path) -> None:
+    """Version 2 knows no zero clusters: what may not be unmapped must be written, with data before or without."""
+    base, overlay = tmp_path / "base.raw", tmp_path / "overlay.qcow2"
+    base.write_bytes(b"\5" * (1 << 20))
+    qemu.create(overlay, 1 << 20, backing=base, backing_format="raw", compat="0.10")
+    with qcow_recycler.open(overlay, backing="allow") as image:
+        image.write(0, b"\6" * 2 * CLUSTER)
+        for _ in range(2):
+            image.write(0, b"\6" * 2 * CLUSTER)
+            image.write_zeroes(CLUSTER, CLUSTER, may_unmap=True)
+        image.write_zeroes(4 * CLUSTER, 2 * CLUSTER, may_unmap=True)
+        expected = b"\6" * CLUSTER + bytes(CLUSTER) + b"\5" * 2 * CLUSTER + bytes(2 * CLUSTER)
+        assert image.read(0, 6 * CLUSTER) == expected
+    qemu.assert_clean(overlay)
+    qemu.assert_contents(overlay, expected + b"\5" * 10 * CLUSTER)

@@ -81,8 +81,14 @@ pub enum Mutation {
     LeaveUnnoticed,
     /// Who waits for a turn asks to be woken up only after the turns were looked at.
     WaitForTurnUnregistered,
+    /// Who freezes the mapping does not wait for those who are just changing it.
+    FreezeUnlocked,
     /// A slice's place in memory is filled anew before the look-ups are told that it is another slice's.
     TagAfterEntries,
+    /// Who has frozen the mapping waits for those who wait for that to end.
+    TurnWhileFrozen,
+    /// A slice's place in memory is filled anew while somebody has locked the slice.
+    FillLocked,
     /// Runs of a slice are looked for while somebody is changing it.
     RunsWithoutLock,
     /// Who makes the file longer does not look whether somebody else has done so meanwhile.
@@ -137,11 +143,14 @@ impl Mutation {
     pub const COMMIT: [Mutation; 1] = [Mutation::EmptyBeforeBase];
 
     /// Those that only an interleaving of a few instructions shows: the models (see `src/models`) must find them.
-    pub const INTERLEAVINGS: [Mutation; 8] = [
+    pub const INTERLEAVINGS: [Mutation; 11] = [
         Mutation::EnterUnchecked,
         Mutation::LeaveUnnoticed,
         Mutation::WaitForTurnUnregistered,
+        Mutation::FreezeUnlocked,
         Mutation::TagAfterEntries,
+        Mutation::TurnWhileFrozen,
+        Mutation::FillLocked,
         Mutation::RunsWithoutLock,
         Mutation::ExtendUnlooked,
         Mutation::BoundsAfterEntry,

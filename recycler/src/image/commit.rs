@@ -206,7 +206,7 @@ impl<D: BlockDevice> Image<D> {
     /// have.
     async fn empty(&self) -> Result<()> {
         let _compaction = self.compaction.lock().await;
-        let _frozen = self.structure.write().await;
+        let _frozen = self.freeze().await;
         self.prepare_changes().await?;
         self.forget_past(0).await?;
         self.commit().await?;

@@ -1,7 +1,6 @@
 //! Discards and zeroes.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use super::Image;
 use super::mapping::{Purpose, RunKind};
@@ -11,7 +10,8 @@ use crate::device::BlockDevice;
 use crate::device::volume::{PIECE, zeroes};
 use crate::error::{Error, Result};
 use crate::format::l2::{self, Entry, Mapping};
-use crate::metadata::slice::{Entries as _, Slice};
+use crate::metadata::l2::LockedSlice;
+use crate::metadata::slice::Entries as _;
 use crate::mutation::{Mutation, broken};
 use crate::sync::AsyncRwLockReadGuard;
 use crate::sync::atomic::Ordering;
@@ -87,16 +87,15 @@ impl<D: BlockDevice> Image<D> {
         if !whole
             || clusters.start / per_slice != (clusters.end - 1) / per_slice
             || self.meta.external
+            || self.meta.version < 3 && !self.can_unmap_v2(Clear::Unmap)
             || broken(Mutation::ReuseFreedAtOnce)
             || !self.prepared.load(Ordering::Acquire)
         {
             return Ok(false);
         }
         let first = GuestCluster(clusters.start);
-        let Ok(_unfrozen) = self.structure.try_read() else { return Ok(false) };
-        let found = self.slice_at_once(first, clusters.end - clusters.start)?;
-        let Some((slice, index)) = found else { return Ok(false) };
-        self.clear_entries(&slice, index, clusters, Clear::Unmap)?;
+        let Some(own) = self.lock_at_once(first, clusters.end - clusters.start)? else { return Ok(false) };
+        self.clear_entries(own, clusters, Clear::Unmap)?;
         Ok(true)
     }
 
@@ -112,11 +111,14 @@ impl<D: BlockDevice> Image<D> {
     async fn clear_request(&self, offset: u64, length: u64, clear: Clear) -> Result<()> {
         let request = self.begin_waiting(offset, length, Purpose::Write).await?;
         self.ensure_data()?;
+        let at_once = clear == Clear::Unmap && self.unmap_at_once(offset, length)?;
         // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
         let end = offset + length;
         let whole_end =
             if end == self.virtual_size() { end.next_multiple_of(self.meta.geometry.cluster_size()) } else { end };
-        self.clear_range(offset, end, whole_end, clear, Access::Shared).await?;
+        if !at_once {
+            self.clear_range(offset, end, whole_end, clear, Access::Shared).await?;
+        }
         request.count(Counter::Discards, 1);
         request.count(Counter::DiscardBytes, length);
         drop(request);
@@ -239,7 +241,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external && clear == Clear::Unmap && !self.encryption.is_on() {
             self.punch_outside(&slice, index, clusters.clone()).await?;
         }
-        self.clear_entries(&slice, index, clusters, clear)
+        self.clear_entries((&slice, slice.write(), index), clusters, clear)
     }
 
     /// The entry of a guest cluster that is cleared.
@@ -260,10 +262,14 @@ impl<D: BlockDevice> Image<D> {
 
     /// Clears clusters whose entries have been checked, in a slice of a table that is the disk's alone. The mapping is not
     /// frozen, or by the caller.
-    fn clear_entries(&self, slice: &Arc<Slice>, index: usize, clusters: Range<u64>, clear: Clear) -> Result<()> {
+    fn clear_entries(
+        &self,
+        (slice, mut entries, index): LockedSlice<'_>,
+        clusters: Range<u64>,
+        clear: Clear,
+    ) -> Result<()> {
         let geometry = self.meta.geometry;
         let vacates = self.meta.external && clear == Clear::Unmap && self.encryption.is_on();
-        let mut entries = slice.write();
         for (i, guest) in clusters.enumerate() {
             let entry = entries.get(index + i);
             let mapping = self.decode(GuestCluster(guest), entry)?;
@@ -290,7 +296,7 @@ impl<D: BlockDevice> Image<D> {
     /// Changes of the mapping wait while somebody has frozen it, except for those of the one who did.
     pub(super) async fn unfrozen(&self, access: Access) -> Option<AsyncRwLockReadGuard<'_, ()>> {
         match access {
-            Access::Shared => Some(self.structure.read().await),
+            Access::Shared => Some(self.structure.share().await),
             Access::Frozen => None,
         }
     }

@@ -37,7 +37,7 @@ impl<D: BlockDevice> Image<D> {
     /// [`Clusters::replenish`]: crate::clusters::Clusters::replenish
     async fn replenish(&self) {
         // Neither while somebody needs the mapping, and with it the pool, to stand still, nor after the pool was given back.
-        let Ok(_unfrozen) = self.structure.try_read() else { return };
+        let Some(_unfrozen) = self.structure.try_share() else { return };
         if self.is_closed() {
             return;
         }

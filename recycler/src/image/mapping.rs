@@ -248,7 +248,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// What is stored from `at` on, as far as these entries tell.
     #[inline]
-    fn run_in(&self, entries: &impl Entries, index: usize, at: GuestOffset, max: u64) -> Result<Run> {
+    pub(super) fn run_in(&self, entries: &impl Entries, index: usize, at: GuestOffset, max: u64) -> Result<Run> {
         let cluster_size = self.meta.geometry.cluster_size();
         let within = at.0 & (cluster_size - 1);
         let guest = self.meta.geometry.guest_cluster(at);

@@ -25,6 +25,7 @@ pub(crate) mod relocate;
 mod resize;
 pub(crate) mod shared;
 pub(crate) mod snapshots;
+mod structure;
 mod subclusters;
 pub(crate) mod turns;
 mod upgrade;
@@ -51,12 +52,13 @@ use crate::format::header::Header;
 use crate::metadata::Metadata;
 use crate::options::{Logger, Options};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{AsyncMutex, AsyncMutexGuard, AsyncRwLock, Mutex, Notify};
+use crate::sync::{AsyncMutex, AsyncMutexGuard, Mutex, Notify};
 use backing::Backing;
 use bitmaps::Bitmaps;
 use data_file::DataFile;
 use encryption::Encryption;
 use obstacles::{Obstacle, Obstacles};
+use structure::{Frozen, Structure};
 use turns::Turns;
 use vacated::Vacated;
 
@@ -100,16 +102,15 @@ pub struct Image<D: BlockDevice> {
     prepared: AtomicBool,
     /// Closed while nobody may write.
     pub(crate) gate: gate::Gate,
-    /// Guest clusters that a request is allocating.
+    /// Guest clusters that a request is allocating (but for first writes that are made at once).
     allocating: Turns,
     /// Room for compressed data.
     room: AsyncMutex<compress::Room>,
     /// L1 entries whose L2 table a request is making or copying.
     table_turns: Turns,
-    /// Shared by requests that change the mapping, exclusive for those that need it to stand still. Never waited for by
-    /// somebody whom a grace period waits for *and* whose exclusive holder waits for a grace period: the exclusive holder
-    /// never does, but for `close`, after the last request.
-    structure: AsyncRwLock<()>,
+    /// Shared by requests that change the mapping, frozen by those that need it to stand still. A grace period is never awaited
+    /// while it is frozen: requests that wait for it are in flight. (But by `close`, after the last request.)
+    structure: Structure,
     /// One at a time moves or erases clusters, or excludes that.
     pub(crate) compaction: AsyncMutex<()>,
     /// Notified when there may be something for the recycler to do.
@@ -176,6 +177,11 @@ impl<D: BlockDevice> Image<D> {
         Ok(turn)
     }
 
+    /// Waits until nobody changes the mapping, and keeps it so. The caller has the recycler's turn.
+    pub(crate) async fn freeze(&self) -> Frozen<'_> {
+        self.structure.freeze(&self.obstacles, &self.meta.l2).await
+    }
+
     /// Checks the image while it is open: everything is written back, then the file is read as any other program would
     /// read it. Requests that change the mapping wait meanwhile, and so does the recycler; reads and overwrites go on.
     ///
@@ -188,7 +194,7 @@ impl<D: BlockDevice> Image<D> {
             return Err(Error::Closed);
         }
         let _compaction = self.compaction.lock().await;
-        let _frozen = self.structure.write().await;
+        let _frozen = self.freeze().await;
         let mut ahead = 0;
         if !self.options.read_only {
             self.leave_room().await;

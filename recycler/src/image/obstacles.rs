@@ -14,6 +14,8 @@ pub(crate) enum Obstacle {
     Gate = 4,
     /// A bitmap records what is changed.
     Recording = 8,
+    /// The mapping stands still (see [`structure`](super::structure)).
+    Frozen = 16,
 }
 
 /// What stands in the way now.

@@ -9,6 +9,7 @@ use super::encryption::Encryption;
 use super::gate::Gate;
 use super::obstacles::{Obstacle, Obstacles};
 use super::snapshots::Snapshots;
+use super::structure::Structure;
 use super::turns::Turns;
 use super::{Counters, Image};
 use crate::buf::IoBufMut;
@@ -24,7 +25,7 @@ use crate::format::snapshot::{self, Snapshot};
 use crate::metadata::Metadata;
 use crate::options::{LogLevel, Options};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
-use crate::sync::{AsyncMutex, AsyncRwLock, Mutex, Notify};
+use crate::sync::{AsyncMutex, Mutex, Notify};
 
 /// What a program gives with an image, so that it is not looked for on the host.
 pub(super) struct Given<D> {
@@ -150,7 +151,7 @@ impl<D: BlockDevice> Image<D> {
             allocating: Turns::default(),
             room: AsyncMutex::default(),
             table_turns: Turns::default(),
-            structure: AsyncRwLock::default(),
+            structure: Structure::default(),
             compaction: AsyncMutex::default(),
             work: Notify::default(),
             volume,

@@ -17,14 +17,15 @@
 //! transfer after the other.
 
 use super::Image;
-use super::mapping::{Purpose, RunKind};
+use super::mapping::{Purpose, Run, RunKind};
 use super::obstacles::Obstacle;
 use crate::buf::{IoBuf, IoBufMut};
 use crate::clusters::epochs::{Counter, InFlight};
 use crate::device::BlockDevice;
 use crate::error::Result;
 use crate::format::l2::{Entry, Mapping};
-use crate::metadata::slice::Entries as _;
+use crate::metadata::l2::Loaded;
+use crate::metadata::slice::{Entries as _, Sector};
 use crate::sync::atomic::Ordering;
 use crate::units::{GuestOffset, HostOffset};
 
@@ -113,23 +114,28 @@ impl<D: BlockDevice> Image<D> {
     /// [`Error::Invalid`](crate::Error::Invalid) for a table entry that cannot be;
     /// [`Error::PassphraseNeeded`](crate::Error::PassphraseNeeded).
     pub(crate) fn plan(&self, _in_flight: &InFlight<'_>, at: u64, max: u64, purpose: Purpose) -> Result<Planned> {
-        let plain = self.plain_span != 0;
-        if !plain {
+        if self.plain_span == 0 {
             self.encryption.ensure_open()?;
         }
-        let Some(run) = self.lookup_cached(GuestOffset(at), max, purpose)? else { return Ok(Planned::Wait) };
+        let run = self.lookup_cached(GuestOffset(at), max, purpose)?;
+        Ok(run.map_or(Planned::Wait, |run| self.plan_run(at, run, purpose)))
+    }
+
+    fn plan_run(&self, at: u64, run: Run, purpose: Purpose) -> Planned {
         let length = run.length;
-        Ok(match (run.kind, purpose) {
+        match (run.kind, purpose) {
             // The last cluster of the file may be cut short: that is for the asynchronous path to handle.
             (RunKind::Data { host, copied }, _)
-                if plain && (copied || purpose == Purpose::Read) && host.0 + length <= self.guest_volume().length() =>
+                if self.plain_span != 0
+                    && (copied || purpose == Purpose::Read)
+                    && host.0 + length <= self.guest_volume().length() =>
             {
                 Planned::Transfer { host, length }
             }
             (RunKind::Zero, Purpose::Read) => Planned::Zeroes { length },
             (RunKind::Unallocated, Purpose::Read) if self.backing.is_zero_from(at) => Planned::Zeroes { length },
             _ => Planned::Wait,
-        })
+        }
     }
 
     /// Reads a request of the commonest kind at once: `false` if it is not of that kind.
@@ -161,8 +167,22 @@ impl<D: BlockDevice> Image<D> {
     pub(super) fn read_at_once(&self, request: &InFlight<'_>, offset: u64, buf: &mut IoBufMut<'_>) -> Result<usize> {
         let (mut done, mut loaded) = (0, None);
         while done < buf.len() {
-            let max = (buf.len() - done) as u64;
-            match self.plan(request, offset + done as u64, max, Purpose::Read)? {
+            let (at, max) = (offset + done as u64, (buf.len() - done) as u64);
+            let mut planned = self.plan(request, at, max, Purpose::Read)?;
+            if planned == Planned::Wait {
+                let mut sector = Sector::default();
+                // What needs more than the entry needs the slice in the end.
+                let once = (self.plain_span != 0 && !self.backing.exists()).then_some(&mut sector);
+                match self.load_at_once(at, &mut loaded, once)? {
+                    None | Some(Loaded::NoTable) => break,
+                    Some(Loaded::Slice) => continue,
+                    Some(Loaded::Sector(index)) => {
+                        let run = self.run_in(&sector, index, GuestOffset(at), max)?;
+                        planned = self.plan_run(at, run, Purpose::Read);
+                    }
+                }
+            }
+            match planned {
                 Planned::Transfer { host, length } => {
                     let end = done + length as usize;
                     match self.guest_volume().read_now("reading guest data", host.0, buf.slice(done..end)) {
@@ -176,29 +196,21 @@ impl<D: BlockDevice> Image<D> {
                     buf.slice(done..end).fill_zero();
                     done = end;
                 }
-                Planned::Wait => {
-                    if !self.load_at_once(offset + done as u64, &mut loaded)? {
-                        break;
-                    }
-                }
+                Planned::Wait => break,
             }
         }
         Ok(done)
     }
 
     /// The next bytes of a request could not be planned: if that is for want of a slice, and the device can read it at once,
-    /// it is in memory afterwards (or there is no table, which the asynchronous path says). `loaded` is the last place that
-    /// this was done for, since once is enough.
+    /// it does. `loaded` is the last place that this was done for, since once is enough.
     #[cold]
-    fn load_at_once(&self, at: u64, loaded: &mut Option<u64>) -> Result<bool> {
+    fn load_at_once(&self, at: u64, loaded: &mut Option<u64>, once: Option<&mut Sector>) -> Result<Option<Loaded>> {
         let guest = self.meta.geometry.guest_cluster(GuestOffset(at));
-        if loaded.replace(at) == Some(at) || self.meta.l2.cached(guest).is_some() {
-            return Ok(false);
+        if loaded.replace(at) == Some(at) || self.meta.l2.is_seen(guest) {
+            return Ok(None);
         }
-        match self.meta.l2.load_now(&self.volume, &self.meta.l1, guest) {
-            Some(result) => result,
-            None => Ok(false),
-        }
+        self.meta.l2.load_now(&self.volume, &self.meta.l1, guest, once).transpose()
     }
 
     /// Writes as much as can be written at once; returns how many bytes that were.
@@ -208,10 +220,10 @@ impl<D: BlockDevice> Image<D> {
             let max = (buf.len() - done) as u64;
             let planned = self.plan(request, offset + done as u64, max, Purpose::Write)?;
             let Planned::Transfer { host, length } = planned else {
-                if self.load_at_once(offset + done as u64, &mut loaded)? {
-                    continue;
+                match self.load_at_once(offset + done as u64, &mut loaded, None)? {
+                    Some(Loaded::Slice) => continue,
+                    _ => break,
                 }
-                break;
             };
             let end = done + length as usize;
             match self.guest_volume().write_now("writing guest data", host.0, buf.slice(done..end)) {
@@ -226,6 +238,9 @@ impl<D: BlockDevice> Image<D> {
     /// Writes for the first time to a cluster that reads as zeroes and has no place yet, at once. `false` if this is anything
     /// else, or if somebody must be waited for; then the range holds what it held.
     ///
+    /// Somebody else may link a cluster of his own meanwhile, since no turn is taken: whoever links, looks under the slice's lock
+    /// whether the entry is still what it was. The caller is in flight.
+    ///
     /// The same steps as [`write_new`](Self::write_new), in the same order, and for its reasons: the data first, then the entry,
     /// if it has not changed meanwhile, behind a barrier unless the cluster's zeroes and its count are durable.
     pub(super) fn write_first_at_once(&self, offset: u64, buf: IoBuf<'_>) -> Result<bool> {
@@ -237,10 +252,14 @@ impl<D: BlockDevice> Image<D> {
             return Ok(false);
         }
         let guest = geometry.guest_cluster(GuestOffset(offset));
-        let Some(_turn) = self.allocating.try_take(self.turn_for(guest.0..guest.0 + 1)) else { return Ok(false) };
-        let Ok(_unfrozen) = self.structure.try_read() else { return Ok(false) };
-        let Some((slice, index)) = self.slice_at_once(guest, 1)? else { return Ok(false) };
-        let entry = slice.read().get(index);
+        if self.obstacles.has(Obstacle::Frozen) {
+            return Ok(false);
+        }
+        let Some((view, index)) = self.meta.l2.view(guest) else { return Ok(false) };
+        let entry = view.get(index);
+        if !view.still() || !view.may_link(index) && self.lock_at_once(guest, 1)?.is_none() {
+            return Ok(false);
+        }
         let mapping = self.decode(guest, entry)?;
         let placeless = matches!(mapping, Mapping::Unallocated | Mapping::Zero { preallocated: None });
         if !placeless || !self.reads_as_zero(mapping, offset - within) {
@@ -262,10 +281,11 @@ impl<D: BlockDevice> Image<D> {
         if !allocation.durable {
             self.meta.require_barrier();
         }
-        let mut entries = self.meta.l2.modify(&slice);
+        let Some((slice, mut entries, index)) = self.lock_at_once(guest, 1)? else { return Ok(false) };
         if entries.get(index) != entry {
             return Ok(false);
         }
+        self.meta.l2.will_change(slice);
         entries.set(index, Entry::data(host, geometry));
         allocation.link_first(1);
         drop(entries);

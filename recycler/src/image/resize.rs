@@ -60,7 +60,7 @@ impl<D: BlockDevice> Image<D> {
         // From here on no request reaches past the new end; those that do, end.
         self.virtual_size.store(size, Ordering::SeqCst);
         self.epochs.grace().await;
-        let _frozen = self.structure.write().await;
+        let _frozen = self.freeze().await;
         if broken(Mutation::ForgetBeforeSize) {
             self.forget_past(size).await?;
         }
@@ -112,7 +112,7 @@ impl<D: BlockDevice> Image<D> {
 
     async fn grow_disk(&self, size: u64, old: u64, entries: u64) -> Result<()> {
         let geometry = self.meta.geometry;
-        let _frozen = self.structure.write().await;
+        let _frozen = self.freeze().await;
         if self.meta.version < 3 && self.backing.size() > old {
             return Err(Error::unsupported("growing a version 2 image over the end of a longer backing file"));
         }

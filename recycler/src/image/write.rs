@@ -3,6 +3,7 @@
 use super::Image;
 use super::discard::Access;
 use super::mapping::{Purpose, RunKind};
+use super::obstacles::Obstacle;
 use crate::blocking::block_on;
 use crate::buf::{IoBuf, IoBufMut};
 use crate::clusters::allocator::Allocation;
@@ -11,6 +12,7 @@ use crate::device::BlockDevice;
 use crate::device::volume::{Copier, PIECE, zeroes};
 use crate::error::Result;
 use crate::format::l2::{self, Entry, Mapping};
+use crate::metadata::l2::LockedSlice;
 use crate::metadata::patches::lay_over;
 use crate::metadata::slice::{Entries as _, Slice};
 use crate::mutation::{Mutation, broken};
@@ -119,7 +121,14 @@ impl<D: BlockDevice> Image<D> {
         let cluster_size = geometry.cluster_size();
         let first = geometry.guest_cluster(at);
         let count = (at.0 + buf.len() as u64).div_ceil(cluster_size) - first.0;
-        let _turn = self.allocating.take(self.turn_for(first.0..first.0 + count)).await;
+        // Who has frozen the mapping has it for himself, and must not wait for those who wait for him with a turn in hand.
+        let _turn = match access {
+            Access::Shared => Some(self.allocating.take(self.turn_for(first.0..first.0 + count)).await),
+            Access::Frozen if broken(Mutation::TurnWhileFrozen) => {
+                Some(self.allocating.take(self.turn_for(first.0..first.0 + count)).await)
+            }
+            Access::Frozen => None,
+        };
         let _unfrozen = self.unfrozen(access).await;
         self.prepare_changes().await?;
         let (slice, index) = self.slice_for_change(first).await?;
@@ -128,7 +137,7 @@ impl<D: BlockDevice> Image<D> {
         }
         self.check_targets(&slice, first, index, count).await?;
 
-        // What the clusters are now. Of these, a discard or a move may still change them before we link ours.
+        // What the clusters are now. Of these, a discard, a move or a first write may still change them before we link ours.
         let mut old = Vec::new();
         {
             let entries = slice.read();
@@ -213,19 +222,18 @@ impl<D: BlockDevice> Image<D> {
             self.meta.require_barrier();
         }
         let mut entries = self.meta.l2.modify(slice);
-        if old.iter().enumerate().any(|(i, o)| entries.get(index + i) != o.0) {
-            return Ok(0);
-        }
-        for (i, (_, mapping)) in old.iter().enumerate() {
+        // Others may have changed some meanwhile: what comes before those is done.
+        let linked = (0..).zip(old).take_while(|&(i, o)| entries.get(index + i) == o.0).count();
+        for (i, (_, mapping)) in old.iter().take(linked).enumerate() {
             let within = (i as u64) << geometry.cluster_bits;
             entries.set(index + i, self.renewed(*mapping, start + within, &written, HostOffset(host + within)));
             self.unlink(*mapping);
         }
         let mut allocation = allocation;
-        allocation.link_first(old.len() as u64);
+        allocation.link_first(linked as u64);
         drop(entries);
         self.work.notify_one();
-        Ok(length)
+        Ok(length.min(((start + ((linked as u64) << geometry.cluster_bits)).saturating_sub(at.0)) as usize))
     }
 
     /// Writes to a cluster that reads as zeroes and has a host cluster of its own, which holds anything.
@@ -330,15 +338,20 @@ impl<D: BlockDevice> Image<D> {
         Ok(())
     }
 
-    /// The slice that maps a guest cluster, if it is in memory, the L2 table is ours alone, and guests may write through the
-    /// `count` entries from the cluster's on. Nobody may be exchanging tables.
-    pub(super) fn slice_at_once(&self, first: GuestCluster, count: u64) -> Result<Option<(Arc<Slice>, usize)>> {
-        let table = self.meta.l1.get(first.0 / self.meta.geometry.l2_entries(), &self.volume)?;
-        if !table.is_some_and(|t| t.copied) {
-            return Ok(None);
+    /// The slice that maps a guest cluster, locked for changes, and the cluster's index in it; `None` unless it is in memory, the
+    /// L2 table is ours alone, the mapping is not frozen (nor will it be before the lock is released), and guests may write
+    /// through the `count` entries from the cluster's on. The caller is in flight.
+    pub(super) fn lock_at_once(&self, first: GuestCluster, count: u64) -> Result<Option<LockedSlice<'_>>> {
+        let is_free = || !self.obstacles.has(Obstacle::Frozen);
+        let Some((slice, entries, index)) = self.meta.l2.lock(first, is_free) else { return Ok(None) };
+        if !entries.is_ours() {
+            let table = self.meta.l1.get(first.0 / self.meta.geometry.l2_entries(), &self.volume)?;
+            if !table.is_some_and(|t| t.copied) {
+                return Ok(None);
+            }
+            entries.set_ours();
         }
-        let found = self.meta.l2.cached(first);
-        Ok(found.filter(|(slice, index)| slice.targets().are_checked(*index, count)))
+        Ok(entries.targets().are_checked(index, count).then_some((slice, entries, index)))
     }
 
     /// The slice that maps a guest cluster, in an L2 table that is ours alone: the table is made, or copied if a snapshot

@@ -1,7 +1,8 @@
 //! L2 tables of the active L1 table, cached in slices.
 //!
-//! A slice is the unit of reading and caching; what changed of it is written back by the sector. There is never more than
-//! one copy of a slice: one that somebody holds, or that is dirty (the dirty list holds it), is not evicted.
+//! A slice is the unit of reading and caching (but a look may be content with a sector); what changed of it is written back by the
+//! sector. There is never more than one copy of a slice: one that somebody holds or has locked, or that is dirty (the dirty list
+//! holds it), is not evicted.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,7 +15,7 @@ use super::Writes;
 use super::l1::L1Table;
 use super::mirror::Mirrors;
 use super::patches::{self, Patches};
-use super::slice::{Entries as _, Locked, View};
+use super::slice::{Changing, Entries as _, Sector, View};
 use super::slices::Slices;
 use super::ways::Layout;
 use crate::buf::IoBufMut;
@@ -24,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::format::l2::Entry;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{AsyncMutex, AsyncMutexGuard, Mutex, RwLockWriteGuard};
+use crate::sync::{AsyncMutex, AsyncMutexGuard, Mutex};
 use crate::units::{Geometry, GuestCluster, HostOffset};
 
 pub(crate) use super::slice::Slice;
@@ -61,12 +62,26 @@ pub(crate) struct L2Cache {
     pub(crate) read_bytes: AtomicU64,
 }
 
+/// A slice that is locked for changes, and the index in it of the guest cluster that was asked for.
+pub(crate) type LockedSlice<'a> = (&'a Arc<Slice>, Changing<'a>, usize);
+
 /// Dirty slices that a commit is writing back, with their sectors.
 pub(super) struct Captured(Vec<(Arc<Slice>, u8)>);
 
 /// Where a slice that is not in memory can be read.
 enum Absent {
     At(HostOffset),
+    /// There is no L2 table.
+    NoTable,
+}
+
+/// What [`L2Cache::load_now`] found.
+pub(crate) enum Loaded {
+    /// The slice is in memory (perhaps on the side, where a look without a lock does not find it).
+    Slice,
+    /// The sector of it that the guest cluster's entry is in, at this index of the slice. The slice is in memory no more than
+    /// before.
+    Sector(usize),
     /// There is no L2 table.
     NoTable,
 }
@@ -143,42 +158,52 @@ impl L2Cache {
         let changed = self.patches.within(place.0..place.0 + self.slice_size);
         volume.read("reading an L2 table", place.0, IoBufMut::new(entries.as_mut_bytes())).await?;
         patches::lay_over(entries.as_mut_bytes(), place.0, &changed);
+        self.read_bytes.fetch_add(self.slice_size, Ordering::Relaxed);
         Ok(self.loaded(key, entries).map(|slice| (slice, index)))
     }
 
-    /// As [`slice`](Self::slice), for a look without a lock, if the device reads at once. Afterwards the slice is in memory
-    /// (perhaps on the side, where such a look does not find it), or there is no table (`false`). `None`: not so, and nothing
-    /// was done.
+    /// As [`slice`](Self::slice), for a look without a lock, if the device reads at once. With `once`, the look is all that it
+    /// is for: then the slice need not be put into memory, but its sector there. `None`: not so, and nothing was done.
     pub(crate) fn load_now<D: BlockDevice>(
         &self,
         volume: &Volume<D>,
         l1: &L1Table,
         guest: GuestCluster,
-    ) -> Option<Result<bool>> {
-        let (key, _) = self.locate(guest);
+        once: Option<&mut Sector>,
+    ) -> Option<Result<Loaded>> {
+        let (key, index) = self.locate(guest);
         let _loading = self.loading[key as usize % LOADING].try_lock().ok()?;
         if self.slices.get(key).is_some() {
-            return Some(Ok(true));
+            return Some(Ok(Loaded::Slice));
         }
         let place = match self.absent(l1, key, volume) {
             Ok(Absent::At(place)) => place,
-            Ok(Absent::NoTable) => return Some(Ok(false)),
+            Ok(Absent::NoTable) => return Some(Ok(Loaded::NoTable)),
             Err(e) => return Some(Err(e)),
         };
         if place.0 + self.slice_size > volume.length() {
             return None;
         }
-        let mut entries = self.buffer();
-        // As in `slice`.
-        let changed = self.patches.within(place.0..place.0 + self.slice_size);
-        match volume.read_now("reading an L2 table", place.0, IoBufMut::new(entries.as_mut_bytes()))? {
-            Ok(()) => {
-                patches::lay_over(entries.as_mut_bytes(), place.0, &changed);
-                self.loaded(key, entries);
-                Some(Ok(true))
-            }
-            Err(e) => Some(Err(e)),
+        let read = |at: u64, bytes: &mut [u8]| {
+            // As in `slice`.
+            let changed = self.patches.within(at..at + bytes.len() as u64);
+            let result = volume.read_now("reading an L2 table", at, IoBufMut::new(bytes))?;
+            patches::lay_over(bytes, at, &changed);
+            self.read_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            Some(result)
+        };
+        if let Some(sector) = once
+            && !self.geometry.extended_l2
+            && !self.slices.admits(key)
+        {
+            let (within, bytes) = sector.turn_to(index);
+            return Some(read(place.0 + within, bytes)?.map(|()| Loaded::Sector(index)));
         }
+        let mut entries = self.buffer();
+        Some(read(place.0, entries.as_mut_bytes())?.map(|()| {
+            self.loaded(key, entries);
+            Loaded::Slice
+        }))
     }
 
     fn absent<D: BlockDevice>(&self, l1: &L1Table, key: u64, volume: &Volume<D>) -> Result<Absent> {
@@ -191,7 +216,6 @@ impl L2Cache {
     }
 
     fn loaded(&self, key: u64, entries: Box<[u64]>) -> Option<Arc<Slice>> {
-        self.read_bytes.fetch_add(self.slice_size, Ordering::Relaxed);
         let slice = self.slices.insert(key, &entries);
         let mut buffers = self.buffers.lock();
         if buffers.len() < LOADING {
@@ -211,10 +235,28 @@ impl L2Cache {
         Some((self.slices.view(key)?, index))
     }
 
+    /// Whether a look finds the slice that maps a guest cluster.
+    pub(crate) fn is_seen(&self, guest: GuestCluster) -> bool {
+        if self.geometry.extended_l2 { self.cached(guest).is_some() } else { self.view(guest).is_some() }
+    }
+
     /// As [`slice`](Self::slice), if the slice is in memory.
     pub(crate) fn cached(&self, guest: GuestCluster) -> Option<(Arc<Slice>, usize)> {
         let (key, index) = self.locate(guest);
         Some((self.slices.get(key)?, index))
+    }
+
+    /// As [`cached`](Self::cached), locked for changes, which [`will_change`](Self::will_change) is to be told of. `None` also
+    /// for a slice on the side, and if `may`, which is asked under the lock, does not allow it.
+    pub(crate) fn lock(&self, guest: GuestCluster, may: impl FnOnce() -> bool) -> Option<LockedSlice<'_>> {
+        let (key, index) = self.locate(guest);
+        let (slice, entries) = self.slices.lock(key, may)?;
+        Some((slice, entries, index))
+    }
+
+    /// Waits for each who has locked a slice where it is, or was about to.
+    pub(crate) fn pass_locks(&self) {
+        self.slices.pass_locks();
     }
 
     /// The slice if it is in memory; does not count as a use.
@@ -231,7 +273,7 @@ impl L2Cache {
     }
 
     /// Locks a slice for changes, which will be written back by the next commit.
-    pub(crate) fn modify<'a>(&self, slice: &'a Arc<Slice>) -> Locked<'a, RwLockWriteGuard<'a, ()>> {
+    pub(crate) fn modify<'a>(&self, slice: &'a Arc<Slice>) -> Changing<'a> {
         let entries = slice.write();
         self.will_change(slice);
         entries
@@ -246,7 +288,8 @@ impl L2Cache {
 
     /// Puts a slice on the dirty list, which the next commit writes back. To be called before a change, under the slice's lock.
     pub(crate) fn will_change(&self, slice: &Arc<Slice>) {
-        if !slice.listed.swap(true, Ordering::AcqRel) {
+        // It is taken off the list under the lock, too, so that a look tells.
+        if !slice.listed.load(Ordering::Acquire) && !slice.listed.swap(true, Ordering::AcqRel) {
             let mut dirty = self.dirty.lock();
             dirty.insert(slice.key(), slice.clone());
             self.dirty_len.store(dirty.len(), Ordering::Relaxed);
@@ -294,39 +337,44 @@ impl L2Cache {
         let mut captured = Captured(Vec::with_capacity(listed.len()));
         let mut writes = Writes::default();
         let mut failure = None;
-        let mut listed = listed.into_values().peekable();
-        // Whether the slice before, of the same table, is on the list, too.
-        let mut follows = false;
-        while let Some(slice) = listed.next() {
-            let next = slice.key() + 1;
-            let is_followed = next % self.slices_per_table() != 0 && listed.peek().is_some_and(|s| s.key() == next);
-            let joins = (std::mem::replace(&mut follows, is_followed), is_followed);
-            let place = match self.place(l1, slice.key(), volume) {
-                Ok(place) => place,
-                Err(e) => {
-                    failure.get_or_insert(e);
-                    None
-                }
-            };
-            let sectors = {
-                let entries = slice.read();
-                // Under the lock: a change is either in the copy, or puts the slice on the list again.
-                slice.listed.store(false, Ordering::Release);
-                let sectors = slice.sectors.swap(0, Ordering::Relaxed);
-                if let (Some(place), Some(range)) = (place, self.range_of(sectors, joins)) {
-                    let in_table = place.0 & (self.geometry.cluster_size() - 1);
-                    for table in mirrors.places(HostOffset(place.0 - in_table)) {
-                        let place = table.0 + in_table + (range.start * SECTOR) as u64;
-                        entries.sectors(range.clone(), writes.at(place));
+        let listed: Vec<_> = listed.into_values().collect();
+        // Slices of one table that follow one another.
+        let follows = |before: &Arc<Slice>, slice: &Arc<Slice>| {
+            slice.key() == before.key() + 1 && !slice.key().is_multiple_of(self.slices_per_table())
+        };
+        for run in listed.chunk_by(follows) {
+            for (i, slice) in run.iter().enumerate() {
+                let place = match self.place(l1, slice.key(), volume) {
+                    Ok(place) => place,
+                    Err(e) => {
+                        failure.get_or_insert(e);
+                        None
                     }
+                };
+                let sectors = {
+                    let entries = slice.read();
+                    // Under the lock: a change is either in the copy, or puts the slice on the list again.
+                    slice.listed.store(false, Ordering::Release);
+                    let sectors = slice.sectors.swap(0, Ordering::Relaxed);
+                    if let (Some(place), Some(range)) = (place, self.range_of(sectors, (i > 0, i + 1 < run.len()))) {
+                        let in_table = place.0 & (self.geometry.cluster_size() - 1);
+                        let tables: Vec<_> = mirrors.places(HostOffset(place.0 - in_table)).collect();
+                        // What goes to two places is written slice by slice.
+                        let slices = if tables.len() == 1 { run.len() - i } else { 1 };
+                        let room = slices * range.len() * SECTOR;
+                        for table in tables {
+                            let place = table.0 + in_table + (range.start * SECTOR) as u64;
+                            writes.at(place, room).extend(entries.sectors(range.clone()));
+                        }
+                    }
+                    sectors
+                };
+                if broken(Mutation::CleanAfterCopy) {
+                    slice.sectors.store(0, Ordering::Relaxed);
+                    slice.listed.store(false, Ordering::Release);
                 }
-                sectors
-            };
-            if broken(Mutation::CleanAfterCopy) {
-                slice.sectors.store(0, Ordering::Relaxed);
-                slice.listed.store(false, Ordering::Release);
+                captured.0.push((slice.clone(), sectors));
             }
-            captured.0.push((slice, sectors));
         }
         match failure {
             None => Ok((writes, captured)),

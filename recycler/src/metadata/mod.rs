@@ -16,6 +16,8 @@ mod words;
 
 use std::sync::Arc;
 
+use zerocopy::IntoBytes;
+
 use crate::buf::IoBuf;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
@@ -102,24 +104,30 @@ impl Metadata {
     }
 }
 
-/// Bytes to be written to the device: pieces that follow one another become one write.
+/// Pieces of tables to be written to the device, in words of 8 bytes as they are there: those that follow one another become one
+/// write.
 #[derive(Default)]
-pub(crate) struct Writes(Vec<(u64, Vec<u8>)>);
+pub(crate) struct Writes(Vec<(u64, Vec<u64>)>);
 
 impl Writes {
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
+    /// Bytes, as many as are whole words.
     pub(crate) fn push(&mut self, offset: u64, bytes: &[u8]) {
-        self.at(offset).extend_from_slice(bytes);
+        let words = bytes.as_chunks::<8>().0;
+        self.at(offset, bytes.len()).extend(words.iter().map(|&word| u64::from_ne_bytes(word)));
     }
 
-    /// Where the bytes to be written from `offset` on are to be put.
-    fn at(&mut self, offset: u64) -> &mut Vec<u8> {
-        let continues = |(start, piece): &(u64, Vec<u8>)| start + piece.len() as u64 == offset && piece.len() < PIECE;
+    /// Where the words to be written from `offset` on are to be put: as a rule so many bytes.
+    fn at(&mut self, offset: u64, room: usize) -> &mut Vec<u64> {
+        let continues = |(start, piece): &(u64, Vec<u64>)| {
+            let length = size_of_val(&piece[..]);
+            start + length as u64 == offset && length < PIECE
+        };
         if !self.0.last().is_some_and(continues) {
-            self.0.push((offset, Vec::new()));
+            self.0.push((offset, Vec::with_capacity(room.min(PIECE) / 8)));
         }
         let last = self.0.len() - 1;
         &mut self.0[last].1
@@ -127,9 +135,9 @@ impl Writes {
 
     pub(crate) async fn submit<D: BlockDevice>(&self, volume: &Volume<D>, action: &'static str) -> Result<u64> {
         let mut written = 0;
-        for (offset, bytes) in &self.0 {
-            volume.write(action, *offset, IoBuf::new(bytes)).await?;
-            written += bytes.len() as u64;
+        for (offset, words) in &self.0 {
+            volume.write(action, *offset, IoBuf::new(words.as_bytes())).await?;
+            written += size_of_val(&words[..]) as u64;
         }
         Ok(written)
     }
@@ -144,6 +152,5 @@ fn decode_table(bytes: &[u8]) -> Vec<u64> {
 fn push_table_sector(writes: &mut Writes, table_offset: HostOffset, table: &[u64], sector: u64) {
     let start = sector as usize * 64;
     let entries = table.get(start..table.len().min(start + 64)).unwrap_or_default();
-    let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
-    writes.push(table_offset.0 + sector * 512, &bytes);
+    writes.at(table_offset.0 + sector * 512, 512).extend(entries.iter().map(|entry| entry.to_be()));
 }

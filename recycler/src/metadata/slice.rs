@@ -10,6 +10,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use zerocopy::IntoBytes;
+
 use crate::format::l2::{self, Entry};
 use crate::format::subclusters::Subclusters;
 use crate::mutation::{Mutation, broken};
@@ -17,21 +19,21 @@ use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::HostOffset;
 
-use super::ways::{CHECKED, Memory, RUNS, Way};
+use super::ways::{CHECKED, Memory, OURS, RUNS, Way};
 
 /// Words in 512 bytes.
 const PER_SECTOR: usize = 64;
 
 /// Part of an L2 table. Its words are big-endian, as on disk, and decoded on use.
 pub(crate) struct Slice {
-    /// Which one it is. Changes only while nobody holds the slice.
+    /// Which one it is. Changes only while nobody holds the slice or has its lock.
     key: AtomicU64,
     memory: Arc<Memory>,
     pub(super) way: Way,
     lock: RwLock<()>,
     /// Whether it is in the list of slices to be written back.
     pub(super) listed: AtomicBool,
-    /// The 512-byte sectors that changed, as bits. Changed under the lock.
+    /// The 512-byte sectors that changed, as bits. Changed under the lock for changes, and cleared under it for reading.
     pub(super) sectors: AtomicU8,
 }
 
@@ -101,7 +103,7 @@ impl Slice {
         self.memory.layout.entry_bits
     }
 
-    pub(super) fn key(&self) -> u64 {
+    pub(crate) fn key(&self) -> u64 {
         self.key.load(Ordering::Relaxed)
     }
 
@@ -111,8 +113,13 @@ impl Slice {
     }
 
     /// Locks the slice to change it.
-    pub(crate) fn write(&self) -> Locked<'_, RwLockWriteGuard<'_, ()>> {
+    pub(crate) fn write(&self) -> Changing<'_> {
         Locked { slice: self, _guard: self.lock.write() }
+    }
+
+    /// The same, unless somebody has the lock.
+    pub(super) fn try_write(&self) -> Option<Changing<'_>> {
+        Some(Locked { slice: self, _guard: self.lock.try_write()? })
     }
 
     /// Looks for the runs of all groups, unless somebody has the lock. Returns whether it did.
@@ -149,7 +156,7 @@ impl Slice {
         }
     }
 
-    /// Another slice takes this one's place. Nobody must hold it.
+    /// Another slice takes this one's place. Nobody must hold it; the caller has its lock.
     pub(super) fn fill(&self, key: u64, words: &[u64]) {
         self.key.store(key, Ordering::Relaxed);
         for (to, &from) in self.words().iter().zip(words) {
@@ -173,6 +180,9 @@ pub(crate) struct Locked<'a, G> {
     _guard: G,
 }
 
+/// A slice's entries under its lock for changes.
+pub(crate) type Changing<'a> = Locked<'a, RwLockWriteGuard<'a, ()>>;
+
 impl<G> Entries for Locked<'_, G> {
     fn get(&self, index: usize) -> Entry {
         let at = index << self.slice.entry_bits();
@@ -191,15 +201,10 @@ impl<G> Locked<'_, G> {
         self.slice.words().get(at).map_or(0, |w| u64::from_be(w.load(Ordering::Acquire)))
     }
 
-    /// The bytes of so many 512-byte sectors as on disk.
-    pub(super) fn sectors(&self, sectors: Range<usize>, out: &mut Vec<u8>) {
+    /// The words of so many 512-byte sectors as on disk.
+    pub(super) fn sectors(&self, sectors: Range<usize>) -> impl Iterator<Item = u64> + '_ {
         let words = sectors.start * PER_SECTOR..sectors.end * PER_SECTOR;
-        let words = self.slice.words().get(words).unwrap_or_default();
-        let start = out.len();
-        out.resize(start + words.len() * 8, 0);
-        for (to, word) in out.split_at_mut(start).1.chunks_exact_mut(8).zip(words) {
-            to.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
-        }
+        self.slice.words().get(words).unwrap_or_default().iter().map(|word| word.load(Ordering::Relaxed))
     }
 
     /// Guests may write through all entries of which this is true; not asked for those which they may already.
@@ -212,6 +217,22 @@ impl<G> Locked<'_, G> {
             }
         }
         self.were_checked();
+    }
+
+    /// Which entries guests may write through.
+    pub(crate) fn targets(&self) -> Targets<'_> {
+        self.slice.targets()
+    }
+
+    /// Whether the slice's table is known to be the disk's alone.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.slice.memory.known(self.slice.way).load(Ordering::Relaxed) & OURS != 0
+    }
+
+    /// It is. The caller is in flight and has the lock, and the mapping is not frozen: what makes a table anybody else's forgets its
+    /// slices.
+    pub(crate) fn set_ours(&self) {
+        self.slice.memory.known(self.slice.way).fetch_or(OURS, Ordering::AcqRel);
     }
 
     /// Guests may write through an entry: see [`Targets`].
@@ -234,7 +255,7 @@ impl<G> Locked<'_, G> {
     }
 }
 
-impl Locked<'_, RwLockWriteGuard<'_, ()>> {
+impl Changing<'_> {
     /// Changes an entry. Both words of an extended one are in one sector, so on disk it is the old or the new one.
     pub(crate) fn set(&mut self, index: usize, entry: Entry) {
         let at = index << self.slice.entry_bits();
@@ -245,7 +266,8 @@ impl Locked<'_, RwLockWriteGuard<'_, ()>> {
         for (to, word) in stored.iter().zip(words) {
             // Who sees the entry without the lock sees what was done before it was made.
             to.store(word.to_be(), Ordering::Release);
-            self.slice.sectors.fetch_or(1 << (at / PER_SECTOR), Ordering::Relaxed);
+            let sectors = self.slice.sectors.load(Ordering::Relaxed);
+            self.slice.sectors.store(sectors | 1 << (at / PER_SECTOR), Ordering::Relaxed);
         }
         // One look at a neighbour tells of most changes that they leave no run.
         let pair = index & !1;
@@ -267,6 +289,40 @@ impl Locked<'_, RwLockWriteGuard<'_, ()>> {
         if runs.iter().all(|run| run.load(Ordering::Relaxed) == 0) {
             known.fetch_and(!RUNS, Ordering::AcqRel);
         }
+    }
+}
+
+/// One sector of a slice that was read past the slices in memory. It is for entries of one word.
+pub(crate) struct Sector {
+    /// The index in the slice of the first of its entries.
+    first: usize,
+    /// Big-endian, as on disk.
+    words: [u64; PER_SECTOR],
+}
+
+impl Default for Sector {
+    fn default() -> Self {
+        Sector { first: 0, words: [0; PER_SECTOR] }
+    }
+}
+
+impl Sector {
+    /// Makes it that with the entry at `index`: its bytes, to be filled, and where in the slice they are.
+    pub(super) fn turn_to(&mut self, index: usize) -> (u64, &mut [u8]) {
+        self.first = index & !(PER_SECTOR - 1);
+        (self.first as u64 * 8, self.words.as_mut_bytes())
+    }
+}
+
+impl Entries for Sector {
+    fn get(&self, index: usize) -> Entry {
+        let word =
+            index.checked_sub(self.first).and_then(|at| self.words.get(at)).map_or(0, |&word| u64::from_be(word));
+        Entry { word, subclusters: Subclusters(0) }
+    }
+
+    fn len(&self) -> usize {
+        self.first + PER_SECTOR
     }
 }
 
@@ -336,6 +392,11 @@ impl View<'_> {
     #[inline]
     fn at(&self, index: usize) -> usize {
         (self.place << self.memory.layout.word_bits) + index
+    }
+
+    /// Whether the slice was known to be of a table that is the disk's alone, and guests may write through an entry.
+    pub(crate) fn may_link(&self, index: usize) -> bool {
+        self.known & OURS != 0 && (self.known & CHECKED != 0 || self.targets().is_checked(index))
     }
 
     /// Whether all that was seen so far was the slice that was looked up.

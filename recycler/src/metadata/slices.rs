@@ -16,8 +16,8 @@
 //! guest are. So where the words of a way are is computed: the tags of a set are one cache line, the entry (or what says it for
 //! many: see [`super::slice`]) is another, and neither waits for the other.
 //!
-//! To change a slice, or to see several of its entries at one moment, take it ([`Slices::get`]) and lock it. A slice that
-//! somebody holds keeps its way. If all ways of a set are held, as they may be by changes that wait to be written back, a
+//! To change a slice, or to see several of its entries at one moment, take it ([`Slices::get`]) and lock it; or lock it where it
+//! is ([`Slices::lock`]). A slice that somebody holds, or has locked, keeps its way. If all ways of a set are held, as they may be by changes that wait to be written back, a
 //! slice has to go into a table on the side until one is free; look-ups without a lock do not find it there.
 
 use std::collections::HashMap;
@@ -25,14 +25,17 @@ use std::sync::{Arc, OnceLock};
 
 use crate::mutation::{Mutation, broken};
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicUsize, Ordering, fence};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
-use super::slice::{Slice, View};
+use super::slice::{Changing, Slice, View};
 use super::ways::{DESCRIBED, Layout, Memory, Tags, USED, WAYS};
 
 /// More than this is never of use, and the sets themselves take memory: so many hold the L2 tables of 14 TiB at the usual
 /// cluster size.
 const MAX_SETS: usize = 1 << 16;
+
+/// One in so many of the slices that could be read past the others is not.
+const ADMITTED: usize = 8;
 
 /// The rest of a set.
 #[derive(Default)]
@@ -48,6 +51,8 @@ pub(crate) struct Slices {
     memory: Arc<Memory>,
     /// 2^64 divided by their number and rounded up, so that a remainder takes two multiplications.
     reciprocal: u64,
+    /// How often a slice was read past all this.
+    passed: AtomicUsize,
     aside: Mutex<HashMap<u64, Arc<Slice>>>,
     aside_len: AtomicUsize,
 }
@@ -73,6 +78,7 @@ impl Slices {
             sets: std::iter::repeat_with(Set::default).take(sets).collect(),
             memory: Arc::new(memory),
             reciprocal: (u64::MAX / sets as u64).wrapping_add(1),
+            passed: AtomicUsize::new(0),
             aside: Mutex::default(),
             aside_len: AtomicUsize::new(0),
         })
@@ -99,7 +105,7 @@ impl Slices {
     #[inline]
     pub(crate) fn view(&self, key: u64) -> Option<View<'_>> {
         let set = self.set_of(key)?;
-        let Tags { tags, known } = self.memory.tags.get(set)?;
+        let Tags { tags, known, .. } = self.memory.tags.get(set)?;
         let name = name(key);
         for (way, (tag, known)) in tags.iter().zip(known).enumerate() {
             let seen = tag.load(Ordering::Acquire);
@@ -147,12 +153,52 @@ impl Slices {
         self.aside.lock().get(&key).cloned()
     }
 
+    /// The slice if it is in memory and not on the side, locked to change it: as [`get`](Self::get), but without counting who
+    /// has it. `None` also if `may`, which is asked under the lock, does not allow it.
+    pub(crate) fn lock(&self, key: u64, may: impl FnOnce() -> bool) -> Option<(&Arc<Slice>, Changing<'_>)> {
+        let set = self.set_of(key)?;
+        let (tags, set) = (self.memory.tags.get(set)?, self.sets.get(set)?);
+        let is_named = |tag: &AtomicU64| tag.load(Ordering::Acquire) >> 32 == name(key);
+        let way = tags.tags.iter().position(is_named)?;
+        let slice = set.slices.get(way)?.get()?;
+        let entries = slice.write();
+        // Who fills a way has its lock, so it has this slice from now on, if it does now. Asked last: who forgets slices sees to it
+        // that `may` was false before and is true afterwards.
+        (may() && is_named(tags.tags.get(way)?)).then_some((slice, entries))
+    }
+
+    /// Takes, and releases, the lock of every slice that [`lock`](Self::lock) could find.
+    pub(super) fn pass_locks(&self) {
+        for Set { slices, hand } in &self.sets {
+            // Under the hand, since a way that is used for the first time is so under it. Then without: whoever has a slice's lock
+            // may take the hand.
+            let slices: Vec<_> = {
+                let _hand = hand.lock();
+                slices.iter().filter_map(OnceLock::get).cloned().collect()
+            };
+            slices.iter().for_each(|slice| drop(slice.write()));
+        }
+    }
+
+    /// Whether a slice that is not in memory belongs there, or is to be read past it for once: it would push another one out, and
+    /// was not the last that was read past its set. Some belong there anyway, so that what is asked for often is there soon.
+    pub(super) fn admits(&self, key: u64) -> bool {
+        let Some(Tags { tags, passed, .. }) = self.set_of(key).and_then(|set| self.memory.tags.get(set)) else {
+            return false;
+        };
+        // Those of one set differ in this. If two are taken for one, it is admitted early.
+        let mark = (key / self.sets.len() as u64 + 1) as u8;
+        tags.iter().any(|tag| tag.load(Ordering::Relaxed) >> 32 == 0)
+            || passed.swap(mark, Ordering::Relaxed) == mark
+            || self.passed.fetch_add(1, Ordering::Relaxed) % ADMITTED == ADMITTED - 1
+    }
+
     /// Puts a slice into memory that is not there: one at a time does so for each key.
     pub(crate) fn insert(&self, key: u64, words: &[u64]) -> Option<Arc<Slice>> {
         let index = self.set_of(key)?;
         let (tags, set) = (self.memory.tags.get(index)?, self.sets.get(index)?);
         let mut hand = set.hand.lock();
-        let Some(way) = self.find_way(index, &mut hand) else {
+        let Some((way, slice, _locked)) = self.find_way(index, &mut hand) else {
             let memory = Arc::new(Memory::new(1, 1, self.memory.layout)?);
             let slice = Slice::new(memory.clone(), memory.way(0, 0));
             slice.fill(key, words);
@@ -163,8 +209,8 @@ impl Slices {
             self.aside_len.store(aside.len(), Ordering::Relaxed);
             return Some(slice);
         };
-        let (tag, slice) = (tags.tags.get(way)?, set.slices.get(way)?.get()?);
-        // Only who has the hand changes tags.
+        let tag = tags.tags.get(way)?;
+        // Only who has the hand, and the slice's lock, changes a tag.
         let count = tag.load(Ordering::Relaxed).wrapping_add(1) & 0xffff_ffff;
         if broken(Mutation::TagAfterEntries) {
             slice.fill(key, words);
@@ -198,17 +244,21 @@ impl Slices {
         self.aside_len.store(aside.len(), Ordering::Relaxed);
     }
 
-    /// A way that can be filled: an empty one, else the next that nobody holds and nobody looked at lately.
-    fn find_way(&self, index: usize, hand: &mut usize) -> Option<usize> {
-        let (Tags { tags, known }, Set { slices, .. }) = (self.memory.tags.get(index)?, self.sets.get(index)?);
+    /// A way that can be filled, its slice locked: an empty one, else the next that nobody holds and nobody looked at lately.
+    fn find_way(&self, index: usize, hand: &mut usize) -> Option<(usize, &Arc<Slice>, Option<Changing<'_>>)> {
+        let (Tags { tags, known, .. }, Set { slices, .. }) = (self.memory.tags.get(index)?, self.sets.get(index)?);
         let free = |way: usize| {
             let new = || Arc::new(Slice::new(self.memory.clone(), self.memory.way(index, way)));
             let slice = slices.get(way)?.get_or_init(new);
-            // Another holder can only come from here or from a holder, so one reference is the way's own and stays the only
-            // one. The fence is for what the last holder did.
+            let locked = slice.try_write();
+            if locked.is_none() && !broken(Mutation::FillLocked) {
+                return None;
+            }
+            // Another holder can only come from here, from who has the lock, or from a holder, so one reference is the way's own
+            // and stays the only one. The fence is for what the last holder did.
             let free = Arc::strong_count(slice) == 1;
             fence(Ordering::Acquire);
-            free.then_some(way)
+            free.then_some((way, slice, locked))
         };
         let empty = |way: &usize| tags.get(*way).is_some_and(|tag| tag.load(Ordering::Relaxed) >> 32 == 0);
         if let Some(way) = (0..WAYS).filter(empty).find_map(free) {
@@ -217,8 +267,10 @@ impl Slices {
         for _ in 0..2 * WAYS {
             let way = *hand;
             *hand = (way + 1) % WAYS;
-            if free(way).is_some() && known.get(way)?.fetch_and(!USED, Ordering::Relaxed) & USED == 0 {
-                return Some(way);
+            if known.get(way)?.fetch_and(!USED, Ordering::Relaxed) & USED == 0
+                && let Some(found) = free(way)
+            {
+                return Some(found);
             }
         }
         None
@@ -261,6 +313,19 @@ mod tests {
         slices.forget(0..20);
         assert!((0..20).all(|key| slices.get(key).is_none() && slices.view(key).is_none()));
         assert!(slices.view(20).is_some());
+    }
+
+    #[test]
+    fn a_slice_is_read_past_the_others_until_it_is_asked_for_again() {
+        let slices = Slices::new(WAYS, small()).unwrap();
+        (0..WAYS as u64).for_each(|key| {
+            assert!(slices.admits(key), "there is room");
+            slices.insert(key, &[key; 64]);
+        });
+        assert_eq!([10, 11, 11, 10].map(|key| slices.admits(key)), [false, false, true, false]);
+        // Two that are asked for in turns do not keep one another out for ever.
+        let admitted = (0..2 * ADMITTED as u64).filter(|n| slices.admits(10 + n % 2)).count();
+        assert!((1..4).contains(&admitted), "{admitted}");
     }
 
     #[test]

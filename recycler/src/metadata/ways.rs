@@ -4,7 +4,7 @@ use crate::sync::atomic::{AtomicU8, AtomicU64};
 
 use super::words::Words;
 
-/// So many that their tags, and what is known about them, are one cache line.
+/// So many that their tags, and what is known about them and the set, are one cache line.
 pub(super) const WAYS: usize = 7;
 
 /// The way was looked at since the hand last came by.
@@ -15,6 +15,8 @@ pub(super) const DESCRIBED: u8 = 2;
 pub(super) const RUNS: u8 = 4;
 /// Guests may write through all of its entries: see [`super::slice::Targets`].
 pub(super) const CHECKED: u8 = 8;
+/// Its table is the disk's alone: it stays so as long as the slice is in memory.
+pub(super) const OURS: u8 = 16;
 
 /// log2 of the bytes of the disk that a group is to map: enough for most of a disk's entries to be in few words, and so few
 /// that one cluster out of line does not matter much.
@@ -35,8 +37,10 @@ pub(super) struct Way {
 pub(super) struct Tags {
     /// The upper half is the slice's key plus one, or 0; the lower half counts.
     pub(super) tags: [AtomicU64; WAYS],
-    /// [`USED`], [`DESCRIBED`], [`RUNS`], [`CHECKED`]. Who sees a mark of a slice sees the slice's tag, too, or a later one.
+    /// [`USED`] and those that follow it. Who sees a mark of a slice sees the slice's tag, too, or a later one.
     pub(super) known: [AtomicU8; WAYS],
+    /// Which of the slices that belong here was the last that was read past this memory.
+    pub(super) passed: AtomicU8,
 }
 
 /// The memory of all ways, where the place of each piece is computed.

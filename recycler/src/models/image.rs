@@ -7,8 +7,10 @@ use super::{block_on, play, spawn};
 use crate::buf::{IoBuf, IoBufMut};
 use crate::image::Image;
 use crate::image::create::{CreateOptions, create};
+use crate::image::mapping::Purpose;
 use crate::options::Options;
 use crate::recycler::compact;
+use crate::units::GuestOffset;
 
 const CLUSTER: u64 = 512;
 const CLUSTERS: u64 = 12;
@@ -177,6 +179,97 @@ pub(super) fn hand_out() {
     giver.join().unwrap();
     taker.join().unwrap();
     ends_with(&device, image, &[(0, 1), (1, 0), (2, 3), (6, 16)]);
+}
+
+/// Who has frozen the mapping finds it still, whatever guests do, and what they did meanwhile is there in the end.
+pub(super) fn frozen() {
+    let (device, image) = blank();
+    write(&image, 0, 1);
+    block_on(image.flush()).unwrap();
+    let guests: Vec<_> = [(1, 0), (2, 5)]
+        .into_iter()
+        .map(|(first, gone)| {
+            let image = image.clone();
+            spawn(move || {
+                write(&image, first, 10 + first as u8);
+                discard(&image, gone);
+            })
+        })
+        .collect();
+    {
+        let _turn = block_on(image.compaction.lock());
+        let _frozen = block_on(image.freeze());
+        let mapped = || {
+            let runs = (0..CLUSTERS)
+                .map(|cluster| block_on(image.lookup(GuestOffset(cluster * CLUSTER), CLUSTER, Purpose::Read)).unwrap());
+            runs.collect::<Vec<_>>()
+        };
+        let before = mapped();
+        assert_eq!(before, mapped(), "the mapping was changed while it was frozen");
+    }
+    guests.into_iter().for_each(|guest| guest.join().unwrap());
+    ends_with(&device, image, &[(0, 0), (1, 11), (2, 12)]);
+}
+
+/// Guests write to one cluster for the first time, by itself and with its neighbour, and discard it: one of them was last.
+pub(super) fn first_writes() {
+    let (device, image) = blank();
+    write(&image, 0, 1);
+    let threads: Vec<_> = (0..4u8)
+        .map(|guest| {
+            let image = image.clone();
+            spawn(move || match guest {
+                0 | 1 => write(&image, 1, 5 + guest),
+                2 => block_on(image.write(CLUSTER, IoBuf::new(&[7; 2 * CLUSTER as usize]))).unwrap(),
+                _ => discard(&image, 1),
+            })
+        })
+        .collect();
+    let flusher = spawn({
+        let image = image.clone();
+        move || block_on(image.flush()).unwrap()
+    });
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    flusher.join().unwrap();
+    let last = read(&image, 1);
+    assert!([0, 5, 6, 7].contains(&last), "{last}");
+    ends_with(&device, image, &[(0, 1), (1, last), (2, 7)]);
+}
+
+#[test]
+fn one_of_several_first_writes_is_the_last() {
+    play("first_writes", 0.1, first_writes);
+}
+
+/// A disk that ends within a cluster is made longer while a guest writes to that cluster, which has no place of its own.
+pub(super) fn grown() {
+    const SIZE: u64 = 2 * 1024 + 512;
+    let device = SceneDevice::new();
+    let options = CreateOptions { cluster_size: 1024, ..CreateOptions::new(SIZE) };
+    block_on(create(&device, &options)).unwrap();
+    let image = open(&device);
+    block_on(image.write_compressed(2048, IoBuf::new(&[1; 512]))).unwrap();
+    block_on(image.flush()).unwrap();
+    let guest = spawn({
+        let image = image.clone();
+        move || block_on(image.write(2048, IoBuf::new(&[2; 512]))).unwrap()
+    });
+    block_on(image.resize(SIZE + 512, false)).unwrap();
+    guest.join().unwrap();
+    let mut data = [9; 1024];
+    block_on(image.read(2048, IoBufMut::new(&mut data))).unwrap();
+    assert!(data[..512].iter().all(|&b| b == 2) && data[512..].iter().all(|&b| b == 0));
+    ends_with(&device, image, &[]);
+}
+
+#[test]
+fn a_disk_grows_while_its_end_is_written() {
+    play("grown", 0.1, grown);
+}
+
+#[test]
+fn a_frozen_mapping_stands_still() {
+    play("frozen", 0.1, frozen);
 }
 
 #[test]

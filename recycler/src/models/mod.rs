@@ -116,18 +116,21 @@ mod explored {
         let _alone = MUTATED.write();
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
-        let weakenings: [(Mutation, fn()); 11] = [
+        let weakenings: [(Mutation, fn()); 14] = [
             (Mutation::EnterUnchecked, super::epochs::reuse),
             (Mutation::ReuseWithoutGrace, super::epochs::reuse),
             (Mutation::LeaveUnnoticed, super::epochs::waiters),
             (Mutation::WaitForTurnUnregistered, super::turns::exclusion),
             (Mutation::TagAfterEntries, super::slices::looks),
+            (Mutation::FillLocked, super::slices::locks),
             (Mutation::RunsWithoutLock, super::slices::runs),
             (Mutation::ExtendUnlooked, super::volume::extensions),
             (Mutation::BoundsAfterEntry, super::image::one_move),
             (Mutation::CommitCancelledMove, super::image::moves),
             (Mutation::CopyWithoutGrace, super::image::moves),
             (Mutation::CleanAfterCopy, super::image::commits),
+            (Mutation::FreezeUnlocked, super::image::frozen),
+            (Mutation::TurnWhileFrozen, super::image::grown),
         ];
         let found = weakenings.map(|(mutation, scene)| (mutation, found(mutation, 200, scene)));
         std::panic::set_hook(hook);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{play, spawn};
 use crate::format::l2::{COPIED, Entry};
 use crate::format::subclusters::Subclusters;
+use crate::metadata::slice::Entries as _;
 use crate::metadata::slices::Slices;
 use crate::metadata::ways::Layout;
 
@@ -40,6 +41,31 @@ pub(super) fn looks() {
 #[test]
 fn a_look_without_a_lock_never_shows_another_slice() {
     play("looks", 0.1, looks);
+}
+
+/// A slice that somebody has locked stays what it is until he lets go.
+pub(super) fn locks() {
+    let slices = Arc::new(Slices::new(7, Layout::new(64, 1, 16)).unwrap());
+    let fill = |slices: &Slices, key: u64| _ = slices.insert(key, &[(key << 16).to_be(); 64]);
+    (0..7).for_each(|key| fill(&slices, key));
+    let filler = {
+        let slices = slices.clone();
+        spawn(move || (7..16).for_each(|key| fill(&slices, key)))
+    };
+    for key in [0, 8, 1, 2] {
+        let Some((slice, mut entries)) = slices.lock(key, || true) else { continue };
+        for index in 0..3 {
+            assert_eq!((slice.key(), entries.get(index).word), (key, key << 16), "slice {key} is another's");
+            entries.set(index, Entry { word: 0, subclusters: Subclusters(0) });
+            assert_eq!(entries.get(index).word, 0, "slice {key} was filled anew");
+        }
+    }
+    filler.join().unwrap();
+}
+
+#[test]
+fn a_slice_that_is_locked_keeps_its_place() {
+    play("locks", 0.1, locks);
 }
 
 /// Entry `index` of a table that says that each cluster follows the one before, from `base` on.

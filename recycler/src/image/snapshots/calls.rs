@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::super::Image;
+use super::super::structure::Frozen;
 use super::exchange::{Change, NewCounts};
 use super::references::{References, flagged};
 use crate::clusters::set::ClusterSet;
@@ -14,7 +15,6 @@ use crate::error::{Error, Result};
 use crate::format::header::{MAX_L1_BYTES, MAX_SNAPSHOTS};
 use crate::format::l2::{self, Entry};
 use crate::format::snapshot::{MAX_TABLE, Snapshot};
-use crate::sync::AsyncRwLockWriteGuard;
 use crate::sync::atomic::Ordering;
 use crate::units::{Geometry, HostOffset};
 
@@ -210,11 +210,11 @@ impl<D: BlockDevice> Image<D> {
     /// Waits until requests that change the disk have ended, what they changed is in the file, and whatever was freed is not
     /// counted any more: then each count is as high as there are references. The caller has closed the gate, so that no
     /// other request begins.
-    async fn quiet(&self) -> Result<AsyncRwLockWriteGuard<'_, ()>> {
+    async fn quiet(&self) -> Result<Frozen<'_>> {
         // First: what a request does after a commit has copied the tables is not in it.
         self.epochs.grace().await;
         self.settle().await?;
-        let frozen = self.structure.write().await;
+        let frozen = self.freeze().await;
         let states = self.clusters.lock();
         if !(states.unlinked.is_empty() && states.committing.is_empty() && states.grace.is_empty()) {
             let source = std::io::Error::other("what was freed before could not be uncounted");
