@@ -96,6 +96,11 @@ pub enum Resident {
     /// One block in each stretch: random work is spread over a large disk, and the files of all contenders fit into
     /// memory at once. For tmpfs: filesystems on disks are slow to remove files of so many extents.
     Blocks,
+    /// Those blocks that so many rounds of [`Shape::sample`] visit, each so many.
+    Sample {
+        rounds: u64,
+        each: u64,
+    },
     All,
 }
 
@@ -126,18 +131,26 @@ impl Shape {
         self.size / STRETCH
     }
 
+    /// Blocks of random stretches, others in each round.
+    pub fn sample(&self, round: u64) -> Offsets {
+        Offsets::Random { units: self.stretches(), unit: STRETCH, within: WITHIN, seed: round }
+    }
+
     /// What must be written to the disk to begin with.
-    fn contents(&self) -> Option<Work> {
+    fn contents(&self) -> Vec<Work> {
         let stretches = self.stretches();
         match self.resident {
-            Resident::Nothing => None,
+            Resident::Nothing => Vec::new(),
+            Resident::Sample { rounds, each } => {
+                (0..rounds).map(|round| Work::new(Kind::Write, 4096, self.sample(round), each)).collect()
+            }
             Resident::Blocks => {
                 let offsets = Offsets::Shuffled { units: stretches, unit: STRETCH, within: WITHIN, seed: 1, skip: 0 };
-                Some(Work::new(Kind::Write, 4096, offsets, stretches))
+                vec![Work::new(Kind::Write, 4096, offsets, stretches)]
             }
             Resident::All => {
                 let offsets = Offsets::Sequential { units: stretches, unit: STRETCH, skip: 0 };
-                Some(Work::new(Kind::Write, STRETCH as usize, offsets, stretches))
+                vec![Work::new(Kind::Write, STRETCH as usize, offsets, stretches)]
             }
         }
     }
@@ -148,9 +161,14 @@ impl Shape {
         let allocation = if self.mapped { "metadata" } else { "off" };
         qemu::create(&base, self.size, &format!("cluster_size={},preallocation={allocation}", self.cluster))?;
         let fill = |contender: Contender, path: &Path| -> Result<()> {
-            let Some(contents) = self.contents() else { return Ok(()) };
+            let contents = self.contents();
+            if contents.is_empty() {
+                return Ok(());
+            }
             let mut process = Process::open(contender, &opening(path))?;
-            process.run(&contents)?;
+            for work in &contents {
+                process.run(work)?;
+            }
             process.close()
         };
         fill(Contender::Library, &base)?;
