@@ -122,6 +122,8 @@ pub fn compact(bench: &mut Bench) -> Result<Vec<Line>> {
         lines.extend(measure(place, &fragmented, &work, rounds, cold, Sharing::No)?);
         if place.name == bench.tmpfs.name {
             lines.push(calls(place, &fragmented)?);
+        }
+        if !cold {
             lines.push(punched(place, &fragmented)?);
         }
         if cold {

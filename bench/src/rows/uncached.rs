@@ -13,7 +13,9 @@ pub fn uncached(bench: &mut Bench) -> Result<Vec<Line>> {
     let (scale, place) = (bench.scale, &bench.tmpfs);
     let (rounds, each) = (scale.rounds(), scale.pick(500, 1_000));
     let mut lines = Vec::new();
-    for (resident, disk) in [(Resident::Sample { rounds, each }, "1 TiB"), (Resident::Nothing, "1 TiB that is one hole")] {
+    for (resident, disk) in
+        [(Resident::Sample { rounds, each }, "1 TiB"), (Resident::Nothing, "1 TiB that is one hole")]
+    {
         let shape = Shape::mapped(scale.size(1024 * GIB), 64 << 10, resident);
         shape.make(place, "uncached", &Contender::ALL)?;
         let mut field = Field::open(&Contender::ALL, |who| Ok(opening(&place.of(who, "uncached"))))?;
