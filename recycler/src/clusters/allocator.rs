@@ -2,28 +2,17 @@
 
 use std::ops::Range;
 
-use super::{Clusters, States};
+use super::Clusters;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::metadata::Metadata;
 use crate::mutation::{Mutation, broken};
-use crate::units::{Geometry, HostCluster};
+use crate::units::HostCluster;
 
 /// The file grows by about an eighth, within these bounds in bytes.
 const GROW_MIN: u64 = 64 << 10;
 const GROW_MAX: u64 = 4 << 20;
-/// Guests that take more between two flushes than that are expected to do so again: it grows by as much, but by no more than a quarter, and this, in bytes and in clusters.
-const GROW_MOST: u64 = 64 << 20;
-const GROW_CLUSTERS: u64 = 1 << 14;
-
-/// By how many clusters the file is to grow; `cheaply`, if that writes nothing.
-fn step(states: &States, geometry: Geometry, cheaply: bool) -> u64 {
-    let size = states.end << geometry.cluster_bits;
-    let eighth = (size / 8).clamp(GROW_MIN, GROW_MAX);
-    let most = if cheaply { GROW_MOST.min(size / 4) } else { GROW_MAX };
-    states.taken.min(geometry.clusters_for(most)).min(GROW_CLUSTERS).max(geometry.clusters_for(eighth))
-}
 
 /// Consecutive clusters that were handed out, read as zeroes, and are counted once. Linked by the caller, or free again
 /// when this is dropped.
@@ -54,7 +43,6 @@ impl Allocation<'_> {
     pub(crate) fn put_back(mut self) {
         let range = std::mem::replace(&mut self.range, 0..0);
         let mut states = self.clusters.lock();
-        states.taken = states.taken.saturating_sub(range.end - range.start);
         states.roots.remove_range(range.clone());
         if self.durable { states.available.insert_range(range) } else { states.erased.insert_range(range) }
     }
@@ -100,8 +88,9 @@ impl Clusters {
             if let Some(allocation) = self.take(wanted) {
                 return Ok(allocation);
             }
-            let step = step(&self.lock(), meta.geometry, volume.can_resize());
-            let fresh = self.grow(volume, meta, wanted.max(step), wanted).await?;
+            let size = self.lock().end << meta.geometry.cluster_bits;
+            let bytes = (size / 8).clamp(GROW_MIN, GROW_MAX);
+            let fresh = self.grow(volume, meta, wanted.max(meta.geometry.clusters_for(bytes)), wanted).await?;
             self.lock().erased.insert_range(fresh);
         }
     }
@@ -112,13 +101,14 @@ impl Clusters {
     ///
     /// Only an offer: whoever needs clusters and finds none makes the file longer himself, and is told if that fails.
     pub(crate) async fn replenish<D: BlockDevice>(&self, volume: &Volume<D>, meta: &Metadata) -> Result<()> {
+        let bits = meta.geometry.cluster_bits;
         let wanted = {
             let mut states = self.lock();
-            let step = step(&states, meta.geometry, volume.can_resize());
+            let step = meta.geometry.clusters_for(((states.end << bits) / 8).clamp(GROW_MIN, GROW_MAX));
             let pool = states.available.len() + states.erased.len();
             let taken = std::mem::take(&mut states.taken);
             // Where the length is fixed, zeroes would have to be written.
-            if taken == 0 || pool > step / 2 || !volume.can_resize() {
+            if !taken || pool > step / 2 || !volume.can_resize() {
                 return Ok(());
             }
             step
@@ -181,7 +171,7 @@ impl Clusters {
             None => (states.erased.take_run(wanted)?, broken(Mutation::ErasedAsAvailable)),
         };
         states.roots.insert_range(range.clone());
-        states.taken += range.end - range.start;
+        states.taken = true;
         Some(Allocation { clusters: self, range, durable })
     }
 

@@ -66,8 +66,8 @@ pub(crate) struct States {
     pub(crate) available: ClusterSet,
     pub(crate) roots: ClusterSet,
     pub(crate) copies: ClusterSet,
-    /// How many clusters of the pool were taken since the last flush of a guest.
-    pub(crate) taken: u64,
+    /// Whether somebody took clusters of the pool since the last commit.
+    pub(crate) taken: bool,
     /// Freed, and the unlinking not written back yet.
     pub(crate) unlinked: FreedBatch,
     /// Freed, being written back by the commit under way.

@@ -235,27 +235,3 @@ async fn filling_holes_takes_little_space() {
     made.verify(in_runs).await;
     made.image.close().await.unwrap();
 }
-
-/// Guests that write much between two flushes find as much room after the next one: a flush that is made anyway makes it durable.
-#[tokio::test]
-async fn the_file_grows_ahead_as_far_as_guests_go() {
-    let dir = tempfile::tempdir().unwrap();
-    let device = HostFile::create(dir.path().join("disk")).unwrap();
-    create(&device, &CreateOptions::new(1 << 30)).await.unwrap();
-    let image = Image::open(device, Options::default()).await.unwrap();
-    let mut at = 0;
-    for (written, ahead) in [(400, 200..=800), (10, 190..=800), (400, 200..=800), (3000, 512..=2048)] {
-        for _ in 0..written {
-            image.write(at, IoBuf::new(&[1; 4096])).await.unwrap();
-            at += CLUSTER;
-        }
-        image.flush().await.unwrap();
-        let available = image.stats().available / CLUSTER;
-        assert!(
-            ahead.contains(&available),
-            "{available} clusters of room after {written} were taken; expected {ahead:?}"
-        );
-    }
-    image.close().await.unwrap();
-    assert!(fs::metadata(dir.path().join("disk")).unwrap().len() < at + (2 << 20), "room was left in the file");
-}
