@@ -111,12 +111,11 @@ impl<D: BlockDevice> Image<D> {
     async fn clear_request(&self, offset: u64, length: u64, clear: Clear) -> Result<()> {
         let request = self.begin_waiting(offset, length, Purpose::Write).await?;
         self.ensure_data()?;
-        let at_once = clear == Clear::Unmap && self.unmap_at_once(offset, length)?;
-        // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
-        let end = offset + length;
-        let whole_end =
-            if end == self.virtual_size() { end.next_multiple_of(self.meta.geometry.cluster_size()) } else { end };
-        if !at_once {
+        if clear != Clear::Unmap || !self.unmap_at_once(offset, length)? {
+            // A cluster that reaches past the end of the disk is whole if the request has all of it that is on the disk.
+            let end = offset + length;
+            let is_end = end == self.virtual_size();
+            let whole_end = if is_end { end.next_multiple_of(self.meta.geometry.cluster_size()) } else { end };
             self.clear_range(offset, end, whole_end, clear, Access::Shared).await?;
         }
         request.count(Counter::Discards, 1);

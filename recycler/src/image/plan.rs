@@ -252,6 +252,7 @@ impl<D: BlockDevice> Image<D> {
             return Ok(false);
         }
         let guest = geometry.guest_cluster(GuestOffset(offset));
+        // Asked again under the slice's lock, which decides. Asked here, no data is written in vain while somebody freezes.
         if self.obstacles.has(Obstacle::Frozen) {
             return Ok(false);
         }

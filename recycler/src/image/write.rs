@@ -122,12 +122,10 @@ impl<D: BlockDevice> Image<D> {
         let first = geometry.guest_cluster(at);
         let count = (at.0 + buf.len() as u64).div_ceil(cluster_size) - first.0;
         // Who has frozen the mapping has it for himself, and must not wait for those who wait for him with a turn in hand.
-        let _turn = match access {
-            Access::Shared => Some(self.allocating.take(self.turn_for(first.0..first.0 + count)).await),
-            Access::Frozen if broken(Mutation::TurnWhileFrozen) => {
-                Some(self.allocating.take(self.turn_for(first.0..first.0 + count)).await)
-            }
-            Access::Frozen => None,
+        let _turn = if access == Access::Shared || broken(Mutation::TurnWhileFrozen) {
+            Some(self.allocating.take(self.turn_for(first.0..first.0 + count)).await)
+        } else {
+            None
         };
         let _unfrozen = self.unfrozen(access).await;
         self.prepare_changes().await?;

@@ -187,10 +187,11 @@ impl L2Cache {
         let read = |at: u64, bytes: &mut [u8]| {
             // As in `slice`.
             let changed = self.patches.within(at..at + bytes.len() as u64);
-            let result = volume.read_now("reading an L2 table", at, IoBufMut::new(bytes))?;
-            patches::lay_over(bytes, at, &changed);
-            self.read_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            Some(result)
+            let read = volume.read_now("reading an L2 table", at, IoBufMut::new(bytes))?;
+            Some(read.map(|()| {
+                patches::lay_over(bytes, at, &changed);
+                self.read_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            }))
         };
         if let Some(sector) = once
             && !self.geometry.extended_l2

@@ -17,8 +17,9 @@
 //! many: see [`super::slice`]) is another, and neither waits for the other.
 //!
 //! To change a slice, or to see several of its entries at one moment, take it ([`Slices::get`]) and lock it; or lock it where it
-//! is ([`Slices::lock`]). A slice that somebody holds, or has locked, keeps its way. If all ways of a set are held, as they may be by changes that wait to be written back, a
-//! slice has to go into a table on the side until one is free; look-ups without a lock do not find it there.
+//! is ([`Slices::lock`]). A slice that somebody holds, or has locked, keeps its way. If all ways of a set are held, as they may be
+//! by changes that wait to be written back, a slice has to go into a table on the side until one is free; look-ups without a lock
+//! do not find it there.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -52,7 +53,7 @@ pub(crate) struct Slices {
     /// 2^64 divided by their number and rounded up, so that a remainder takes two multiplications.
     reciprocal: u64,
     /// How often a slice was read past all this.
-    passed: AtomicUsize,
+    passes: AtomicUsize,
     aside: Mutex<HashMap<u64, Arc<Slice>>>,
     aside_len: AtomicUsize,
 }
@@ -78,7 +79,7 @@ impl Slices {
             sets: std::iter::repeat_with(Set::default).take(sets).collect(),
             memory: Arc::new(memory),
             reciprocal: (u64::MAX / sets as u64).wrapping_add(1),
-            passed: AtomicUsize::new(0),
+            passes: AtomicUsize::new(0),
             aside: Mutex::default(),
             aside_len: AtomicUsize::new(0),
         })
@@ -190,7 +191,7 @@ impl Slices {
         let mark = (key / self.sets.len() as u64 + 1) as u8;
         tags.iter().any(|tag| tag.load(Ordering::Relaxed) >> 32 == 0)
             || passed.swap(mark, Ordering::Relaxed) == mark
-            || self.passed.fetch_add(1, Ordering::Relaxed) % ADMITTED == ADMITTED - 1
+            || self.passes.fetch_add(1, Ordering::Relaxed) % ADMITTED == ADMITTED - 1
     }
 
     /// Puts a slice into memory that is not there: one at a time does so for each key.

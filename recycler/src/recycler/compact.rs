@@ -155,6 +155,36 @@ fn sparse_part(taken: Duration) -> u64 {
     (meanwhile as u64).clamp(SPARSE_PART_BYTES, SPARSE_BATCH_BYTES)
 }
 
+/// Which holes below `limit` the first `count` of the clusters that are left to move go to; and those holes, taken.
+async fn choose_holes<'a, D: BlockDevice>(
+    image: &'a Image<D>,
+    left: &[(HostCluster, Reference)],
+    count: usize,
+    limit: u64,
+) -> Result<(Vec<Move>, Holes<'a>)> {
+    let group = (COPY_BYTES >> image.meta.geometry.cluster_bits).max(1) as usize;
+    let sources = left.get(..count).unwrap_or(left);
+    let count = sources.len() as u64;
+    let offered = image.offer_holes(count * CHOICE, limit).await;
+    let room: u64 = offered.iter().map(|run| run.end - run.start).sum();
+    if room < count {
+        let holes = image.take_holes(count, limit, Purpose::Copy).await?;
+        let sources = sources.iter().take(holes.set.len() as usize).copied().collect();
+        let moves = place(sources, &holes.set.runs().collect::<Vec<_>>(), group);
+        return Ok((moves, holes));
+    }
+    // Towards the end, what is left of holes is to do for the batches that follow, too.
+    let is_last_choice = room < count * CHOICE && left.len() as u64 <= room;
+    let mut moves = place(if is_last_choice { left } else { sources }.to_vec(), &offered, group);
+    if is_last_choice {
+        let these: ClusterSet = sources.iter().map(|&(src, _)| src).collect();
+        moves.retain(|m| these.contains(m.src));
+    }
+    let holes = image.take_chosen(&moves.iter().map(|m| m.dst).collect()).await?;
+    moves.retain(|m| holes.set.contains(m.dst));
+    Ok((moves, holes))
+}
+
 /// How a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
@@ -272,14 +302,16 @@ impl<D: BlockDevice> Compaction<'_, D> {
         self.crowded = false;
         let mut rest = &plan.sources[..];
         while !rest.is_empty() {
-            let (left, count) = (rest, whole_runs(rest, self.batch_size()));
+            // Before the batch's own holes are none any more.
+            let is_sparse = self.takes_space();
+            let (left, count) = (rest, whole_runs(rest, self.batch_size(is_sparse)));
             rest = rest.get(count..).unwrap_or_default();
             self.progress.file_size = image.file_size();
             if !progress(self.progress) {
                 return Ok(false);
             }
             self.yield_turn().await?;
-            match self.batch(left, count, plan.limit, progress).await? {
+            match self.batch((left, count), is_sparse, plan.limit, progress).await? {
                 Ended::Whole => {}
                 Ended::NoHoles => {
                     self.crowded = true;
@@ -296,14 +328,15 @@ impl<D: BlockDevice> Compaction<'_, D> {
         self.move_shared(&plan, generation, progress).await
     }
 
-    pub(super) fn batch_size(&mut self) -> usize {
-        let most = if self.takes_space() { SPARSE_BATCH_BYTES } else { BATCH_BYTES };
+    /// How many clusters to move at once; `is_sparse`: into holes that occupy no space.
+    pub(super) fn batch_size(&mut self, is_sparse: bool) -> usize {
+        let most = if is_sparse { SPARSE_BATCH_BYTES } else { BATCH_BYTES };
         let bytes = self.pacer.portion(BATCH_BYTES).min(most);
         (bytes >> self.image.meta.geometry.cluster_bits).clamp(1, BATCH_CLUSTERS) as usize
     }
 
     /// Whether most of the holes that are filled next occupy no space.
-    fn takes_space(&self) -> bool {
+    pub(super) fn takes_space(&self) -> bool {
         let bits = self.image.meta.geometry.cluster_bits;
         let next: Vec<u64> = {
             let states = self.image.clusters.lock();
@@ -337,65 +370,45 @@ impl<D: BlockDevice> Compaction<'_, D> {
     /// Moves the first `count` of the clusters that are left to move, a batch of them, below `limit`.
     async fn batch(
         &mut self,
-        left: &[(HostCluster, Reference)],
-        count: usize,
+        (left, count): (&[(HostCluster, Reference)], usize),
+        is_sparse: bool,
         limit: u64,
         progress: &mut (dyn FnMut(Progress) -> bool + Send),
     ) -> Result<Ended> {
         let image = self.image;
-        let sources = left.get(..count).unwrap_or(left);
-        // Before the batch's own holes are none any more.
-        let is_sparse = self.takes_space();
-        let group = (COPY_BYTES >> image.meta.geometry.cluster_bits).max(1) as usize;
-        let offered = image.offer_holes(sources.len() as u64 * CHOICE, limit).await;
-        let room: u64 = offered.iter().map(|run| run.end - run.start).sum();
-        let (mut holes, mut moves);
-        if room < sources.len() as u64 {
-            holes = image.take_holes(sources.len() as u64, limit, Purpose::Copy).await?;
-            let sources = sources.iter().take(holes.set.len() as usize).copied().collect();
-            moves = place(sources, &holes.set.runs().collect::<Vec<_>>(), group);
-        } else {
-            // Towards the end, what is left of holes is to do for the batches that follow, too.
-            let is_last_choice = room < sources.len() as u64 * CHOICE && left.len() as u64 <= room;
-            moves = place(if is_last_choice { left } else { sources }.to_vec(), &offered, group);
-            if is_last_choice {
-                let these: ClusterSet = sources.iter().map(|&(src, _)| src).collect();
-                moves.retain(|m| these.contains(m.src));
-            }
-            holes = image.take_chosen(&moves.iter().map(|m| m.dst).collect()).await?;
-            moves.retain(|m| holes.set.contains(m.dst));
-        }
+        let bits = image.meta.geometry.cluster_bits;
+        let (mut moves, mut holes) = choose_holes(image, left, count, limit).await?;
         if moves.is_empty() {
             return Ok(Ended::NoHoles);
         }
-        let mut ended = Ended::Whole;
-        let done = self.progress.done + sources.len() as u64;
-        let bits = image.meta.geometry.cluster_bits;
+        let done = self.progress.done + count as u64;
         let bytes = (moves.len() as u64) << bits;
-        if bytes <= SPARSE_BATCH_BYTES && sparse_part(self.waited) < bytes && is_sparse {
+        let in_parts = is_sparse && bytes <= SPARSE_BATCH_BYTES && sparse_part(self.waited) < bytes;
+        if in_parts {
             // From the end of the file on, so that each part can be cut off after the next one.
             moves.sort_unstable_by_key(|m| std::cmp::Reverse(m.src));
-            let mut rest = &mut moves[..];
-            while !rest.is_empty() && ended == Ended::Whole {
-                let count = (sparse_part(self.waited) >> bits).max(1) as usize;
-                let (part, others) = rest.split_at_mut(count.min(rest.len()));
-                rest = others;
+        }
+        let mut rest = &mut moves[..];
+        while !rest.is_empty() {
+            let most = if in_parts { (sparse_part(self.waited) >> bits).max(1) as usize } else { rest.len() };
+            let (part, others) = rest.split_at_mut(most.min(rest.len()));
+            rest = others;
+            if in_parts {
                 part.sort_unstable_by_key(|m| m.dst);
-                ended = self.carry_out(Batch::new(part.to_vec()), &mut holes, progress).await?;
-                self.progress.done += part.len() as u64;
-                self.pacer.repay().await;
-                if !broken(Mutation::TruncateBeforeDurable) {
-                    image.cut_tail().await?;
-                }
             }
-        } else {
-            ended = self.carry_out(Batch::new(moves), &mut holes, progress).await?;
+            let ended = self.carry_out(Batch::new(part.to_vec()), &mut holes, progress).await;
             self.pacer.repay().await;
+            match ended? {
+                Ended::Whole => self.progress.done += part.len() as u64,
+                other => return Ok(other),
+            }
+            if in_parts && !broken(Mutation::TruncateBeforeDurable) {
+                image.cut_tail().await?;
+            }
         }
-        if ended == Ended::Whole {
-            self.progress.done = done;
-        }
-        Ok(ended)
+        // Also those for which no hole was left.
+        self.progress.done = done;
+        Ok(Ended::Whole)
     }
 
     /// Takes a batch through its states. `holes` keeps the destinations that were not used.

@@ -33,7 +33,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 .filter(|s| s.iter().any(|s| matches!(s.place, Place::Table(_)) == tables))
                 .collect();
             // In the guest's order into ascending holes, batch by batch.
-            let batch = self.batch_size();
+            let batch = self.batch_size(self.takes_space());
             for sources in sources.chunks_mut(batch) {
                 sources.sort_by_key(|s| s.first().map(|s| s.place));
                 self.progress.file_size = image.file_size();
