@@ -311,7 +311,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 return Ok(false);
             }
             self.yield_turn().await?;
-            match self.batch((left, count), is_sparse, plan.limit, progress).await? {
+            match self.batch(left, count, is_sparse, plan.limit, progress).await? {
                 Ended::Whole => {}
                 Ended::NoHoles => {
                     self.crowded = true;
@@ -370,7 +370,8 @@ impl<D: BlockDevice> Compaction<'_, D> {
     /// Moves the first `count` of the clusters that are left to move, a batch of them, below `limit`.
     async fn batch(
         &mut self,
-        (left, count): (&[(HostCluster, Reference)], usize),
+        left: &[(HostCluster, Reference)],
+        count: usize,
         is_sparse: bool,
         limit: u64,
         progress: &mut (dyn FnMut(Progress) -> bool + Send),
@@ -383,23 +384,23 @@ impl<D: BlockDevice> Compaction<'_, D> {
         }
         let done = self.progress.done + count as u64;
         let bytes = (moves.len() as u64) << bits;
-        let in_parts = is_sparse && bytes <= SPARSE_BATCH_BYTES && sparse_part(self.waited) < bytes;
+        let in_parts = is_sparse && sparse_part(self.waited) < bytes;
         if in_parts {
             // From the end of the file on, so that each part can be cut off after the next one.
             moves.sort_unstable_by_key(|m| std::cmp::Reverse(m.src));
         }
-        let mut rest = &mut moves[..];
-        while !rest.is_empty() {
-            let most = if in_parts { (sparse_part(self.waited) >> bits).max(1) as usize } else { rest.len() };
-            let (part, others) = rest.split_at_mut(most.min(rest.len()));
-            rest = others;
+        while !moves.is_empty() {
+            let most = if in_parts { (sparse_part(self.waited) >> bits).max(1) as usize } else { moves.len() };
+            let others = moves.split_off(most.min(moves.len()));
+            let mut part = std::mem::replace(&mut moves, others);
             if in_parts {
                 part.sort_unstable_by_key(|m| m.dst);
             }
-            let ended = self.carry_out(Batch::new(part.to_vec()), &mut holes, progress).await;
+            let moved = part.len() as u64;
+            let ended = self.carry_out(Batch::new(part), &mut holes, progress).await;
             self.pacer.repay().await;
             match ended? {
-                Ended::Whole => self.progress.done += part.len() as u64,
+                Ended::Whole => self.progress.done += moved,
                 other => return Ok(other),
             }
             if in_parts && !broken(Mutation::TruncateBeforeDurable) {
