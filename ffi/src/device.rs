@@ -186,6 +186,12 @@ impl BlockDevice for Device {
         }
     }
 
+    fn will_flush(&self, offset: u64, length: u64) {
+        if let Bytes::File(file) = &self.bytes {
+            file.will_flush(offset, length);
+        }
+    }
+
     async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
         match self.bytes()? {
             Bytes::File(file) => file.copy_range(from, to, length).await,

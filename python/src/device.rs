@@ -107,6 +107,12 @@ impl BlockDevice for Device {
         }
     }
 
+    fn will_flush(&self, offset: u64, length: u64) {
+        if let Device::File(file) = self {
+            file.will_flush(offset, length);
+        }
+    }
+
     async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
         match self {
             Device::File(file) => file.copy_range(from, to, length).await,

@@ -295,6 +295,13 @@ impl BlockDevice for HostFile {
         let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
+    fn will_flush(&self, offset: u64, length: u64) {
+        // Past the page cache nothing is left to do.
+        if self.direct.is_none() {
+            positioned::write_out(&self.file, offset, length);
+        }
+    }
+
     // Also where nothing is shared: the system copies once, from cache to cache, and not twice through our memory.
     fn is_hole(&self, offset: u64, length: u64) -> bool {
         // As with the length: the descriptor's own offset is nobody's.

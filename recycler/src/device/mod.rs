@@ -151,6 +151,12 @@ pub trait BlockDevice: Send + Sync + 'static {
         let _ = (offset, length);
     }
 
+    /// A hint: the range was written, and a flush will follow soon, so whatever the flush has to do for it may begin. Must not
+    /// wait until that is done; makes nothing durable.
+    fn will_flush(&self, offset: u64, length: u64) {
+        let _ = (offset, length);
+    }
+
     /// Copies `length` bytes inside the device; the ranges do not overlap.
     fn copy_range(&self, from: u64, to: u64, length: u64) -> impl Future<Output = io::Result<()>> + Send {
         let _ = (from, to, length);

@@ -32,6 +32,13 @@ fn moved(result: isize) -> io::Result<Option<usize>> {
     }
 }
 
+/// Has the system begin to write out what it has in its cache of a range. If it does not, nothing is lost.
+pub(super) fn write_out(file: &File, offset: u64, length: u64) {
+    let (Ok(at), Ok(length)) = (i64::try_from(offset), i64::try_from(length)) else { return };
+    // SAFETY: no memory is involved.
+    unsafe { libc::sync_file_range(file.as_raw_fd(), at, length, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 /// Fills `buf` from byte `offset` of the file.
 ///
 /// # Errors

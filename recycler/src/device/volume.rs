@@ -284,6 +284,11 @@ impl<D: BlockDevice> Volume<D> {
         Ok(true)
     }
 
+    /// A hint: this range was written, and a flush will follow soon.
+    pub(crate) fn will_flush(&self, range: Range<u64>) {
+        self.device.will_flush(range.start, range.end - range.start);
+    }
+
     /// A hint: this range will be read soon.
     pub(crate) fn will_read(&self, range: Range<u64>) {
         let end = range.end.min(self.length());

@@ -508,6 +508,8 @@ impl<D: BlockDevice> Compaction<'_, D> {
             }
             self.spend(count as u64 * cluster_size).await;
             image.copy_moves(run, Contents::Data, &mut self.copier).await?;
+            let to = first.dst.0 << image.meta.geometry.cluster_bits;
+            image.volume.will_flush(to..to + count as u64 * cluster_size);
             standing.extend_from_slice(run);
         }
         Ok(Ended::Whole)
