@@ -9,12 +9,12 @@
 //! leaves in one slot. All but the last belong to one thread each, but a request may end on another thread than it began on.
 //! The same slots count the guest's requests for the statistics.
 
-use std::time::Duration;
+use tokio::time::{Duration, Instant};
 
 use super::stragglers::Stragglers;
 use crate::mutation::{Mutation, broken};
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use crate::sync::{Notify, thread_place};
+use crate::sync::{Mutex, Notify, thread_place};
 
 /// One where a model checker looks at each.
 const SLOTS: usize = if cfg!(all(test, feature = "models")) { 1 } else { 16 };
@@ -57,6 +57,8 @@ pub(crate) struct Epochs {
     /// Requests that leave only when somebody looks at them.
     pub(crate) stragglers: Stragglers,
     left: Notify,
+    /// Requests that had been made when somebody looked last, and since when it has been so many, as far as is known.
+    heard: Mutex<Option<(u64, Instant)>>,
 }
 
 /// A request in flight; it ends when this is dropped.
@@ -169,6 +171,21 @@ impl Epochs {
         [Counter::Reads, Counter::Writes, Counter::Discards].into_iter().map(|c| self.total(c)).sum()
     }
 
+    /// For how long guests have been quiet, as far as can be told from the last look: for no time if a request is in flight, or
+    /// ended since then.
+    pub(crate) fn quiet(&self) -> Duration {
+        let is_inside = |s: &Slot| s.inside.iter().any(|count| count.load(Ordering::Relaxed) != 0);
+        let mut heard = self.heard.lock();
+        let (requests, now) = (self.requests(), Instant::now());
+        match *heard {
+            Some((seen, since)) if seen == requests && !self.slots.iter().any(is_inside) => now - since,
+            _ => {
+                *heard = Some((requests, now));
+                Duration::ZERO
+            }
+        }
+    }
+
     /// Sum of a counter over all slots.
     pub(crate) fn total(&self, counter: Counter) -> u64 {
         let counted = |s: &Slot| [&s.counts, &s.own].map(|counts| counts[counter as usize].load(Ordering::Relaxed));
@@ -244,6 +261,25 @@ mod tests {
         assert!(!epochs.elapsed(ticket) && !epochs.elapsed(ticket));
         std::thread::scope(|s| s.spawn(|| drop(epochs.attach(detached))).join().unwrap());
         assert!(epochs.elapsed(ticket));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guests_are_quiet_since_the_last_request_ended() {
+        let epochs = Epochs::default();
+        let pass = || tokio::time::advance(Duration::from_secs(1));
+        assert_eq!(epochs.quiet(), Duration::ZERO);
+        pass().await;
+        assert_eq!(epochs.quiet(), Duration::from_secs(1));
+        let inside = epochs.enter();
+        assert_eq!(epochs.quiet(), Duration::ZERO);
+        pass().await;
+        assert_eq!(epochs.quiet(), Duration::ZERO);
+        inside.count_here((Counter::Reads, Counter::ReadBytes), 512);
+        drop(inside);
+        pass().await;
+        assert_eq!(epochs.quiet(), Duration::ZERO);
+        pass().await;
+        assert_eq!(epochs.quiet(), Duration::from_secs(1));
     }
 
     /// Threads that come and go, more than have a slot to themselves.

@@ -296,8 +296,8 @@ impl BlockDevice for HostFile {
     }
 
     fn will_flush(&self, offset: u64, length: u64) {
-        // Past the page cache nothing is left to do.
-        if self.direct.is_none() {
+        // Past the page cache hardly anything is left to do. (No length means all there is.)
+        if self.direct.is_none() && length > 0 {
             positioned::write_out(&self.file, offset, length);
         }
     }

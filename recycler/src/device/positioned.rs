@@ -1,6 +1,7 @@
 //! Positioned transfers between a file and raw guest memory.
 //!
-//! The only place where guest memory is handed to the kernel. One area costs one system call and nothing else.
+//! The only place where guest memory is handed to the kernel. One area costs one system call and nothing else. (And the one other
+//! call on files for which there is no safe wrapper.)
 #![allow(unsafe_code)]
 
 use std::fs::File;

@@ -136,16 +136,12 @@ impl<D: BlockDevice> Image<D> {
             }
             states.end << bits
         };
-        let mut steps = Steps::new();
-        let (mut requests, mut busy) = (self.epochs.requests(), false);
+        let mut steps = Steps::default();
         while self.volume.can_resize() && self.volume.length() > length {
             let old = self.volume.length();
-            let to = length.max(old.saturating_sub(steps.size()));
-            steps.take(busy, self.volume.truncate(to)).await?;
+            let to = length.max(old.saturating_sub(steps.size(self.epochs.quiet())));
+            steps.take(old - to, self.volume.truncate(to)).await?;
             self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
-            let now = self.epochs.requests();
-            busy = now != requests;
-            requests = now;
             // Let guests in between.
             tokio::task::yield_now().await;
         }

@@ -16,13 +16,16 @@ pub(super) async fn erase<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &
     let mut holes = image.take_holes(bytes >> bits, u64::MAX, Purpose::Erase).await?;
     let mut erased = 0;
     let runs: Vec<_> = holes.set.runs().collect();
-    let mut steps = Steps::new();
+    let mut steps = Steps::default();
     for mut run in runs {
         while !run.is_empty() {
-            let piece = run.start..run.end.min(run.start + (steps.size() >> bits).max(1));
+            let mut end = || run.end.min(run.start + (steps.size(image.epochs.quiet()) >> bits).max(1));
+            let most = end();
+            pacer.spend((most - run.start) << bits).await;
+            // Guests may have come back meanwhile.
+            let piece = run.start..most.min(end());
             let length = (piece.end - piece.start) << bits;
-            pacer.spend(length).await;
-            steps.take(pacer.is_busy(), image.volume.erase(piece.start << bits, length)).await?;
+            steps.take(length, image.volume.erase(piece.start << bits, length)).await?;
             run.start = piece.end;
             holes.erased(piece);
             erased += length;

@@ -39,13 +39,15 @@ pub(super) async fn punch<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &
     image.logger().log(LogLevel::Debug, || {
         format!("{}: giving the space of {} bytes back", image.options.id, taken.set.len() << bits)
     });
-    let mut steps = Steps::new();
+    let mut steps = Steps::default();
     for run in taken.set.runs() {
         let (mut at, end) = (run.start << bits, run.end << bits);
         while at < end {
-            let piece = (end - at).min(steps.size());
-            pacer.spend(piece).await;
-            steps.take(pacer.is_busy(), image.volume.punch(at, piece)).await?;
+            let most = (end - at).min(steps.size(image.epochs.quiet()));
+            pacer.spend(most).await;
+            // Guests may have come back meanwhile.
+            let piece = most.min(steps.size(image.epochs.quiet()));
+            steps.take(piece, image.volume.punch(at, piece)).await?;
             at += piece;
         }
     }
