@@ -104,6 +104,10 @@ impl Clusters {
         let bits = meta.geometry.cluster_bits;
         let wanted = {
             let mut states = self.lock();
+            // Not into what is being cut off: it would have to be erased.
+            if volume.length() > states.end << bits {
+                return Ok(());
+            }
             let step = meta.geometry.clusters_for(((states.end << bits) / 8).clamp(GROW_MIN, GROW_MAX));
             let pool = states.available.len() + states.erased.len();
             let taken = std::mem::take(&mut states.taken);
@@ -193,18 +197,22 @@ impl Clusters {
             return Err(Error::unsupported("an image file of 2^56 bytes or more"));
         }
         if volume.can_resize() {
-            // If an earlier truncation failed, the file may hold something past the end: only what appears anew is zero.
-            if volume.length() > start << bits {
-                volume.truncate(start << bits).await?;
-            }
+            // If something is left of what is being cut off, or could not be, it stays. The device is told that length, too: a
+            // truncation that failed may have been made.
+            let there = volume.length();
             // A long step may not fit where a short one does.
-            if let Err(e) = volume.truncate(length(&growth)).await {
+            if let Err(e) = volume.truncate(length(&growth).max(there)).await {
                 if wanted == least {
                     return Err(e);
                 }
                 growth = refcounts.plan_growth(start, least)?;
-                volume.truncate(length(&growth)).await?;
+                volume.truncate(length(&growth).max(there)).await?;
             }
+            // Only what appears anew is zero. Power cut before the next flush: these clusters may hold anything, and nothing refers to
+            // them, since entries that name Erased clusters, the table that names refcount blocks, and the header that names the
+            // table are written after it. Cut after it: they are zero.
+            let old = there.min(length(&growth)).saturating_sub(start << bits);
+            volume.erase(start << bits, old).await?;
         } else {
             if length(&growth) > volume.length() {
                 growth = refcounts.plan_growth(start, least)?;

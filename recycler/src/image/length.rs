@@ -121,30 +121,38 @@ impl<D: BlockDevice> Image<D> {
 
     /// Makes the file end at cluster `end`, or higher if something past it is in use.
     async fn truncate_to(&self, end: u64) -> Result<()> {
-        let bits = self.meta.geometry.cluster_bits;
-        let _length = self.clusters.length_turn.lock().await;
-        let length = {
+        {
+            let _length = self.clusters.length_turn.lock().await;
             let mut states = self.clusters.lock();
             let needed = states.last_needed().max(end);
             let cut = needed..states.end;
             if !cut.is_empty() && states.junk.count_in(cut.clone()) == cut.end - cut.start {
-                // From here on these clusters do not exist: nobody erases, copies to or allocates what is being cut off,
-                // and growing waits for its turn at the length. If the device refuses, the file is longer than it need
-                // be until the next attempt, no more.
+                // From here on these clusters do not exist: nobody erases, copies to or allocates what is being cut off. If the
+                // device refuses, the file is longer than it need be until the next attempt, no more.
                 states.junk.remove_range(cut);
                 states.end = needed;
             }
-            states.end << bits
-        };
+        }
         let mut steps = Steps::default();
-        while self.volume.can_resize() && self.volume.length() > length {
-            let old = self.volume.length();
-            let to = length.max(old.saturating_sub(steps.size(self.epochs.quiet())));
-            steps.take(old - to, self.volume.truncate(to)).await?;
-            self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
+        while self.cut_step(&mut steps).await? {
             // Let guests in between.
             tokio::task::yield_now().await;
         }
         Ok(())
+    }
+
+    /// Cuts off some of what lies past the last cluster. Whether there is more.
+    ///
+    /// Guests that need a longer file wait for one step; what they take of what is still there they erase.
+    async fn cut_step(&self, steps: &mut Steps) -> Result<bool> {
+        let _length = self.clusters.length_turn.lock().await;
+        let (old, end) = (self.volume.length(), self.clusters.lock().end << self.meta.geometry.cluster_bits);
+        if !self.volume.can_resize() || old <= end {
+            return Ok(false);
+        }
+        let to = end.max(old.saturating_sub(steps.size(self.epochs.quiet())));
+        steps.take(old - to, self.volume.truncate(to)).await?;
+        self.counters.truncated_bytes.fetch_add(old - to, Ordering::Relaxed);
+        Ok(to > end)
     }
 }

@@ -8,5 +8,6 @@ mod slice;
 mod check;
 mod header;
 mod host_file;
+mod length;
 mod queue;
 mod space;
