@@ -302,7 +302,6 @@ impl BlockDevice for HostFile {
         }
     }
 
-    // Also where nothing is shared: the system copies once, from cache to cache, and not twice through our memory.
     fn is_hole(&self, offset: u64, length: u64) -> bool {
         // As with the length: the descriptor's own offset is nobody's.
         match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(offset)) {
@@ -317,6 +316,7 @@ impl BlockDevice for HostFile {
         self.copies_bytes
     }
 
+    // Also where nothing is shared: the system copies once, from cache to cache, and not twice through our memory.
     async fn copy_range(&self, from: u64, to: u64, length: u64) -> io::Result<()> {
         let (mut from, mut to, mut left) = (from, to, length);
         while left > 0 {
