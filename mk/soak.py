@@ -52,11 +52,10 @@ class Part:
     weight: float
     command: list[str]
     prepare: list[str] = field(default_factory=list)
-    # A test program of a Rust package instead of a command, which of its tests, and with which features.
+    # A test program of a Rust package instead of a command, and which of its tests.
     rust: str = ""
     tests: str = ""
     package: str = "qcow-recycler"
-    features: str = ""
     # Without this many minutes it is left out.
     least: float = 0
     copies: int = 1
@@ -106,17 +105,16 @@ def share_out(parts: list[Part], minutes: float, lanes: int) -> list[list[Part]]
 def build(parts: list[Part]) -> None:
     """Builds what the parts run, so that building takes none of their time."""
     cargo = os.environ.get("CARGO", "cargo")
-    for package, features in sorted({(p.package, p.features) for p in parts if p.rust}):
-        wanted = [p for p in parts if p.rust and (p.package, p.features) == (package, features)]
+    for package in sorted({p.package for p in parts if p.rust}):
+        wanted = [p for p in parts if p.rust and p.package == package]
         command = [cargo, "test", "--release", "--locked", "-q", "--no-run", "--message-format=json", "-p", package]
-        command += ["--features", features] if features else []
         command += [word for test in sorted({p.rust for p in wanted}) for word in ("--test", test)]
         built = subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, text=True, check=True).stdout
         messages = [json.loads(line) for line in built.splitlines() if line.startswith("{")]
         programs = {m["target"]["name"]: m["executable"] for m in messages if m.get("executable")}
         for part in wanted:
             # One thread: the parts share the cores out between them.
-            part.command = [programs[part.rust], "--nocapture", "--test-threads=1", part.tests]
+            part.command = [programs[part.rust], "--include-ignored", "--nocapture", "--test-threads=1", part.tests]
     for prepare in {tuple(p.prepare) for p in parts if p.prepare}:
         if subprocess.run(prepare, cwd=TOP, check=False).returncode != 0:
             for part in parts:

@@ -123,3 +123,10 @@ def test_versions_agree() -> None:
     assert re.search(rf"^## .*{re.escape(version)}", text(TOP / "CHANGELOG.md"), re.M), (
         "CHANGELOG.md lacks this version"
     )
+
+
+def test_what_is_shipped_makes_no_deliberate_mistakes() -> None:
+    packages = ("-p", "qcowrecycle-ffi", "-p", "qcow-recycler-python")
+    tree = subprocess.check_output(("cargo", "tree", "--locked", *packages, "-e", "normal,build,features"), text=True)
+    assert 'qcow-recycler feature "default"' in tree
+    assert "mutations" not in tree
