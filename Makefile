@@ -61,9 +61,9 @@ rust-test: $(VENV_READY)
 	# Deliberate mistakes, which break the library for a whole process.
 	$(CARGO) test -p qcow-recycler --locked -q --test simulation mutations:: -- --ignored --nocapture
 
-# PYTEST= takes further arguments, such as PYTEST='-k crash -x'.
+# A process for each core. PYTEST= takes further arguments, such as PYTEST='-k crash -x', or -n0 for one process, as --pdb needs.
 pytest: setup lib python-dev
-	$(VENV_BIN)/python -m pytest -q tests/ $(PYTEST)
+	$(VENV_BIN)/python -m pytest -q -n auto --dist worksteal tests/ $(PYTEST)
 
 clean:
 	$(CARGO) clean
