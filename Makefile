@@ -46,9 +46,9 @@ rust-lint: $(VENV_READY)
 	# What only the model checker's scenes are compiled into.
 	$(CARGO) clippy -p qcow-recycler --all-targets --features models --locked -- -D warnings
 
-# The packages with tests in Rust. With the whole workspace cargo would choose features for their dependencies that it does not
-# choose for the core alone, and compile the engine's tests again for whatever else runs them.
-RUST_TESTED := -p qcow-recycler -p qcowrecycle-ffi
+# Not those packages that have no tests in Rust, and many dependencies: cargo would choose features for them that it does not choose
+# for the core alone, and compile the engine's tests again for whatever else runs those.
+RUST_TESTED := --workspace --exclude qcow-recycler-python --exclude qcowrecycle-header --exclude qcow-lossy
 
 # nextest runs the test programs side by side, but no examples in comments: of those only the core's are Rust.
 rust-test: $(VENV_READY)

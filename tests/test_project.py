@@ -127,6 +127,7 @@ def test_versions_agree() -> None:
 
 def test_what_is_shipped_makes_no_deliberate_mistakes() -> None:
     packages = ("-p", "qcowrecycle-ffi", "-p", "qcow-recycler-python")
-    tree = subprocess.check_output(("cargo", "tree", "--locked", *packages, "-e", "normal,build,features"), text=True)
+    command = ("cargo", "tree", "--locked", *packages, "-e", "normal,build,features")
+    tree = subprocess.check_output(command, cwd=TOP, text=True)
     assert 'qcow-recycler feature "default"' in tree
     assert "mutations" not in tree
