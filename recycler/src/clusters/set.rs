@@ -314,7 +314,7 @@ mod tests {
     fn sets_of_one_run_are_sets() {
         let (mut s, mut plain) = (ClusterSet::default(), std::collections::BTreeSet::new());
         let mut number = 1u64;
-        for _ in 0..if cfg!(miri) { 300 } else { 10_000 } {
+        for _ in 0..if cfg!(miri) { 30 } else { 10_000 } {
             number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let (c, d, what) = ((number >> 40) % 6, (number >> 45) % 6, (number >> 50) % 8);
             match what {
