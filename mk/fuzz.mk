@@ -3,7 +3,7 @@
 #   fuzz SECONDS=n   each target of fuzz/ for n seconds; what is found lies in fuzz/artifacts, new inputs in build/fuzz
 #   fuzz-slice       the same for a minute in all, for make test; only where a nightly compiler and cargo-fuzz are
 #   fuzz-corpus      make fuzz/corpus anew with qemu-img
-#   fuzz-tools       a nightly compiler by rustup, and cargo-fuzz in build/tools
+#   fuzz-tools       a nightly compiler, and cargo-fuzz in build/tools
 #
 # An input again: make fuzz-replay TARGET=image INPUT=fuzz/artifacts/image/crash-...
 
@@ -37,8 +37,7 @@ fuzz-soak:
 fuzz-build: fuzz-tools
 	$(FUZZ_CARGO) build $(FUZZ_FLAGS)
 
-fuzz-tools:
-	cargo +nightly --version >/dev/null 2>&1 || rustup toolchain install nightly --profile minimal
+fuzz-tools: nightly
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cargo fuzz --version >/dev/null 2>&1 || \
 		cargo install cargo-fuzz --locked --version '^0.13' --root build/tools
 

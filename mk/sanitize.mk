@@ -1,5 +1,5 @@
 # The C programs of tests/c and ffi/examples and the whole library, standard library included, under sanitizers: with a
-# nightly compiler, whose source rustup adds; the C side is gcc's, with the run-time that the Rust compiler brings.
+# nightly compiler (see mk/setup.mk); the C side is gcc's, with the run-time that the Rust compiler brings.
 #
 #   sanitize          under AddressSanitizer (with UndefinedBehaviorSanitizer in C) and under ThreadSanitizer
 #   sanitize-address  under the one
@@ -13,8 +13,7 @@ SANITIZE_DIR = $(abspath $(TARGET_DIR))/sanitize
 
 sanitize: $(SANITIZERS:%=sanitize-%)
 
-$(SANITIZERS:%=sanitize-%): sanitize-%: setup
-	rustup component add --toolchain nightly rust-src
+$(SANITIZERS:%=sanitize-%): sanitize-%: setup nightly-parts
 	RUSTFLAGS=-Zsanitizer=$* cargo +nightly rustc --locked -Zbuild-std --target $(SANITIZE_TARGET) \
 		--target-dir $(SANITIZE_DIR)/$* -p qcowrecycle-ffi --lib --crate-type staticlib
 	QCR_SANITIZER=$* QCR_SANITIZED=$(SANITIZE_DIR)/$*/$(SANITIZE_TARGET)/debug/libqcowrecycle.a \

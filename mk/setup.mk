@@ -2,6 +2,7 @@
 #
 #   setup     everything below; other fragments depend on $(VENV_READY) and on `system`
 #   system    the programs of the host, installed by apt when this is root, named otherwise
+#   nightly   a nightly compiler by rustup, for fuzzing; nightly-parts adds what miri and the sanitizers need of it
 #   $(VENV_READY)  the virtual environment .venv with the tools of tests/requirements.txt
 
 VENV := .venv
@@ -27,7 +28,7 @@ SYSTEM_PROGRAMS := \
 # e2fsprogs live in sbin, which is not on every user's path.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: setup system
+.PHONY: setup system nightly nightly-parts
 setup: system $(VENV_READY)
 
 system:
@@ -51,6 +52,12 @@ system:
 		command -v $$tool >/dev/null 2>&1 || { \
 			echo "Rust 1.90 or later with rustfmt and clippy is needed ($$tool not found): https://rustup.rs" >&2; exit 1; }; \
 	done
+
+nightly:
+	cargo +nightly --version >/dev/null 2>&1 || rustup toolchain install nightly --profile minimal
+
+nightly-parts: nightly
+	rustup component add --toolchain nightly miri rust-src
 
 # Made anew from nothing when the list of tools changes, so that nothing left over can be relied on.
 $(VENV_READY): tests/requirements.txt mk/setup.mk | system
