@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -275,6 +277,84 @@ def test_asyncio_on_a_python_block_device() -> None:
             left = [asyncio.ensure_future(image.read(at, 4096)) for at in places]
             await asyncio.sleep(0)
             assert not any(task.done() for task in left)
+
+    asyncio.run(work())
+    assert qcow_recycler.check_device(device).is_clean
+
+
+class SlowDevice(MemoryDevice):
+    """A device whose reads take as long as one wishes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def pread(self, offset: int, buffer: memoryview) -> None:
+        self.reading.set()
+        assert self.go_on.wait(60)
+        super().pread(offset, buffer)
+
+
+async def cancel(task: asyncio.Task[None]) -> None:
+    """Cancels it, and lets it take notice."""
+    task.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 3])
+def test_requests_end_however_often_closing_is_cancelled(times: int) -> None:
+    device = SlowDevice()
+    qcow_recycler.create_device(device, 16 * MIB)
+
+    async def work() -> None:
+        image = await aio.open_device(device)
+        await image.write(0, bytes([7]) * CLUSTER)
+        await image.read(0, 512)
+        device.go_on.clear()
+        device.reading.clear()
+        # More than are under way at once.
+        reads = [asyncio.ensure_future(image.read(0, 4096)) for _ in range(300)]
+        assert await asyncio.to_thread(device.reading.wait, 20)
+        closing = asyncio.ensure_future(image.close())
+        while not image.closed:
+            await asyncio.sleep(0.001)
+        for _ in range(times):
+            await cancel(closing)
+        device.go_on.set()
+        ended = await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 20)
+        assert all(end == bytes([7]) * 4096 or isinstance(end, qcow_recycler.Closed) for end in ended), set(ended)
+        assert ended[0] == bytes([7]) * 4096
+        with contextlib.suppress(asyncio.CancelledError):
+            await closing
+        assert closing.cancelled() == (times > 0)
+
+    asyncio.run(work())
+    assert qcow_recycler.check_device(device).is_clean
+
+
+def test_a_close_that_is_cancelled_before_a_thread_has_it_still_closes() -> None:
+    device = SlowDevice()
+    qcow_recycler.create_device(device, 16 * MIB)
+
+    async def work() -> None:
+        image = await aio.open_device(device)
+        await image.write(0, bytes([7]) * CLUSTER)
+        busy = threading.Event()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        occupied = asyncio.ensure_future(asyncio.to_thread(busy.wait, 60))
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(image.close())
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await cancel(closing)
+        assert closing.cancelled() and not image.closed
+        busy.set()
+        await occupied
+        # The only thread comes to this when it has closed the image.
+        await asyncio.to_thread(lambda: None)
+        assert image.closed
 
     asyncio.run(work())
     assert qcow_recycler.check_device(device).is_clean

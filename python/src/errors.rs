@@ -69,6 +69,14 @@ fn errno_of(py: Python<'_>, raised: &PyErr) -> Option<i32> {
     raised.value(py).getattr("errno").ok()?.extract::<i32>().ok().filter(|&errno| errno > 0)
 }
 
+/// The exception for the use of an image that belongs to the parent process.
+pub(crate) fn inherited(py: Python<'_>, filename: Option<&str>) -> PyErr {
+    let message = "the image was opened before fork(), and this child process must not use it";
+    let build =
+        || py.import("qcow_recycler.errors")?.getattr("Closed")?.call1((Error::Closed.errno(), message, filename));
+    build().map_or_else(|failure| failure, PyErr::from_value)
+}
+
 /// What a Python block device raised, as the device error that carries it through the library.
 pub(crate) fn to_io(py: Python<'_>, raised: PyErr) -> io::Error {
     let kind = errno_of(py, &raised).map_or(io::ErrorKind::Other, |errno| io::Error::from_raw_os_error(errno).kind());

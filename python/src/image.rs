@@ -1,6 +1,9 @@
 //! The class `Image`.
 
+use std::ffi::c_int;
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use pyo3::exceptions::{PyMemoryError, PyResourceWarning};
@@ -18,10 +21,44 @@ use crate::{errors, records};
 /// Reads longer than this are held against the disk's size before memory is taken for them.
 const UNCHECKED_READ: usize = 1 << 20;
 
+/// How many forks this process is away from the one that loaded the module. Not a process ID: those come again, and a child
+/// in a new PID namespace may have its parent's.
+static FORKS: AtomicU64 = AtomicU64::new(0);
+
+/// Runs in every child, before anything else does.
+extern "C" fn forked() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+}
+
+unsafe extern "C" {
+    fn pthread_atfork(
+        prepare: Option<extern "C" fn()>,
+        parent: Option<extern "C" fn()>,
+        child: Option<extern "C" fn()>,
+    ) -> c_int;
+}
+
+/// Lets images know when they are in a child process. Called once, before the first is opened.
+///
+/// # Errors
+/// There is no memory.
+pub(crate) fn count_forks() -> io::Result<()> {
+    // SAFETY: the module is never unloaded, and `forked` does nothing that is forbidden after fork().
+    match unsafe { pthread_atfork(None, None, Some(forked)) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 /// An open image; made by open() and open_device().
 ///
 /// All offsets, lengths and sizes are in bytes; those of requests are multiples of 512. Any number of threads may use
 /// one image. Every method raises qcow_recycler.Error, and Closed after close().
+///
+/// fork(): the child must not use an image that was opened before; what it inherits is left alone. There close(), and the end
+/// of the object or of the child, do nothing, and every other call raises Closed. The file stays open in the child, and so
+/// locked, until the child ends or executes another program. A function that the library calls (a device's method, a
+/// progress function) may fork, but must not return in the child.
 #[pyclass(frozen, weakref, module = "qcow_recycler._ext")]
 pub(crate) struct Image {
     /// Taken out by `close`, so that the file and its locks go when the last call in flight has ended. Never locked
@@ -29,14 +66,29 @@ pub(crate) struct Image {
     disk: Mutex<Option<Arc<Disk<Device>>>>,
     filename: Option<String>,
     id: String,
+    /// `FORKS` in the process that opened the image. In its children the image's threads do not exist, its locks may be
+    /// held for ever, and what it believes of the file is no longer true: nothing of it is touched there, not even to free it.
+    owner: u64,
 }
 
 impl Image {
     pub(crate) fn new(disk: Disk<Device>, filename: Option<String>, id: String) -> Self {
-        Image { disk: Mutex::new(Some(Arc::new(disk))), filename, id }
+        Image { disk: Mutex::new(Some(Arc::new(disk))), filename, id, owner: FORKS.load(Ordering::Relaxed) }
+    }
+
+    /// Whether this process is a child of the one that opened the image.
+    pub(crate) fn is_inherited(&self) -> bool {
+        FORKS.load(Ordering::Relaxed) != self.owner
+    }
+
+    /// # Errors
+    /// `Closed` in a child of the process that opened the image.
+    pub(crate) fn ensure_own(&self, py: Python<'_>) -> PyResult<()> {
+        if self.is_inherited() { Err(errors::inherited(py, self.filename.as_deref())) } else { Ok(()) }
     }
 
     fn disk(&self, py: Python<'_>) -> PyResult<Arc<Disk<Device>>> {
+        self.ensure_own(py)?;
         let disk = self.disk.lock().clone();
         disk.ok_or_else(|| self.raise(py, Error::Closed))
     }
@@ -283,8 +335,12 @@ impl Image {
 
     /// Stops the recycler, writes everything back and closes the image, even if that fails; a second time does nothing.
     ///
-    /// The file and its locks are let go when the last call that another thread is in has ended.
+    /// The file and its locks are let go when the last call that another thread is in has ended. Does nothing in a child of the
+    /// process that opened the image.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
+        if self.is_inherited() {
+            return Ok(());
+        }
         let Some(disk) = self.disk.lock().take() else { return Ok(()) };
         py.detach(move || {
             let result = disk.close();
@@ -294,10 +350,10 @@ impl Image {
         .map_err(|e| self.raise(py, e))
     }
 
-    /// Whether close() has been called.
+    /// Whether close() has been called, or this is a child of the process that opened the image.
     #[getter]
     fn closed(&self) -> bool {
-        self.disk.lock().is_none()
+        self.is_inherited() || self.disk.lock().is_none()
     }
 
     /// The path of the image file, or None when it was opened on a block device.
@@ -334,6 +390,10 @@ impl Image {
 impl Drop for Image {
     fn drop(&mut self) {
         let Some(disk) = self.disk.get_mut().take() else { return };
+        if self.is_inherited() {
+            std::mem::forget(disk);
+            return;
+        }
         Python::try_attach(|py| {
             let message = c"an image was not closed; use it as a context manager, or call close()";
             if let Err(raised) = PyErr::warn(py, &py.get_type::<PyResourceWarning>(), message, 1) {

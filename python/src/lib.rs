@@ -2,6 +2,8 @@
 //!
 //! Every call that may wait releases the interpreter's lock first, and nothing is locked while it waits for the
 //! interpreter: a Python block device or log function can therefore be called from the recycler's thread at any time.
+//!
+//! Whatever owns a part of the engine (`Image`, `Queue`) forgets it, instead of dropping it, in a child process: see `Image`.
 #![allow(missing_docs)]
 
 mod buffer;
@@ -20,6 +22,7 @@ use pyo3::prelude::*;
 
 #[pymodule]
 fn _ext(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    image::count_forks()?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<image::Image>()?;
     module.add_class::<extents::Extents>()?;

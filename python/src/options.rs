@@ -165,9 +165,13 @@ where
     }
 }
 
+/// # Errors
+/// `ValueError` for what is negative, infinite, not a number, or more than a `Duration` can be.
 fn seconds(key: &str, item: &Bound<'_, PyAny>) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(item.extract()?)
-        .map_err(|_| PyValueError::new_err(format!("{key} must be a number of seconds, zero or more")))
+    let seconds: f64 = item.extract()?;
+    Duration::try_from_secs_f64(seconds).map_err(|_| {
+        PyValueError::new_err(format!("{key} must be a number of seconds, from 0 to less than 2**64, not {seconds}"))
+    })
 }
 
 /// Messages go to a Python function `(level, message)`. What it raises cannot reach anybody, so it is reported as

@@ -58,7 +58,10 @@ enum Answer {
 }
 
 impl Queue {
-    fn ask(&self, py: Python<'_>, future: Py<PyAny>, request: Request, answer: Answer) {
+    /// # Errors
+    /// `Closed` in a child of the process that opened the image, as all calls but `finish`.
+    fn ask(&self, py: Python<'_>, future: Py<PyAny>, request: Request, answer: Answer) -> PyResult<()> {
+        self.image.get().ensure_own(py)?;
         {
             let mut asked = self.asked.lock();
             asked.last += 1;
@@ -74,6 +77,7 @@ impl Queue {
                 drop(queue);
             });
         }
+        Ok(())
     }
 
     /// Submits what there is room for.
@@ -140,8 +144,9 @@ impl Queue {
     }
 
     /// Readable when reap() is to be called; valid until finish().
-    fn fileno(&self) -> RawFd {
-        self.descriptor
+    fn fileno(&self, py: Python<'_>) -> PyResult<RawFd> {
+        self.image.get().ensure_own(py)?;
+        Ok(self.descriptor)
     }
 
     /// `future` becomes `length` bytes from `offset`.
@@ -150,41 +155,46 @@ impl Queue {
         let (bytes, area) = buffer::new_bytes(py, length)?;
         // SAFETY: the promise keeps the bytes, which nobody else has, until the request has ended.
         let memory = unsafe { Held::new(&[area]) };
-        self.ask(py, future, Request::Read { offset, memory }, Answer::Bytes(bytes));
-        Ok(())
+        self.ask(py, future, Request::Read { offset, memory }, Answer::Bytes(bytes))
     }
 
     /// Fills a writable buffer from `offset`; `future` becomes its length.
     fn readinto(&self, py: Python<'_>, future: Py<PyAny>, offset: u64, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
         let (memory, answer) = Queue::hold(Memory::writable(buffer)?);
-        self.ask(py, future, Request::Read { offset, memory }, answer);
-        Ok(())
+        self.ask(py, future, Request::Read { offset, memory }, answer)
     }
 
     /// Stores a buffer at `offset`; `future` becomes its length.
     fn write(&self, py: Python<'_>, future: Py<PyAny>, offset: u64, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
         let (memory, answer) = Queue::hold(Memory::readable(buffer)?);
-        self.ask(py, future, Request::Write { offset, memory }, answer);
-        Ok(())
+        self.ask(py, future, Request::Write { offset, memory }, answer)
     }
 
     /// Frees a range.
-    fn discard(&self, py: Python<'_>, future: Py<PyAny>, offset: u64, length: u64) {
-        self.ask(py, future, Request::Discard { offset, length }, Answer::Nothing);
+    fn discard(&self, py: Python<'_>, future: Py<PyAny>, offset: u64, length: u64) -> PyResult<()> {
+        self.ask(py, future, Request::Discard { offset, length }, Answer::Nothing)
     }
 
     /// Makes a range read as zeroes.
-    fn write_zeroes(&self, py: Python<'_>, future: Py<PyAny>, offset: u64, length: u64, may_unmap: bool) {
-        self.ask(py, future, Request::WriteZeroes { offset, length, may_unmap }, Answer::Nothing);
+    fn write_zeroes(
+        &self,
+        py: Python<'_>,
+        future: Py<PyAny>,
+        offset: u64,
+        length: u64,
+        may_unmap: bool,
+    ) -> PyResult<()> {
+        self.ask(py, future, Request::WriteZeroes { offset, length, may_unmap }, Answer::Nothing)
     }
 
     /// Makes durable what has completed.
-    fn flush(&self, py: Python<'_>, future: Py<PyAny>) {
-        self.ask(py, future, Request::Flush, Answer::Nothing);
+    fn flush(&self, py: Python<'_>, future: Py<PyAny>) -> PyResult<()> {
+        self.ask(py, future, Request::Flush, Answer::Nothing)
     }
 
     /// Gives the futures of what has ended their results, and has the descriptor become readable when more ends.
     fn reap(&self, py: Python<'_>) -> PyResult<()> {
+        self.image.get().ensure_own(py)?;
         loop {
             let queue = self.queue.lock().clone();
             let armed = queue.map(|queue| {
@@ -208,8 +218,12 @@ impl Queue {
     }
 
     /// Waits until everything has ended, on another thread than the loop's, and lets the image go. The loop does not watch
-    /// the descriptor any more; its last reap() gives the last results.
+    /// the descriptor any more; its last reap() gives the last results. Does nothing in a child of the process that opened the
+    /// image.
     fn finish(&self, py: Python<'_>) {
+        if self.image.get().is_inherited() {
+            return;
+        }
         let Some(queue) = self.queue.lock().take() else { return };
         py.detach(move || {
             let mut ended = Vec::new();
@@ -224,6 +238,11 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
+        if self.image.get().is_inherited() {
+            // The memory of the kernel's ring is not there. A thread that is not there either may have been changing the rest.
+            std::mem::forget((self.queue.get_mut().take(), std::mem::take(self.asked.get_mut())));
+            return;
+        }
         // Before the memory of requests: this waits for them, and for threads that may want the interpreter's lock.
         let queue = self.queue.get_mut().take();
         Python::try_attach(|py| py.detach(move || drop(queue)));

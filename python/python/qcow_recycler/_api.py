@@ -15,7 +15,8 @@ from .options import CreateOptions, OpenOptions
 from .protocol import FixedBlockDevice
 from .records import CheckReport, CommitReport
 
-# The recycler's thread may call Python; it must be gone before the interpreter is.
+# The recycler's thread may call Python; it must be gone before the interpreter is. In a child process, closing does
+# nothing to images that its parent opened.
 _open_images: weakref.WeakSet[Image] = weakref.WeakSet()
 
 

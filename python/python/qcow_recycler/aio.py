@@ -5,13 +5,15 @@ threads of its default pool. Requests that are under way together are carried ou
 another is made when the other has ended.
 
 A cancelled task does not stop a request that is under way, it only stops waiting for it; so a buffer stays in use until
-then. A cancelled :meth:`AsyncImage.compact` (or `compress`) cancels the work, and waits until the image is at rest.
+then. The same goes for :meth:`AsyncImage.close`: the image is closed, and every request ends. A cancelled
+:meth:`AsyncImage.compact` (or `compress`) cancels the work, and waits until the image is at rest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import weakref
 from asyncio import AbstractEventLoop, Future
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, final
 
 from . import _api
 from ._ext import Image, Queue
+from .errors import Closed
 from .options import CreateOptions, OpenOptions
 from .protocol import FixedBlockDevice
 from .records import CheckReport, CompactReport, Extent, Info, Progress, Snapshot, Stats
@@ -37,9 +40,17 @@ _Result = TypeVar("_Result")
 def _let_go(queues: MutableMapping[AbstractEventLoop, Queue]) -> None:
     """Nobody has the image any more: what its event loops have of it goes, too."""
     for loop, queue in queues.items():
-        # It may be closed already, or just now by its own thread.
-        with contextlib.suppress(RuntimeError):
+        # It may be closed already, or just now by its own thread. In a child process, both are the parent's.
+        with contextlib.suppress(RuntimeError, Closed):
             loop.call_soon_threadsafe(loop.remove_reader, queue.fileno())
+
+
+def _begin(call: Callable[[], object]) -> Future[Any]:
+    """Has a thread make a call that goes on whatever is cancelled, so long as the future is only awaited with a shield.
+
+    It is no task: a loop that ends cancels those.
+    """
+    return asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, call)
 
 
 @final
@@ -182,16 +193,19 @@ class AsyncImage:
         await asyncio.to_thread(self.image.stop)
 
     async def close(self) -> None:
-        """Close the image."""
+        """Close the image. It is closed, and every request ends, also if this is cancelled meanwhile."""
+        closing = _begin(self.image.close)
         try:
-            await asyncio.to_thread(self.image.close)
+            await asyncio.shield(closing)
         finally:
             loop = asyncio.get_running_loop()
             queue = self._queues.pop(loop, None)
             if queue is not None:
                 loop.remove_reader(queue.fileno())
-                await asyncio.to_thread(queue.finish)
-                queue.reap()
+                finishing = _begin(queue.finish)
+                # Not after the await, which another cancellation may end before the requests have.
+                finishing.add_done_callback(lambda _: queue.reap())
+                await asyncio.shield(finishing)
 
     @property
     def closed(self) -> bool:

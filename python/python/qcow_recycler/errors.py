@@ -97,7 +97,7 @@ class WrongPassphrase(Error):
 
 
 class Closed(Error, ValueError):
-    """The image is closed."""
+    """The image is closed, or was opened before fork() and belongs to the parent of this process."""
 
 
 class Cancelled(Error):
