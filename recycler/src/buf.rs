@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 /// One memory area of a vectored buffer, laid out as POSIX `struct iovec`.
 pub type IoVec = libc::iovec;
@@ -44,12 +44,22 @@ impl<'a> Raw<'a> {
 
     /// Calls `f(position, address, length)` for every piece of memory, in order.
     fn for_each(self, mut f: impl FnMut(usize, *mut u8, usize)) {
+        self.for_each_until(|at, base, len| {
+            f(at, base, len);
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// The same, until `f` breaks off: later areas are not looked at.
+    fn for_each_until(self, mut f: impl FnMut(usize, *mut u8, usize) -> ControlFlow<()>) {
         if self.len == 0 {
             return;
         }
         match self.areas {
-            // SAFETY: `skip + len` is within the area, by the constructors and `slice`.
-            Areas::One(base) => f(0, unsafe { base.add(self.skip) }, self.len),
+            Areas::One(base) => {
+                // SAFETY: `skip + len` is within the area, by the constructors and `slice`.
+                let _ = f(0, unsafe { base.add(self.skip) }, self.len);
+            }
             Areas::Many(areas) => {
                 let (mut skip, mut done) = (self.skip, 0);
                 for area in areas {
@@ -62,7 +72,9 @@ impl<'a> Raw<'a> {
                     }
                     let take = (area.iov_len - skip).min(self.len - done);
                     // SAFETY: `skip + take` is at most the area's length.
-                    f(done, unsafe { area.iov_base.cast::<u8>().add(skip) }, take);
+                    if f(done, unsafe { area.iov_base.cast::<u8>().add(skip) }, take).is_break() {
+                        break;
+                    }
                     done += take;
                     skip = 0;
                 }
@@ -72,11 +84,13 @@ impl<'a> Raw<'a> {
 
     fn fill_iovecs(self, out: &mut [IoVec]) -> usize {
         let mut count = 0;
-        self.for_each(|_, base, len| {
+        // A long list is taken in many calls: none of them may look at all that is left.
+        self.for_each_until(|_, base, len| {
             if let Some(slot) = out.get_mut(count) {
                 *slot = IoVec { iov_base: base.cast(), iov_len: len };
                 count += 1;
             }
+            if count < out.len() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         count
     }
@@ -395,5 +409,50 @@ mod tests {
         let mut out = [IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 1];
         assert_eq!(IoBuf::new(&bytes).slice(2..7).fill_iovecs(&mut out), 1);
         assert_eq!(out[0].iov_len, 5);
+        assert_eq!(IoBuf::new(&bytes).fill_iovecs(&mut []), 0);
+    }
+
+    #[test]
+    fn long_lists_are_taken_in_parts() {
+        // Every third area is empty.
+        let bytes: Vec<u8> = (0..3000u32).map(|n| n as u8).collect();
+        let mut pieces = bytes.chunks(2);
+        let area = |n: usize| match n % 3 {
+            0 => IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 },
+            _ => pieces.next().map(|p| IoVec { iov_base: p.as_ptr().cast_mut().cast(), iov_len: p.len() }).unwrap(),
+        };
+        let areas: Vec<IoVec> = (0..2250).map(area).collect();
+        // SAFETY: the bytes outlive the buffer, which is only read.
+        let buf = unsafe { IoBuf::from_iovecs(&areas) };
+        assert_eq!(buf.len(), bytes.len());
+        for room in [1, 7, 128, 1499, 1500, 4000] {
+            let mut out = vec![IoVec { iov_base: std::ptr::null_mut(), iov_len: 0 }; room];
+            // Begins and ends in the middle of areas.
+            let (mut done, end) = (1, bytes.len() - 1);
+            while done < end {
+                let count = buf.slice(done..end).fill_iovecs(&mut out);
+                assert_eq!(count, room.min((end - done).div_ceil(2) + usize::from(done == 1)));
+                for area in &out[..count] {
+                    assert_eq!(area.iov_base.cast_const().cast(), bytes[done..].as_ptr());
+                    done += area.iov_len;
+                }
+            }
+            assert_eq!(done, end);
+        }
+    }
+
+    #[test]
+    fn nothing_is_looked_at_once_enough_was_seen() {
+        let bytes = [0u8; 4];
+        let area = IoVec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let areas = [area; 100];
+        // SAFETY: the bytes outlive the buffer, which is only read.
+        let buf = unsafe { IoBuf::from_iovecs(&areas) };
+        let mut seen = 0;
+        buf.raw.for_each_until(|at, _, _| {
+            seen += 1;
+            if at < 40 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        assert_eq!(seen, 11);
     }
 }

@@ -1,6 +1,7 @@
 //! Threads of a queue, for what has to wait: as many as there is work for, up to a limit.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
@@ -43,15 +44,16 @@ struct State<J> {
 }
 
 impl<J: Send> Helpers<J> {
-    /// At most `limit` threads for jobs that may wait; room for `depth` jobs is made now.
+    /// At most `limit` threads for jobs that may wait; room for `depth` jobs is made now. The limit may be any number:
+    /// nothing is allocated for threads that are not started.
     pub(super) fn new(limit: usize, depth: usize) -> Self {
         let jobs = VecDeque::with_capacity(depth);
-        let state = State { jobs, idle: 0, alive: 0, stopping: false, threads: Vec::with_capacity(limit) };
+        let state = State { jobs, idle: 0, alive: 0, stopping: false, threads: Vec::new() };
         Helpers { state: Mutex::new(state), news: Condvar::new(), limit: limit.max(1) }
     }
 
-    /// Hands a job over. It is done in the call itself if there is no thread for it and none can be had.
-    pub(super) fn hand_over<W: Work<Job = J>>(worker: &Arc<W>, job: J, turn: Turn) {
+    /// Hands a job over, or gives it back with the reason if there is no thread for it and none can be had.
+    pub(super) fn hand_over<W: Work<Job = J>>(worker: &Arc<W>, job: J, turn: Turn) -> Result<(), (J, io::Error)> {
         let helpers = worker.helpers();
         let mut state = helpers.state.lock();
         match turn {
@@ -61,7 +63,7 @@ impl<J: Send> Helpers<J> {
         if state.idle >= state.jobs.len() {
             drop(state);
             helpers.news.notify_one();
-            return;
+            return Ok(());
         }
         if state.alive < helpers.limit || turn == Turn::AtOnce {
             state.threads.retain(|thread| !thread.is_finished());
@@ -71,16 +73,13 @@ impl<J: Send> Helpers<J> {
                     state.threads.push(handle);
                     state.alive += 1;
                 }
-                Err(_) if state.alive == 0 || turn == Turn::AtOnce => {
+                Err(e) if state.alive == 0 || turn == Turn::AtOnce => {
+                    // Nobody has taken it: the lock was held all the time.
                     let own = match turn {
                         Turn::InOrder => state.jobs.pop_back(),
                         Turn::AtOnce => state.jobs.pop_front(),
                     };
-                    drop(state);
-                    if let Some(job) = own {
-                        worker.carry_out(job);
-                    }
-                    return;
+                    return own.map_or(Ok(()), |job| Err((job, e)));
                 }
                 // Those that there are come round to it.
                 Err(_) => {}
@@ -88,6 +87,7 @@ impl<J: Send> Helpers<J> {
         }
         drop(state);
         helpers.news.notify_one();
+        Ok(())
     }
 
     fn work<W: Work<Job = J>>(worker: &W) {

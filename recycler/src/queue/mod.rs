@@ -52,7 +52,7 @@ pub enum Transfers {
 pub struct QueueOptions {
     /// The most requests that are submitted and not reaped: 1 to [`MAX_DEPTH`].
     pub depth: u32,
-    /// The most threads that it uses for what has to wait.
+    /// The most threads that it uses for what has to wait. They are started when they are needed.
     pub helpers: u32,
     /// How transfers are carried out.
     pub transfers: Transfers,
@@ -226,7 +226,7 @@ impl<D: BlockDevice> Queue<D> {
     /// submitted earlier, and requests whose ranges overlap are carried out in any order.
     ///
     /// Transfers are handed to the kernel together, by the next [`reap`](Self::reap), [`kick`](Self::kick) or
-    /// [`arm`](Self::arm).
+    /// [`arm`](Self::arm). What needs a thread ends with [`Error::Io`] if the queue has none and none can be started.
     ///
     /// # Errors
     /// [`Full`]: reap first. Nothing was done.
@@ -300,7 +300,8 @@ impl<D: BlockDevice> Queue<D> {
     }
 
     /// A descriptor that becomes readable when a completion is there, if the queue was [armed](Self::arm). Now and then it does
-    /// so for nothing: a completion can be seen, and reaped, before the kernel writes the event for it.
+    /// so for nothing: a completion can be seen, and reaped, before the kernel writes the event for it; and a kernel that is
+    /// short of memory takes a transfer only when it is asked again, which the next call does.
     ///
     /// # Errors
     /// [`Error::Io`] if there is no descriptor left.
@@ -324,8 +325,8 @@ impl<D: BlockDevice> Queue<D> {
                 ring.announce(event).map_err(Error::io("asking for events", 0))?;
             }
             self.shared.mailbox.arm();
-            // What came before it was armed.
-            self.shared.collect(state);
+            // What came before it was armed, and whether the kernel has taken everything.
+            self.shared.look(state);
         }
         Ok(state.ready.len())
     }
@@ -382,7 +383,13 @@ impl<D: BlockDevice> Shared<D> {
             && let Some(number) = state.free.pop()
         {
             self.set(state, number, Slot::Helped, user_data);
-            Helpers::hand_over(self, Job { number, task: Task::Request(request) }, Turn::InOrder);
+            let job = Job { number, task: Task::Request(request) };
+            // Not done here instead: it may wait at the gate for this queue's transfers, which nobody could collect meanwhile.
+            if let Err((_, e)) = Helpers::hand_over(self, job, Turn::InOrder)
+                && let Some((_, user_data)) = state.end(number)
+            {
+                self.ready(state, user_data, Err(Error::io("starting a thread", 0)(e)));
+            }
         }
         // Whoever has armed the queue goes to sleep without another look.
         if state.armed {
@@ -488,7 +495,11 @@ impl<D: BlockDevice> Shared<D> {
             Slot::Transfer(transfer) => {
                 state.transfers -= 1;
                 // It is in flight, and the helpers may all be waiting at the gate for requests in flight to end.
-                Helpers::hand_over(self, Job { number, task: Task::Transfer(transfer) }, Turn::AtOnce);
+                let job = Job { number, task: Task::Transfer(transfer) };
+                if let Err((job, _)) = Helpers::hand_over(self, job, Turn::AtOnce) {
+                    // It waits for nothing but the device.
+                    self.carry_out(job);
+                }
             }
             other => *slot = other,
         }
@@ -528,12 +539,18 @@ impl<D: BlockDevice> Shared<D> {
     }
 
     /// Hands over what was submitted, and takes in what has ended. Whether there was anything to hand over.
+    ///
+    /// The kernel may take none of it, or not all, when it is short of memory. Who reaps looks again by itself; who has armed
+    /// the queue is woken to do so, since nobody else might.
     fn look(self: &Arc<Self>, state: &mut State) -> bool {
         let submit = state.ring.as_mut().is_some_and(|ring| ring.has_waiting() || ring.owes());
         if submit && let Some(ring) = &mut state.ring {
             ring.submit();
         }
         self.collect(state);
+        if state.armed && state.ring.as_ref().is_some_and(Ring::has_waiting) {
+            self.mailbox.announce();
+        }
         submit
     }
 

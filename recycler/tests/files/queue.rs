@@ -299,6 +299,169 @@ fn a_timeout_ends_the_waiting() {
     }
 }
 
+/// There are as many as there is work for, however many there may be.
+#[test]
+fn any_number_of_threads_may_be_allowed() {
+    for way in WAYS {
+        let (_dir, _path, disk) = new_disk(8 << 20, Options::default());
+        let options = QueueOptions { helpers: u32::MAX, transfers: way, ..QueueOptions::default() };
+        let queue = Queue::new(disk.image().clone(), options).unwrap();
+        let mut memory: Vec<_> = (0..16).map(|n| [vec![n as u8; 4096]]).collect();
+        for (n, memory) in memory.iter_mut().enumerate() {
+            queue.submit(Request::Write { offset: n as u64 * 65536, memory: held(memory) }, 0).unwrap();
+            queue.submit(Request::Flush, 0).unwrap();
+        }
+        let all = reap(&queue, 32);
+        assert_eq!(all.len(), 32);
+        all.into_iter().for_each(|c| c.result.unwrap());
+        let mut back = vec![0; 4096];
+        for (n, memory) in memory.iter().enumerate() {
+            disk.read(n as u64 * 65536, IoBufMut::new(&mut back)).unwrap();
+            assert_eq!(back, memory[0]);
+        }
+    }
+}
+
+/// Has these system calls fail with `errno` on this thread, for as long as it lives.
+fn refuse(calls: &[libc::c_long], errno: i32) {
+    let line = |code: u32, jf, k| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    // The number of the call is what comes first.
+    let mut program = vec![line(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0)];
+    for call in calls {
+        program.push(line(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, *call as u32));
+        program.push(line(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | errno as u32));
+    }
+    program.push(line(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW));
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: integers, and a program that outlives the call.
+    unsafe {
+        let (yes, no): (libc::c_ulong, libc::c_ulong) = (1, 0);
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, yes, no, no, no), 0);
+        let mode = libc::c_ulong::from(libc::SECCOMP_MODE_FILTER);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program), 0);
+    }
+}
+
+/// The calls that start a thread.
+const STARTING: [libc::c_long; 2] = [libc::SYS_clone, libc::SYS_clone3];
+
+/// Does something on a thread that is gone afterwards.
+fn on_thread(body: impl FnOnce() + Send) {
+    std::thread::scope(|scope| scope.spawn(body).join().unwrap());
+}
+
+#[test]
+fn who_sleeps_is_woken_for_what_the_kernel_did_not_take() {
+    let (_dir, _path, disk) = new_disk(8 << 20, Options::default());
+    disk.write(0, IoBuf::new(&[1; 1 << 20])).unwrap();
+    let queue = queue(&disk, 16, Transfers::Auto);
+    if !queue.uses_io_uring() {
+        println!("not tested: the kernel has no io_uring for us");
+        return;
+    }
+    let event = queue.event().unwrap();
+    let errors = [libc::EAGAIN, libc::ENOMEM, libc::EBUSY];
+    for (errno, arm_first) in errors.into_iter().flat_map(|errno| [(errno, true), (errno, false)]) {
+        let mut memory = [vec![0u8; 4096]];
+        let request = Request::Read { offset: 4096, memory: held(&mut memory) };
+        on_thread(|| {
+            refuse(&[libc::SYS_io_uring_enter], errno);
+            if arm_first {
+                assert_eq!(queue.arm().unwrap(), 0);
+                assert!(!is_readable(event, Duration::ZERO));
+            }
+            queue.submit(request, 1).unwrap();
+            for _ in 0..2 {
+                assert!(arm_first || queue.arm().unwrap() == 0);
+                assert!(is_readable(event, Duration::ZERO), "nobody else hands it over");
+                assert_eq!(queue.reap(0, 9, None, drop), 0);
+                assert!(!is_readable(event, Duration::ZERO), "taken back");
+                assert_eq!(queue.arm().unwrap(), 0);
+            }
+        });
+        // The kernel takes it now.
+        assert!(is_readable(event, Duration::ZERO));
+        let all = reap(&queue, 1);
+        assert_eq!(all.len(), 1);
+        all.into_iter().for_each(|c| c.result.unwrap());
+        assert_eq!(memory[0], [1; 4096]);
+        assert_eq!(queue.arm().unwrap(), 0);
+        assert!(!is_readable(event, Duration::from_millis(20)));
+        assert_eq!(queue.reap(0, 9, None, drop), 0);
+    }
+    assert!(queue.uses_io_uring());
+}
+
+/// What has to wait cannot do so in the submitting call: others may be waiting for the queue.
+#[test]
+fn without_a_thread_requests_that_need_one_end_with_an_error() {
+    for way in WAYS {
+        let (_dir, _path, disk) = new_disk(8 << 20, Options::default());
+        let queue = queue(&disk, 4, way);
+        let event = queue.event().unwrap();
+        let mut memory = [vec![7u8; 65536]];
+        let write = Request::Write { offset: 0, memory: held(&mut memory) };
+        on_thread(|| {
+            refuse(&STARTING, libc::EAGAIN);
+            assert_eq!(queue.arm().unwrap(), 0);
+            queue.submit(write, 1).unwrap();
+            assert!(is_readable(event, Duration::ZERO));
+            queue.submit(Request::Flush, 2).unwrap();
+            queue.submit(Request::Discard { offset: 0, length: 65536 }, 3).unwrap();
+            queue.submit(Request::Flush, 4).unwrap();
+            assert_eq!(queue.submit(Request::Flush, 5), Err(Full));
+            let mut numbers = Vec::new();
+            for c in reap(&queue, 4) {
+                assert_eq!(c.result.unwrap_err().errno(), libc::EAGAIN);
+                numbers.push(c.user_data);
+            }
+            assert_eq!(numbers, [1, 2, 3, 4]);
+            assert_eq!(queue.pending(), 0);
+        });
+        let mut back = vec![1; 65536];
+        disk.read(0, IoBufMut::new(&mut back)).unwrap();
+        assert_eq!(back, [0; 65536], "nothing was done");
+        queue.submit(Request::Write { offset: 0, memory: held(&mut memory) }, 6).unwrap();
+        reap(&queue, 1).into_iter().for_each(|c| c.result.unwrap());
+        disk.read(0, IoBufMut::new(&mut back)).unwrap();
+        assert_eq!(back, memory[0], "threads can be had again");
+    }
+}
+
+/// A transfer that the kernel does not do is not given up for want of a thread.
+#[test]
+fn a_ring_that_breaks_where_there_are_no_threads_loses_nothing() {
+    let (_dir, _path, disk) = new_disk(8 << 20, Options::default());
+    disk.write(0, IoBuf::new(&[1; 1 << 20])).unwrap();
+    let queue = queue(&disk, 16, Transfers::Auto);
+    let mut memory: Vec<_> = (0..8).map(|_| [vec![3u8; 4096]]).collect();
+    let requests: Vec<_> = memory.iter_mut().enumerate().map(|(n, m)| (n as u64 * 4096, held(m))).collect();
+    if !queue.uses_io_uring() {
+        println!("not tested: the kernel has no io_uring for us");
+        return;
+    }
+    on_thread(|| {
+        refuse(&[libc::SYS_io_uring_enter], libc::EPERM);
+        refuse(&STARTING, libc::EAGAIN);
+        for (n, (offset, memory)) in requests.into_iter().enumerate() {
+            let request = match n % 2 {
+                0 => Request::Write { offset, memory },
+                _ => Request::Read { offset, memory },
+            };
+            queue.submit(request, n as u64).unwrap();
+        }
+        let all = reap(&queue, 8);
+        assert_eq!(all.len(), 8);
+        all.into_iter().for_each(|c| c.result.unwrap());
+        assert!(!queue.uses_io_uring());
+    });
+    let mut back = vec![0; 32768];
+    disk.read(0, IoBufMut::new(&mut back)).unwrap();
+    for (n, (back, memory)) in back.chunks(4096).zip(&memory).enumerate() {
+        assert_eq!((back, memory[0].as_slice()), ([[3; 4096], [1; 4096]][n % 2].as_slice(), back));
+    }
+}
+
 /// A process that another test is starting may hold a duplicate of a descriptor, and with it the locks, for a moment.
 fn open(path: &Path) -> HostFile {
     let until = Instant::now() + Duration::from_secs(10);
