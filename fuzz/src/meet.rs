@@ -1,4 +1,4 @@
-//! The library meets an image: it is checked, opened, read, written, compacted and closed, and must keep its promises.
+//! The library meets an image: it is checked, opened, read, written, compacted, compressed and closed, and must keep its promises.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::check::check;
 use qcow_recycler::device::Features;
-use qcow_recycler::recycler::{Control, compact, run};
+use qcow_recycler::recycler::{Control, compact, compress, run};
 use qcow_recycler::{BackingPolicy, Error, Image, Options, Repair};
 
 use super::anatomy::Anatomy;
@@ -396,7 +396,13 @@ impl Guest<'_> {
             }
             90..95 if matches!(self.trust, Trust::Part(_)) => Ok(()),
             90..95 => self.resize(choices).await,
-            _ => self.compare().await,
+            95..98 => self.compare().await,
+            _ => {
+                let result = compress(image, &mut |_| true).await.map(drop);
+                // Not every image can hold compressed data.
+                let result = if matches!(result, Err(Error::Unsupported { .. })) { Ok(()) } else { result };
+                self.done("compress", result, 0..0, &[])
+            }
         }
     }
 

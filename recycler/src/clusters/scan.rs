@@ -27,7 +27,7 @@ pub(crate) struct Scan {
     pub(crate) complete_from: u64,
     /// The highest clusters with compressed data, as the disk refers to it.
     pub(crate) packed: Packed,
-    /// Clusters left out because the image's references or counts contradict each other.
+    /// Clusters left out because the image's references or counts contradict each other, or an entry for data names a table.
     pub(crate) doubtful: u64,
 }
 
@@ -43,8 +43,8 @@ pub(crate) struct Limits {
 }
 
 /// Finds the clusters at or above `floor` that exactly one reference of the active tables names, or that snapshots use:
-/// the highest, with at most `max` references. A damaged image may refer to one cluster twice, or to a free one: such
-/// clusters are left out, so that they stay where they are, and taken out of Junk.
+/// the highest, with at most `max` references. A damaged image may refer to one cluster twice, to a free one, or to one of its
+/// own tables as if it were data: such clusters are left out, so that they stay where they are, and taken out of Junk.
 ///
 /// Guests go on meanwhile, so what is found is a proposal, to be checked again when a move is committed.
 pub(crate) async fn scan<D: BlockDevice>(
@@ -245,8 +245,12 @@ impl Scan {
         host: HostCluster,
         references: &[Reference],
     ) -> Result<()> {
+        let is_odd = match references {
+            [Reference::L2Entry(_)] => is_no_data(meta, clusters, host),
+            _ => clusters.lock().junk.contains(host),
+        };
         if let [one] = references
-            && !clusters.lock().junk.contains(host)
+            && !is_odd
         {
             self.found.push((host, *one));
             return Ok(());
@@ -255,14 +259,14 @@ impl Scan {
         let mut live = Vec::new();
         let mut contradiction = false;
         for &reference in references {
-            let (named, is_junk) = names(volume, meta, clusters, (host, reference)).await?;
-            contradiction |= is_junk;
+            let (named, is_odd) = names(volume, meta, clusters, (host, reference)).await?;
+            contradiction |= is_odd;
             if named {
                 live.push((host, reference));
             }
         }
         if contradiction {
-            // Free by its count, and in use: nobody may overwrite it.
+            // If it is free by its count, it is in use all the same: nobody may overwrite it.
             clusters.lock().junk.remove(host);
         }
         match live[..] {
@@ -301,11 +305,13 @@ impl Scan {
             return Ok(());
         }
         // Snapshots share clusters by taking over whole tables, so the same place refers to them everywhere. A count that
-        // is too low, or a second place, means damage.
+        // is too low, or a second place, means damage. So does a table of the image's: what a snapshot refers to cannot have
+        // become one meanwhile.
         let paths: u64 = entries.iter().map(|s| u64::from(s.entry.paths)).sum();
         let count = meta.refcounts.lock().await.count(volume, host).await?;
         let first = seen.first().and_then(place);
-        let contradiction = odd || seen.iter().any(|s| place(s) != first) || count < paths;
+        let is_odd = odd || matches!(first, Some(Place::Data(_))) && is_no_data(meta, clusters, host);
+        let contradiction = is_odd || seen.iter().any(|s| place(s) != first) || count < paths;
         if !contradiction && count != paths + u64::from(active) {
             // A guest has dropped the disk's reference since it was seen, or it is counted still. Or somebody whom we do not
             // know refers to the cluster: then it must stay, since its count must not become one without its flag.
@@ -321,15 +327,27 @@ impl Scan {
     }
 }
 
-/// Whether a reference names the cluster at this moment, and whether the cluster is Junk at the same moment: in a sound image
-/// it never is both.
+/// Whether the cluster holds nobody's data: it is one of the image's own tables, or nothing refers to it any more, or it was cut
+/// off. In a sound image no L2 entry names such a cluster. To move it as data would free it where it is: a table would be lost,
+/// and what is freed already would be uncounted twice, the second time at the cost of whoever has got it since.
+fn is_no_data(meta: &Metadata, clusters: &Clusters, host: HostCluster) -> bool {
+    // One lock after the other.
+    let is_table = meta.tables.lock().contains(host);
+    let states = clusters.lock();
+    let is_free = host.0 >= states.end || states.any_free(&(host.0..host.0 + 1));
+    let mut freed =
+        [&states.unlinked, &states.committing].into_iter().chain(states.grace.iter().map(|(_, batch)| batch));
+    is_table || is_free || freed.any(|batch| batch.clusters.contains(host))
+}
+
+/// Whether a reference names the cluster at this moment, and whether the cluster is [no data](is_no_data) at the same moment,
+/// though the reference is that of an L2 entry: in a sound image it never is both.
 async fn names<D: BlockDevice>(
     volume: &Volume<D>,
     meta: &Metadata,
     clusters: &Clusters,
     (host, reference): (HostCluster, Reference),
 ) -> Result<(bool, bool)> {
-    let is_junk = || clusters.lock().junk.contains(host);
     let geometry = meta.geometry;
     match reference {
         Reference::L2Entry(guest) => {
@@ -337,7 +355,7 @@ async fn names<D: BlockDevice>(
             let entries = slice.read();
             let mapping = Mapping::of(entries.get(index), meta.version, geometry);
             let named = mapping.is_ok_and(|m| m.host().is_some_and(|(h, _)| geometry.host_cluster(h) == host));
-            Ok((named, named && is_junk()))
+            Ok((named, named && is_no_data(meta, clusters, host)))
         }
         Reference::L1Entry(index) => {
             let named = meta.l1.get(index, volume)?.is_some_and(|t| geometry.host_cluster(t.host) == host);

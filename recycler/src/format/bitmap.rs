@@ -1,5 +1,7 @@
 //! Persistent bitmaps on disk (section "Bitmaps" of the qcow2 specification): the directory, the tables, the data.
 
+use std::collections::HashSet;
+
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -100,12 +102,14 @@ impl Entry {
     /// [`Error::Invalid`] names the field; [`Error::Unsupported`] for a bitmap that means something unknown.
     pub(crate) fn parse_all(directory: &[u8], start: u64, count: u32, geometry: Geometry) -> Result<Vec<Entry>> {
         let mut all = Vec::new();
+        // Tens of thousands of names fit into a few MiB: too many to compare each with all others.
+        let mut names = HashSet::new();
         let mut rest = directory;
         for _ in 0..count {
             let at = start + (directory.len() - rest.len()) as u64;
-            let (entry, length) = Self::parse(rest, at, geometry)?;
+            let (entry, name, length) = Self::parse(rest, at, geometry)?;
             rest = rest.get(length..).unwrap_or(&[]);
-            if all.iter().any(|e: &Entry| e.name == entry.name) {
+            if !names.insert(name) {
                 return Err(Error::invalid("bitmap name", at, "two bitmaps have the same"));
             }
             all.push(entry);
@@ -117,7 +121,8 @@ impl Entry {
         Ok(all)
     }
 
-    fn parse(bytes: &[u8], at: u64, geometry: Geometry) -> Result<(Entry, usize)> {
+    /// Also returns the name as it stands in `bytes`, and how many of them the entry takes.
+    fn parse(bytes: &[u8], at: u64, geometry: Geometry) -> Result<(Entry, &[u8], usize)> {
         let short = || Error::invalid("Bitmap directory entry", at, "it reaches past the end of the directory");
         let (raw, rest) = RawEntry::ref_from_prefix(bytes).map_err(|_| short())?;
         let (extra, rest) = rest.split_at_checked(raw.extra_data_size.get() as usize).ok_or_else(short)?;
@@ -155,7 +160,7 @@ impl Entry {
         if name.is_empty() || name.len() > MAX_NAME {
             return invalid("name_size", 18, format!("is {}; 1 to {MAX_NAME} bytes are allowed", name.len()));
         }
-        Ok((entry, length.min(bytes.len())))
+        Ok((entry, name, length.min(bytes.len())))
     }
 
     /// Appends the entry as it lies in the file, padded.
@@ -190,4 +195,35 @@ pub(crate) fn extension(count: u32, directory: HostOffset, size: u64) -> [u8; 24
     tail[..8].copy_from_slice(&size.to_be_bytes());
     tail[8..].copy_from_slice(&directory.0.to_be_bytes());
     data
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::extension::MAX_BITMAPS;
+
+    const GEOMETRY: Geometry = Geometry { cluster_bits: 16, refcount_order: 4, extended_l2: false };
+
+    /// A directory of bitmaps with these names.
+    fn directory(names: impl Iterator<Item = String>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for name in names {
+            let name = name.into_bytes();
+            let (table, extra) = (HostOffset(0x10000), Vec::new());
+            let entry = Entry { table, table_entries: 1, flags: 0, granularity_bits: 16, name, extra };
+            entry.append(&mut bytes);
+        }
+        bytes
+    }
+
+    #[test]
+    fn as_many_bitmaps_as_there_may_be_are_parsed_at_once() {
+        let count = MAX_BITMAPS;
+        let names = |last: u32| directory((0..count - 1).chain([last]).map(|n| format!("{n:06}")));
+        let all = Entry::parse_all(&names(count), 0, count, GEOMETRY).unwrap();
+        assert_eq!(all.len(), count as usize);
+        let error = Entry::parse_all(&names(7), 0x50000, count, GEOMETRY).unwrap_err();
+        let at = 0x50000 + u64::from(count - 1) * 32;
+        assert_eq!((error.field(), error.offset()), (Some("bitmap name"), Some(at)), "{error}");
+    }
 }

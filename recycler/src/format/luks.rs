@@ -16,9 +16,10 @@ pub const SLOTS: usize = 8;
 pub const SECTOR: u64 = 512;
 /// Stripes that a key is split into, as everybody writes it; fewer are accepted.
 pub const MAX_STRIPES: u32 = 4000;
-/// The most iterations that deriving keys for all active slots may take: seconds to a minute. What QEMU and cryptsetup
-/// choose for a slot takes two seconds at most.
-pub const MAX_ITERATIONS: u64 = 1 << 26;
+/// The most iterations that trying a passphrase on all active slots may take: seconds to a minute. A slot's are made for each
+/// piece of its key that is as long as the hash, and the digest's once for each slot. What QEMU and cryptsetup choose for a slot
+/// takes two seconds at most.
+pub const MAX_ITERATIONS: u64 = 1 << 27;
 
 /// `active` of a key slot.
 const ENABLED: u32 = 0x00ac_71f3;
@@ -107,6 +108,17 @@ pub enum Hash {
     Sha512,
 }
 
+impl Hash {
+    /// Its length in bytes.
+    fn length(self) -> usize {
+        match self {
+            Hash::Sha1 => 20,
+            Hash::Sha256 => 32,
+            Hash::Sha512 => 64,
+        }
+    }
+}
+
 /// A validated header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LuksHeader {
@@ -160,12 +172,14 @@ impl LuksHeader {
         let hash = hash(&raw.hash_spec)?;
         let cipher = cipher(raw, start)?;
         let digest_iterations = raw.mk_digest_iterations.get();
-        let mut iterations = u64::from(digest_iterations);
-        if digest_iterations == 0 || iterations > MAX_ITERATIONS {
+        if digest_iterations == 0 || u64::from(digest_iterations) > MAX_ITERATIONS {
             let reason = format!("is {digest_iterations}, not 1 to {MAX_ITERATIONS}");
             return Err(invalid("LUKS mk-digest-iter", at::MK_DIGEST_ITERATIONS, reason));
         }
         let mut slots = Vec::new();
+        // The digest is as long as the shortest hash: one piece.
+        let pieces = cipher.key_bytes.div_ceil(hash.length()) as u64;
+        let mut needed = 0;
         let mut areas: Vec<_> = std::iter::once(0..HEADER_LENGTH as u64).collect();
         for (slot, i) in raw.slots.iter().zip(0..) {
             let base = at::SLOTS + i * at::SLOT_LENGTH;
@@ -174,9 +188,13 @@ impl LuksHeader {
                 DISABLED => continue,
                 other => return Err(invalid("LUKS key slot active", base, format!("is {other:#x}"))),
             }
-            iterations += u64::from(slot.iterations.get());
-            if slot.iterations.get() == 0 || iterations > MAX_ITERATIONS {
-                let reason = format!("is {}; all slots together may need {MAX_ITERATIONS}", slot.iterations.get());
+            needed += u64::from(slot.iterations.get()) * pieces + u64::from(digest_iterations);
+            if slot.iterations.get() == 0 || needed > MAX_ITERATIONS {
+                let reason = format!(
+                    "is {}, for each of {pieces} pieces of the key, and {digest_iterations} for the digest: all slots together \
+                     may need {MAX_ITERATIONS}",
+                    slot.iterations.get()
+                );
                 return Err(invalid("LUKS key slot iterations", base + at::SLOT_ITERATIONS, reason));
             }
             let stripes = slot.stripes.get();
@@ -330,6 +348,40 @@ mod tests {
         assert_eq!(error.field(), Some("LUKS header"), "{error}");
         assert!(LuksHeader::parse(&header(), START, 512 * (512 + 500)).is_ok());
         assert!(LuksHeader::parse(&header(), START, 512 * (512 + 500) - 1).is_err());
+    }
+
+    /// A header with so many slots in use, each with as little key material as possible.
+    fn with_slots(hash: &[u8; 6], digest: u64, count: u32, iterations: u64) -> Result<LuksHeader> {
+        let mut bytes = header();
+        let mut put = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+        put(164, digest as u32);
+        for slot in 0..SLOTS as u32 {
+            let base = 208 + 48 * slot as usize;
+            put(base, if slot < count { ENABLED } else { DISABLED });
+            put(base + 4, iterations as u32);
+            put(base + 40, 8 + slot);
+            put(base + 44, 1);
+        }
+        bytes[72..78].copy_from_slice(hash);
+        LuksHeader::parse(&bytes, START, LENGTH)
+    }
+
+    #[test]
+    fn all_that_a_wrong_passphrase_costs_is_counted() {
+        // The key has 64 bytes.
+        for (hash, pieces) in [(b"sha1\0\0", 4), (b"sha256", 2), (b"sha512", 1)] {
+            for count in [1, SLOTS as u32] {
+                let each = MAX_ITERATIONS / u64::from(count);
+                let most = (each - 1000) / pieces;
+                assert!(with_slots(hash, 1000, count, most).is_ok());
+                let error = with_slots(hash, 1000, count, most + 1).unwrap_err();
+                assert_eq!(error.field(), Some("LUKS key slot iterations"), "{error}");
+                let most = each - 1000 * pieces;
+                assert!(with_slots(hash, most, count, 1000).is_ok());
+                let error = with_slots(hash, most + 1, count, 1000).unwrap_err();
+                assert_eq!(error.field(), Some("LUKS key slot iterations"), "{error}");
+            }
+        }
     }
 
     #[test]

@@ -167,9 +167,13 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Lets the entry of a guest cluster name its compressed form, which is durable, if nobody wrote to the cluster meanwhile.
+    ///
+    /// # Errors
+    /// As [`check_targets`](Self::check_targets): what the entry named is freed, and in a damaged image that may be a table.
     pub(crate) async fn name_packed(&self, guest: GuestCluster, src: HostCluster, placed: &Placed<'_>) -> Result<bool> {
         let geometry = self.meta.geometry;
         let Some((_turn, slice, index)) = self.own_slice(guest).await? else { return Ok(false) };
+        self.check_targets(&slice, guest, index, 1).await?;
         let mut entries = self.meta.l2.modify(&slice);
         let mapping = self.decode(guest, entries.get(index))?;
         let names_src = matches!(mapping, Mapping::Data { host, copied: true } if geometry.host_cluster(host) == src);

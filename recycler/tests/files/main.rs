@@ -9,5 +9,6 @@ mod check;
 mod header;
 mod host_file;
 mod length;
+mod own_tables;
 mod queue;
 mod space;
