@@ -305,6 +305,60 @@ def test_version_2_has_no_bitmaps(image_path: Path) -> None:
         image.add_bitmap("b")
 
 
+def with_bitmap(path: Path, size: int, **create: object) -> None:
+    qemu.create(path, size, **create)  # type: ignore[arg-type]
+    qemu.img("bitmap", "--add", "-f", "qcow2", path, "b")
+    qemu.io(path, "write -q -P 1 0 65536")
+
+
+def assert_kept(*paths: Path) -> None:
+    """Their bitmaps say something, and they were closed."""
+    for path in paths:
+        assert qemu_bitmaps(path) == {"b": ["auto"]}, path
+        # The dirty bit.
+        assert path.read_bytes()[79] & 1 == 0, path
+        qemu.assert_clean(path)
+
+
+def test_a_commit_that_comes_to_nothing_keeps_all_bitmaps(tmp_path: Path, image_path: Path) -> None:
+    base = tmp_path / "base.qcow2"
+    with_bitmap(base, 4 << 20)
+    with_bitmap(image_path, 4 << 20, backing=base.name)
+    # One that has no backing file; one that is in use; one that is not there.
+    with pytest.raises(qcow_recycler.BadOption, match="no backing file"):
+        qcow_recycler.commit(base)
+    assert_kept(base)
+    with qemu.holding(base), pytest.raises(OSError, match=r"in use"):
+        qcow_recycler.commit(image_path)
+    assert_kept(base, image_path)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"base\.qcow2"):
+        qcow_recycler.commit(image_path)
+    (tmp_path / "elsewhere").rename(base)
+    assert_kept(base, image_path)
+    # When some of it has been written.
+    with pytest.raises(qcow_recycler.Cancelled):
+        qcow_recycler.commit(image_path, lambda now: now.written == 0)
+    assert_kept(base, image_path)
+    assert 0 in dirty(base, "b", tmp_path)
+    qcow_recycler.commit(image_path)
+    assert_kept(base, image_path)
+
+
+def test_a_bitmap_with_more_data_than_one_may_have_is_an_error(image_path: Path) -> None:
+    with_bitmap(image_path, 1 << 20, cluster_size=2 << 20)
+    content = bytearray(image_path.read_bytes())
+    extension = content.index((0x23852875).to_bytes(4, "big"))
+    directory = int.from_bytes(content[extension + 24 : extension + 32], "big")
+    # The table stays in its cluster.
+    for clusters, errors in [(257, 1), (1, 0)]:
+        content[directory + 8 : directory + 12] = clusters.to_bytes(4, "big")
+        image_path.write_bytes(content)
+        assert qcow_recycler.check(image_path).corruptions == errors
+        # QEMU does not open such an image, not even to check it.
+        assert (qemu.run("qemu-img", "check", image_path, ok=(0, 1)).returncode != 0) == bool(errors)
+
+
 def test_a_damaged_directory_is_refused_for_writing_and_left_alone(image_path: Path) -> None:
     qemu.create(image_path, 1 << 20)
     qemu.img("bitmap", "--add", "-f", "qcow2", image_path, "b")

@@ -6,7 +6,7 @@ use super::source::{Source, Window, entries};
 use crate::clusters::counts::Counts;
 use crate::device::BlockDevice;
 use crate::error::Result;
-use crate::format::bitmap::{ENTRY, MAX_TABLE_ENTRIES, TableEntry};
+use crate::format::bitmap::{ENTRY, MAX_DATA, MAX_TABLE_ENTRIES, TableEntry};
 use crate::format::header::Header;
 
 /// Bytes of a bitmap table that are looked at together.
@@ -39,8 +39,10 @@ pub(super) async fn claim<D: BlockDevice>(
             return Ok(());
         }
         at += length;
-        let aligned = table != 0 && table & (source.geometry.cluster_size() - 1) == 0;
-        if !aligned || table_entries == 0 || table_entries > MAX_TABLE_ENTRIES {
+        let cluster_size = source.geometry.cluster_size();
+        let aligned = table != 0 && table & (cluster_size - 1) == 0;
+        let too_long = table_entries > MAX_TABLE_ENTRIES || table_entries * cluster_size > MAX_DATA;
+        if !aligned || table_entries == 0 || too_long {
             findings.hiding(1, || format!("bitmap {index} has a table of {table_entries} entries at {table:#x}"));
             continue;
         }

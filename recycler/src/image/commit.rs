@@ -19,6 +19,7 @@ use crate::device::BlockDevice;
 use crate::device::host::HostFile;
 use crate::device::volume::{PIECE, Volume};
 use crate::error::{Error, Result};
+use crate::format::header::Header;
 use crate::mutation::{Mutation, broken};
 use crate::options::{BackingPolicy, Options};
 
@@ -45,7 +46,9 @@ enum Target<B: BlockDevice> {
 /// Writes what the image at `path` holds into its backing file, and empties the image: the disk reads as before, and its
 /// contents are in the backing file. A backing file that is shorter than the disk grows. Neither file may be in use.
 ///
-/// Other images with the same backing file read something else afterwards where it has changed: there must be none.
+/// Other images with the same backing file read something else afterwards where it has changed: there must be none. The same is
+/// true of internal snapshots of the image: wherever one has nothing of its own, it shows the backing file, and so from now on what
+/// was committed there.
 ///
 /// `options.backing` must allow backing files, and says where the name starts from. `progress` is called between pieces of
 /// at most 1 MiB; returning `false` cancels, with the overlay as it was and its disk unchanged.
@@ -62,18 +65,25 @@ pub async fn commit(
     let BackingPolicy::Allow { directory, unrecorded } = &options.backing else {
         return Err(bad("must be allowed for a commit"));
     };
-    let overlay = open_overlay(HostFile::open(path, false)?, options).await?;
-    let name = backing_name(&overlay)?;
     let above = [path.canonicalize().map_err(Error::io("opening the image file", 0))?];
-    let located = Located::find(&overlay.header, name, directory, *unrecorded, &above)?;
+    let overlay = open_overlay(HostFile::open(path, false)?, options).await?;
+    let located = backing_name(&overlay.header)
+        .and_then(|name| Located::find(&overlay.header, name, directory, *unrecorded, &above));
+    let located = match located {
+        Ok(located) => located,
+        Err(e) => {
+            give_up(&overlay).await;
+            return Err(e);
+        }
+    };
     let writing = Options { discard: true, ..options.clone() };
     let target = async { Target::of(located.open(&writing, *unrecorded, &above).await?).await };
-    let target = target.await.map_err(|e| failed(&located.path, e))?;
-    carry_out(&overlay, &target, &located.path, progress).await
+    let target = target.await.map_err(|e| failed(&located.path, e));
+    carry_out(&overlay, target, &located.path, progress).await
 }
 
 /// The same, with the overlay on a device and its backing file, if that is an image then opened for writing, on another. The
-/// option for backing files is not asked.
+/// option for backing files is not asked. Both are closed when this returns.
 ///
 /// # Errors
 /// As [`commit`].
@@ -83,10 +93,18 @@ pub async fn commit_into<D: BlockDevice, B: BlockDevice>(
     options: &Options,
     progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
 ) -> Result<CommitReport> {
-    let overlay = open_overlay(overlay, options).await?;
-    let name = Path::new(backing_name(&overlay)?);
-    let target = Target::of(backing).await.map_err(|e| failed(name, e))?;
-    carry_out(&overlay, &target, name, progress).await
+    let overlay = match open_overlay(overlay, options).await {
+        Ok(overlay) => overlay,
+        Err(e) => {
+            if let BackingFile::Image(image) = backing {
+                give_up(&image).await;
+            }
+            return Err(e);
+        }
+    };
+    let name = Path::new(overlay.header.backing_file.as_deref().unwrap_or_default());
+    let target = Target::of(backing).await.map_err(|e| failed(name, e));
+    carry_out(&overlay, target, name, progress).await
 }
 
 fn bad(reason: &str) -> Error {
@@ -100,17 +118,48 @@ async fn open_overlay<D: BlockDevice>(device: D, options: &Options) -> Result<Im
     Ok(overlay)
 }
 
-fn backing_name<D: BlockDevice>(overlay: &Image<D>) -> Result<&str> {
-    overlay.header.backing_file.as_deref().ok_or_else(|| bad("the image has no backing file"))
+fn backing_name(header: &Header) -> Result<&str> {
+    header.backing_file.as_deref().ok_or_else(|| bad("the image has no backing file"))
 }
 
-/// All the steps. Errors of the backing file name its path.
+/// An image that was opened for writing is closed after an error: its bitmaps are marked as in use until then, and would be lost.
+/// If that fails, there is nothing more to be done for them.
+async fn give_up<D: BlockDevice>(image: &Image<D>) {
+    let _ = image.close().await;
+}
+
+/// All the steps, if the backing file could be opened; both are closed then, whatever comes. Errors of the backing file name its
+/// path.
 async fn carry_out<D: BlockDevice, B: BlockDevice>(
+    overlay: &Image<D>,
+    target: Result<Target<B>>,
+    path: &Path,
+    progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
+) -> Result<CommitReport> {
+    let target = match target {
+        Ok(target) => target,
+        Err(e) => {
+            give_up(overlay).await;
+            return Err(e);
+        }
+    };
+    let done = take_steps(overlay, &target, path, progress).await;
+    if done.is_err() {
+        if let Target::Image(image) = &target {
+            give_up(image).await;
+        }
+        give_up(overlay).await;
+    }
+    done
+}
+
+async fn take_steps<D: BlockDevice, B: BlockDevice>(
     overlay: &Image<D>,
     target: &Target<B>,
     path: &Path,
     progress: &mut (dyn FnMut(CommitReport) -> bool + Send),
 ) -> Result<CommitReport> {
+    backing_name(&overlay.header)?;
     let report = copy(overlay, target, path, progress).await?;
     if broken(Mutation::EmptyBeforeBase) {
         overlay.empty().await?;

@@ -7,20 +7,40 @@ use crate::error::{Error, Result};
 use crate::format::header;
 use crate::metadata::commit::L1Move;
 use crate::mutation::{Mutation, broken};
-use crate::sync::atomic::Ordering;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// An L1 table may take this many bytes.
 const MAX_L1_BYTES: u64 = 32 << 20;
+
+/// The disk looks smaller than the header says: when this is dropped, it has its old size again.
+struct Shown<'a> {
+    size: &'a AtomicU64,
+    /// `None`: the header says so, too.
+    old: Option<u64>,
+}
+
+impl Drop for Shown<'_> {
+    fn drop(&mut self) {
+        if let Some(old) = self.old {
+            self.size.store(old, Ordering::SeqCst);
+        }
+    }
+}
 
 impl<D: BlockDevice> Image<D> {
     /// Makes the virtual disk `size` bytes long, a multiple of 512; durable on return. What is new reads as zeroes. Making
     /// the disk smaller loses what is past its new end, and must be asked for with `shrink`.
     ///
-    /// Requests that allocate wait meanwhile, and so does a compaction, when it is through with the batch it is at.
+    /// Requests that allocate wait meanwhile, and for a moment all that change the disk; so does a compaction, when it is
+    /// through with the batch it is at.
+    ///
+    /// A call that is dropped half-way has left the disk as large as it was, or made it as large as was asked. What is past a
+    /// smaller disk's end may be in the file then: asking for the same size again gives it back. If the call is dropped while the
+    /// header is being written, nobody knows which, and the image takes no changes any more until it is opened again.
     ///
     /// # Errors
-    /// [`Error::BadOption`] for an unusable size; [`Error::Unsupported`] for a version 2 image with snapshots;
-    /// as [`write`](Self::write) otherwise.
+    /// [`Error::BadOption`] for an unusable size; [`Error::Unsupported`] for a version 2 image with snapshots, and if a bitmap's
+    /// granularity is too fine for so large a disk; as [`write`](Self::write) otherwise.
     pub async fn resize(&self, size: u64, shrink: bool) -> Result<()> {
         let bad = |reason: String| Error::BadOption { name: "size".to_owned(), reason };
         if self.is_closed() {
@@ -39,8 +59,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.version < 3 && self.snapshot_count() > 0 {
             return Err(Error::unsupported("resizing a version 2 image with internal snapshots"));
         }
-        let _compaction = self.compaction.lock().await;
-        self.prepare_changes().await?;
+        let _turn = self.recycler_turn().await?;
         let old = self.virtual_size();
         if size < old {
             if !shrink {
@@ -48,26 +67,40 @@ impl<D: BlockDevice> Image<D> {
                     "{size} is less than the present {old} bytes, and shrinking was not asked for"
                 )));
             }
+            self.prepare_changes().await?;
             self.shrink(size, old).await?;
         } else if size > old {
+            let _fits = self.bitmaps.will_reach(size, geometry)?;
+            self.prepare_changes().await?;
             self.grow_disk(size, old, entries).await?;
+        } else {
+            // A call that made the disk smaller may have been given up when the header said so already.
+            self.prepare_changes().await?;
+            let _frozen = self.freeze().await;
+            self.forget_past(size).await?;
+            self.commit().await?;
         }
-        self.bitmaps.resized(size);
         Ok(())
     }
 
     async fn shrink(&self, size: u64, old: u64) -> Result<()> {
-        // From here on no request reaches past the new end; those that do, end.
+        // A request that ends with the disk clears or fills its last cluster whole, and the disk may yet stay as large as it is:
+        // so nobody changes it while it only looks smaller.
+        let closed = self.gate.close(&self.obstacles);
+        self.epochs.grace().await;
+        // From here on nobody reads past the new end; those who do, end.
+        let mut shown = Shown { size: &self.virtual_size, old: Some(old) };
         self.virtual_size.store(size, Ordering::SeqCst);
         self.epochs.grace().await;
         let _frozen = self.freeze().await;
         if broken(Mutation::ForgetBeforeSize) {
             self.forget_past(size).await?;
         }
-        if let Err(e) = self.publish_size(size).await {
-            self.virtual_size.store(old, Ordering::SeqCst);
-            return Err(e);
-        }
+        self.publish_size(size).await?;
+        // The header says so, and nothing was awaited since.
+        shown.old = None;
+        self.bitmaps.resized(size);
+        drop(closed);
         self.forget_past(size).await?;
         self.commit().await?;
         self.cut_data(size, old).await
@@ -80,7 +113,7 @@ impl<D: BlockDevice> Image<D> {
     async fn publish_size(&self, size: u64) -> Result<()> {
         let mut turn = self.meta.exclusive_turn().await;
         self.commit_in_turn(&mut turn, None).await?;
-        turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await
+        turn.switch_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await
     }
 
     /// Unmaps every whole cluster past byte `size` of the disk, and drops L2 tables that map nothing else. The caller has
@@ -111,6 +144,16 @@ impl<D: BlockDevice> Image<D> {
     }
 
     async fn grow_disk(&self, size: u64, old: u64, entries: u64) -> Result<()> {
+        self.prepare_larger(size, old, entries).await?;
+        // A request that reaches to the old end may be about to clear the last cluster whole, or to fill it. None is under way any
+        // more when the first one comes that reaches past it: they have ended before the size changes, and none begins.
+        let _closed = self.gate.close(&self.obstacles);
+        self.epochs.grace().await;
+        self.publish_larger(size, old).await
+    }
+
+    /// Makes room for the entries of a larger disk, and lets what is new read as zeroes.
+    async fn prepare_larger(&self, size: u64, old: u64, entries: u64) -> Result<()> {
         let geometry = self.meta.geometry;
         let _frozen = self.freeze().await;
         if self.meta.version < 3 && self.backing.size() > old {
@@ -130,18 +173,30 @@ impl<D: BlockDevice> Image<D> {
         }
         // What becomes part of the disk must read as zeroes before it does: the rest of the last cluster, clusters left by
         // an interrupted shrink, and a backing file that is longer than the disk was.
-        let end = size.next_multiple_of(geometry.cluster_size());
         if broken(Mutation::GrowBeforeClearing) {
             let turn = self.meta.exclusive_turn().await;
             turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await?;
         }
         self.grow_data(size, old).await?;
-        self.clear_new(old, size, end).await?;
+        self.clear_new(old, size, size.next_multiple_of(geometry.cluster_size())).await?;
+        // So that little is left to be written while all changes wait.
+        let mut turn = self.meta.exclusive_turn().await;
+        self.commit_in_turn(&mut turn, None).await.map(|_| ())
+    }
+
+    /// Makes a larger size durable, and shows it. Nobody changes the disk.
+    async fn publish_larger(&self, size: u64, old: u64) -> Result<()> {
+        let _frozen = self.freeze().await;
+        // Since what is new was cleared, requests within the old disk may have filled its last cluster whole, and no other.
+        let rest = old.next_multiple_of(self.meta.geometry.cluster_size());
+        self.clear_new(old, size, rest).await?;
         let mut turn = self.meta.exclusive_turn().await;
         self.commit_in_turn(&mut turn, None).await?;
         // Cut before: the disk has its old size. After: its new one, and everything new is zero.
-        turn.rewrite_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await?;
+        turn.switch_header(&self.volume, |sector| header::patch_virtual_size(sector, size)).await?;
+        // Nothing is awaited in between: whoever drops this finds the size that the header has.
         self.virtual_size.store(size, Ordering::SeqCst);
+        self.bitmaps.resized(size);
         Ok(())
     }
 

@@ -4,10 +4,11 @@
 //! `QCR_SEED=n cargo test --test simulation bitmaps::` replays a seed.
 
 use std::sync::Arc;
+use std::task::Poll;
 
 use crate::common::crash::Effort;
 use crate::common::memory::MemoryDevice;
-use crate::common::sim::{Fault, Settings, SimDevice};
+use crate::common::sim::{Delay, Fault, Settings, SimDevice};
 use crate::common::slice;
 use crate::common::verify::{self, Tolerance, in_paused_time};
 use parking_lot::Mutex;
@@ -129,6 +130,153 @@ fn what_is_dirty_ends_with_the_disk() {
     assert_eq!(image.next_dirty("recording", 0).unwrap(), Some(64 << 10..end));
     assert_eq!(image.next_dirty("recording", end).unwrap(), None);
     block_on(image.close()).unwrap();
+}
+
+/// Every write that is recorded waits for whoever asks: a long run of marks is not walked through.
+#[test]
+fn a_long_run_of_marks_is_found_at_once() {
+    const SIZE: u64 = 4 << 30;
+    let device = MemoryDevice::new(Vec::new());
+    block_on(create(&device, &CreateOptions::new(SIZE))).unwrap();
+    let image = block_on(open(&device));
+    block_on(image.add_bitmap("b", 512, true)).unwrap();
+    block_on(image.write_zeroes(0, SIZE / 2 + 1536, true)).unwrap();
+    block_on(image.write_zeroes(SIZE / 2 + 2048, 512, true)).unwrap();
+    let began = std::time::Instant::now();
+    for from in (0..500).map(|n| n * 512) {
+        assert_eq!(image.next_dirty("b", from).unwrap(), Some(from..SIZE / 2 + 1536));
+    }
+    assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+    let last = SIZE / 2 + 2048;
+    assert_eq!(image.next_dirty("b", SIZE / 2 + 1536).unwrap(), Some(last..last + 512));
+    assert_eq!(image.next_dirty("b", last + 512).unwrap(), None);
+    block_on(image.close()).unwrap();
+}
+
+/// A disk is not made larger than its bitmaps may be: nobody could open the image.
+#[test]
+fn a_disk_does_not_outgrow_its_bitmaps() {
+    const MOST: u64 = 2 << 40;
+    let device = MemoryDevice::new(Vec::new());
+    block_on(create(&device, &CreateOptions::new(2 * MOST))).unwrap();
+    let image = block_on(open(&device));
+    block_on(image.create_snapshot("large")).unwrap();
+    let error = block_on(image.add_bitmap("fine", 512, true)).unwrap_err();
+    assert_eq!(error.field(), Some("granularity"), "{error}");
+    block_on(image.resize(MOST, true)).unwrap();
+    block_on(image.add_bitmap("coarse", 1024, true)).unwrap();
+    block_on(image.add_bitmap("fine", 512, true)).unwrap();
+    let refused = |result: Result<(), Error>| {
+        let error = result.unwrap_err();
+        assert!(matches!(&error, Error::Unsupported { what } if what.contains("\"fine\"")), "{error}");
+        assert_eq!(image.virtual_size(), MOST);
+    };
+    refused(block_on(image.resize(MOST + 512, false)));
+    refused(block_on(image.apply_snapshot("large")));
+    block_on(image.close()).unwrap();
+    let image = block_on(open(&device));
+    assert!(block_on(image.bitmaps()).unwrap().iter().all(|b| !b.inconsistent));
+    image.remove_bitmap("fine").unwrap();
+    block_on(image.apply_snapshot("large")).unwrap();
+    assert_eq!(image.virtual_size(), 2 * MOST);
+    block_on(image.close()).unwrap();
+    let image = block_on(open(&device));
+    assert_eq!(block_on(image.bitmaps()).unwrap().len(), 1);
+    block_on(image.close()).unwrap();
+}
+
+/// An image whose bitmaps are stored at the end of the file, behind what a compaction moves.
+fn at_the_end() -> Vec<u8> {
+    let device = MemoryDevice::new(Vec::new());
+    block_on(create(&device, &CreateOptions { cluster_size: 4096, ..CreateOptions::new(DISK) })).unwrap();
+    let image = block_on(open(&device));
+    block_on(image.write(0, IoBuf::new(&vec![1; DISK as usize]))).unwrap();
+    block_on(image.add_bitmap("recording", 512, true)).unwrap();
+    block_on(image.add_bitmap("quiet", 4096, false)).unwrap();
+    block_on(image.write(DISK - 4096, IoBuf::new(&[2; 512]))).unwrap();
+    block_on(image.close()).unwrap();
+    device.contents()
+}
+
+/// Lets a compaction take so many polls; then `meanwhile`, and the rest of it if that is asked for. `true`: it had ended
+/// before.
+async fn compacted(image: &Image<SimDevice>, polls: usize, meanwhile: impl FnOnce() -> bool) -> bool {
+    let mut compaction = Box::pin(async { qcow_recycler::recycler::compact(image, &mut |_| true).await });
+    for _ in 0..polls {
+        let poll = std::future::poll_fn(|context| Poll::Ready(compaction.as_mut().poll(context))).await;
+        if let Poll::Ready(report) = poll {
+            report.unwrap();
+            meanwhile();
+            return true;
+        }
+        tokio::task::yield_now().await;
+    }
+    if meanwhile() {
+        compaction.await.unwrap();
+    }
+    false
+}
+
+/// The bitmaps give way to a compaction, which is dropped at any moment, or meanwhile one of them is removed: a clean close leaves
+/// bitmaps that are right, and no leak.
+fn compactions(removes: bool) {
+    let old = at_the_end();
+    let mut in_doubt = 0;
+    for polls in 1.. {
+        let device = SimDevice::new(old.clone(), Settings { delay: Delay::Yields(2), ..Settings::new(polls as u64) });
+        let ended = in_paused_time(async {
+            let image = open(&device).await;
+            image.discard(0, DISK / 2).await.unwrap();
+            image.flush().await.unwrap();
+            let meanwhile = || {
+                if removes {
+                    image.remove_bitmap("quiet").unwrap();
+                }
+                removes
+            };
+            let ended = compacted(&image, polls, meanwhile).await;
+            // None where the header is in doubt.
+            let marks = if removes { None } else { marked(&image, "recording").ok() };
+            match image.close().await {
+                Ok(()) => {
+                    verify::our_check(&device.contents(), Tolerance::Clean).unwrap_or_else(|e| panic!("{polls}: {e}"));
+                    let image = open(&device).await;
+                    let bitmaps = image.bitmaps().await.unwrap();
+                    assert_eq!(bitmaps.len(), if removes { 1 } else { 2 }, "{polls} polls");
+                    assert!(bitmaps.iter().all(|b| !b.inconsistent), "{polls} polls");
+                    if let Some(marks) = marks {
+                        assert_eq!(marked(&image, "recording").unwrap(), marks, "{polls} polls");
+                    }
+                    image.close().await.unwrap();
+                }
+                Err(Error::Failed { .. }) => {
+                    in_doubt += 1;
+                    verify::our_check(&device.contents(), Tolerance::Leaks).unwrap();
+                    let image = open(&device).await;
+                    image.close().await.unwrap();
+                }
+                Err(e) => panic!("{polls} polls: {e}"),
+            }
+            ended
+        })
+        .unwrap();
+        assert_eq!(device.violations(), Vec::<String>::new());
+        if ended {
+            println!("{polls} polls, after {in_doubt} of them the header is in doubt");
+            break;
+        }
+    }
+    assert_eq!(in_doubt > 0, !removes);
+}
+
+#[test]
+fn a_dropped_compaction_leaves_bitmaps_that_are_right() {
+    compactions(false);
+}
+
+#[test]
+fn a_bitmap_that_is_removed_under_a_compaction_is_freed_once() {
+    compactions(true);
 }
 
 #[test]

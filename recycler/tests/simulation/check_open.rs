@@ -1,92 +1,18 @@
 //! Checks of an image that is open and in use: what is on its way from one state to another is no finding.
 
-use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::Ordering;
 
-use crate::common::memory::MemoryDevice;
+use crate::common::slow::{At, SlowRead};
 use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
-use qcow_recycler::device::{BlockDevice, Features};
 use qcow_recycler::image::{CreateOptions, create};
 use qcow_recycler::{Image, Options};
 
 const CLUSTER: u64 = 4096;
 
-/// A device whose one slow read ends during a flush, which waits until the guest has its data.
-#[derive(Clone)]
-struct SlowRead {
-    memory: MemoryDevice,
-    state: Arc<Slow>,
-}
-
-#[derive(Default)]
-struct Slow {
-    /// The next read waits.
-    armed: AtomicBool,
-    /// During which flush from now on it goes on.
-    flushes: AtomicU32,
-    at: Mutex<At>,
-    changed: Condvar,
-}
-
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum At {
-    #[default]
-    Nothing,
-    Waiting,
-    GoesOn,
-    Ended,
-}
-
-impl Slow {
-    fn set(&self, at: At) {
-        *self.at.lock().unwrap() = at;
-        self.changed.notify_all();
-    }
-
-    fn wait_for(&self, at: At) {
-        drop(self.changed.wait_while(self.at.lock().unwrap(), |now| *now != at).unwrap());
-    }
-}
-
-impl BlockDevice for SlowRead {
-    fn features(&self) -> Features {
-        self.memory.features()
-    }
-
-    async fn length(&self) -> io::Result<u64> {
-        self.memory.length().await
-    }
-
-    async fn read(&self, offset: u64, buf: IoBufMut<'_>) -> io::Result<()> {
-        if self.state.armed.swap(false, Ordering::SeqCst) {
-            self.state.set(At::Waiting);
-            self.state.wait_for(At::GoesOn);
-        }
-        self.memory.read(offset, buf).await
-    }
-
-    async fn write(&self, offset: u64, buf: IoBuf<'_>) -> io::Result<()> {
-        self.memory.write(offset, buf).await
-    }
-
-    async fn flush(&self) -> io::Result<()> {
-        if self.state.flushes.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.state.set(At::GoesOn);
-            self.state.wait_for(At::Ended);
-        }
-        Ok(())
-    }
-
-    async fn truncate(&self, length: u64) -> io::Result<()> {
-        self.memory.truncate(length).await
-    }
-}
-
 /// A cluster is discarded while a read of it is under way, which ends during the `flush`-th flush of a check.
 fn discarded_under_a_reader(flush: u32) {
-    let device = SlowRead { memory: MemoryDevice::new(Vec::new()), state: Arc::default() };
+    let device = SlowRead::new();
     let state = &device.state;
     let options = CreateOptions { cluster_size: CLUSTER, ..CreateOptions::new(1 << 20) };
     block_on(create(&device, &options)).unwrap();
@@ -107,7 +33,7 @@ fn discarded_under_a_reader(flush: u32) {
         let report = block_on(image.check()).unwrap();
         state.flushes.store(0, Ordering::SeqCst);
         // If the check flushed less often, the read is still under way.
-        if *state.at.lock().unwrap() == At::Waiting {
+        if state.at() == At::Waiting {
             state.set(At::GoesOn);
         }
         assert!(report.is_clean(), "the read ended during flush {flush}: {report:?}");

@@ -53,6 +53,18 @@ struct State {
     directory_stale: bool,
     /// Clusters that were part of bitmaps which are gone: free when the directory is rewritten.
     abandoned: ClusterSet,
+    /// How large the disk is about to become; 0 if it is not.
+    coming_size: u64,
+}
+
+/// The disk is about to become larger: until this is dropped, no bitmap is added that would be too fine for it then.
+#[must_use]
+pub(super) struct Coming<'a>(&'a Bitmaps);
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().coming_size = 0;
+    }
 }
 
 struct Bitmap {
@@ -113,6 +125,27 @@ impl Bitmap {
         }
     }
 
+    /// The end of the run of marks that `first` begins. A run may be of any length, and every write that is recorded waits for the
+    /// lock: so it is not walked through.
+    fn run_end(&self, first: u64) -> u64 {
+        // All of `first..low` is marked; of `low..low + step`, when the loop ends, not all.
+        let (mut low, mut step) = (first + 1, 1);
+        while self.marks.contains_range(low..low + step) {
+            low += step;
+            step *= 2;
+        }
+        let mut high = low + step;
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if self.marks.contains_range(low..middle) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
+
     /// The units of the granularity that bytes `offset..offset + length` of the disk touch.
     fn units(&self, offset: u64, length: u64) -> Range<u64> {
         offset >> self.granularity_bits..offset.saturating_add(length).div_ceil(1 << self.granularity_bits)
@@ -156,7 +189,28 @@ fn bad(name: &str, reason: String) -> Error {
     Error::BadOption { name: name.to_owned(), reason }
 }
 
+/// Whether a bitmap of this granularity may exist on a disk of so many bytes.
+fn fits(size: u64, granularity_bits: u8, geometry: Geometry) -> bool {
+    let clusters = bitmap::data_clusters(size, granularity_bits, geometry);
+    clusters << geometry.cluster_bits <= bitmap::MAX_DATA
+}
+
 impl Bitmaps {
+    /// The disk is to have `size` bytes. One at a time says so: the one who has the recycler's turn.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if there is a bitmap too fine for that: neither we nor QEMU would open the image.
+    pub(super) fn will_reach(&self, size: u64, geometry: Geometry) -> Result<Coming<'_>> {
+        let mut state = self.state.lock();
+        if let Some(b) = state.bitmaps.iter().find(|b| !fits(size, b.granularity_bits, geometry)) {
+            let (name, unit) = (String::from_utf8_lossy(&b.name), 1u64 << b.granularity_bits);
+            let what = format!("a disk of {size} bytes with the bitmap {name:?} of one bit for each {unit}");
+            return Err(Error::unsupported(what));
+        }
+        state.coming_size = size;
+        Ok(Coming(self))
+    }
+
     /// The guest is about to change bytes `offset..offset + length` of the disk. To be called before they change, unless no
     /// bitmap records changes.
     pub(crate) fn will_change(&self, offset: u64, length: u64) {
@@ -211,17 +265,16 @@ impl<D: BlockDevice> Image<D> {
         let mut state = self.writable_bitmaps()?;
         let bitmap = state.usable(name)?;
         let bits = bitmap.granularity_bits;
-        // The last unit may reach past the end.
-        if from >= self.virtual_size() {
-            return Ok(None);
-        }
+        let size = self.virtual_size();
         let mut marks = bitmap.marks.iter();
         marks.advance_to(from >> bits);
         let Some(first) = marks.next() else { return Ok(None) };
-        let end = (first + 1..).zip(marks).find(|(expected, mark)| expected != mark).map(|(expected, _)| expected);
-        // Everything from the first mark to the last follows one another if nothing broke the run.
-        let end = end.unwrap_or_else(|| bitmap.marks.max().map_or(first + 1, |last| last + 1));
-        Ok(Some((first << bits).max(from)..(end << bits).min(self.virtual_size())))
+        let start = (first << bits).max(from);
+        // The last unit may reach past the end; while the disk becomes smaller, there are marks past it.
+        if start >= size {
+            return Ok(None);
+        }
+        Ok(Some(start..(bitmap.run_end(first) << bits).min(size)))
     }
 
     /// Adds an empty bitmap. `granularity` is how much of the disk one bit stands for, a power of two from 512 bytes to
@@ -241,10 +294,6 @@ impl<D: BlockDevice> Image<D> {
         if !granularity.is_power_of_two() || !bitmap::GRANULARITY_BITS.contains(&bits) {
             return Err(bad("granularity", format!("is {granularity}, not a power of two from 512 bytes to 2 GiB")));
         }
-        let clusters = bitmap::data_clusters(self.virtual_size(), bits, self.meta.geometry);
-        if clusters << self.meta.geometry.cluster_bits > bitmap::MAX_DATA {
-            return Err(bad("granularity", format!("{granularity} is too fine for a disk of this size")));
-        }
         // Fails now rather than when the image is closed.
         self.ensure_slot().await?;
         {
@@ -254,6 +303,9 @@ impl<D: BlockDevice> Image<D> {
             }
             if state.bitmaps.iter().any(|b| b.name == name.as_bytes()) {
                 return Err(bad("name", format!("there is a bitmap {name:?} already")));
+            }
+            if !fits(self.virtual_size().max(state.coming_size), bits, self.meta.geometry) {
+                return Err(bad("granularity", format!("{granularity} is too fine for a disk of this size")));
             }
             state.bitmaps.push(Bitmap {
                 name: name.as_bytes().to_vec(),

@@ -25,16 +25,34 @@ impl<D: BlockDevice> Image<D> {
     /// # Errors
     /// [`Error::Unsupported`]; [`Error::Io`].
     pub(super) async fn ensure_slot(&self) -> Result<()> {
-        let (_, cluster, header) = self.first_cluster().await?;
-        self.room(&cluster, &header).map(|_| ())
+        self.find_slot().await.map(|_| ())
     }
 
-    /// Lets the header name a directory of `count` bitmaps, durably. The directory, and what it names, is durable.
-    pub(super) async fn name_directory(&self, count: u32, directory: HostOffset, size: u64) -> Result<()> {
+    /// Finds the place of the extension. Nobody else writes to the first cluster until what is returned is dropped.
+    ///
+    /// # Errors
+    /// As [`ensure_slot`](Self::ensure_slot).
+    pub(super) async fn find_slot(&self) -> Result<Found<'_>> {
+        let turn = self.meta.exclusive_turn().await;
+        let mut cluster = vec![0; self.meta.geometry.cluster_size() as usize];
+        self.volume.read("reading the header", 0, IoBufMut::new(&mut cluster)).await?;
+        let header = Header::parse(&cluster, self.volume.length())?;
+        let room = self.room(&cluster, &header)?;
+        Ok(Found { turn, header, room })
+    }
+
+    /// Lets the header name a directory of `count` bitmaps, durably; `named`: it names one. The directory, and what it names,
+    /// is durable. Whoever gives this up, or finds that it failed, does not know what the header says.
+    pub(super) async fn name_directory(
+        &self,
+        found: Found<'_>,
+        count: u32,
+        (directory, size): (HostOffset, u64),
+        named: bool,
+    ) -> Result<()> {
         let data = extension(count, directory, size);
-        let named = self.bitmaps.state.lock().directory.is_some();
-        let (turn, cluster, header) = self.first_cluster().await?;
-        match self.room(&cluster, &header)? {
+        let Found { turn, header, room } = found;
+        match room {
             Room::Existing { at, .. } if named && at / SECTOR == (at + DATA - 1) / SECTOR => {
                 // One sector: the old directory is named, or the new one.
                 self.patch(&turn, at, &data).await
@@ -59,23 +77,14 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
-    /// Lets the header name no directory, durably.
-    pub(super) async fn name_no_directory(&self) -> Result<()> {
-        let (turn, cluster, header) = self.first_cluster().await?;
+    /// Lets the header name no directory, durably. As [`name_directory`](Self::name_directory) otherwise.
+    pub(super) async fn name_no_directory(&self, found: Found<'_>) -> Result<()> {
+        let Found { turn, header, room } = found;
         self.believe_bitmaps(&turn, false, &header).await?;
-        if let Room::Existing { at, last: true } = self.room(&cluster, &header)? {
+        if let Room::Existing { at, last: true } = room {
             self.patch(&turn, at - 8, &[0; 8]).await?;
         }
         Ok(())
-    }
-
-    /// Nobody else writes to the first cluster meanwhile.
-    async fn first_cluster(&self) -> Result<(CommitTurn<'_>, Vec<u8>, Header)> {
-        let turn = self.meta.exclusive_turn().await;
-        let mut cluster = vec![0; self.meta.geometry.cluster_size() as usize];
-        self.volume.read("reading the header", 0, IoBufMut::new(&mut cluster)).await?;
-        let header = Header::parse(&cluster, self.volume.length())?;
-        Ok((turn, cluster, header))
     }
 
     fn room(&self, cluster: &[u8], header: &Header) -> Result<Room> {
@@ -123,9 +132,20 @@ impl<D: BlockDevice> Image<D> {
                 *place = byte;
             }
         }
-        self.volume.write("writing the header", first, IoBuf::new(&sectors)).await?;
+        if let Err(e) = self.volume.write("writing the header", first, IoBuf::new(&sectors)).await {
+            // As for the first sector: nobody knows what the header says now, so nothing may be written that depends on it.
+            self.volume.fail(|| e.to_string());
+            return Err(e);
+        }
         self.volume.flush().await
     }
+}
+
+/// The first cluster, with the turn for it.
+pub(super) struct Found<'a> {
+    turn: CommitTurn<'a>,
+    header: Header,
+    room: Room,
 }
 
 /// Where the extension is, or goes.

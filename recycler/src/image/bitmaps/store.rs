@@ -9,15 +9,16 @@
 //! - Cut after it: tables and data are durable, and right.
 
 use super::load::{Part, directory};
-use super::{Bitmap, Place};
+use super::{Bitmap, Place, State};
 use crate::buf::IoBuf;
 use crate::clusters::allocator::Allocation;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
+use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::bitmap::{self, TableEntry};
 use crate::image::Image;
-use crate::units::HostOffset;
+use crate::units::{Geometry, HostOffset};
 
 /// What storing has taken, and what it leaves behind.
 #[derive(Default)]
@@ -48,7 +49,7 @@ impl<D: BlockDevice> Image<D> {
         for bitmap in &mut bitmaps {
             self.store_bitmap(bitmap, &mut ledger).await?;
         }
-        self.publish_bitmaps(&bitmaps, false, ledger).await
+        self.publish_bitmaps(bitmaps, false, ledger).await
     }
 
     /// While the bitmaps are in memory, what is stored of them is of no use to anybody: if any of it lies at or past cluster
@@ -73,24 +74,7 @@ impl<D: BlockDevice> Image<D> {
             bitmap.place = Some(Place { table: at, entries: vec![TableEntry::Zeroes] });
             ledger.taken.push(table);
         }
-        self.publish_bitmaps(&bitmaps, true, ledger).await?;
-        let mut state = self.bitmaps.state.lock();
-        for placed in bitmaps {
-            match state.bitmaps.iter_mut().find(|b| b.name == placed.name) {
-                Some(bitmap) => {
-                    bitmap.place = placed.place;
-                    // What was stored is gone.
-                    bitmap.changed = true;
-                }
-                // Removed meanwhile; the directory is stale then.
-                None => {
-                    if let Some(place) = placed.place {
-                        state.abandoned.add_all(&place.clusters(geometry));
-                    }
-                }
-            }
-        }
-        Ok(())
+        self.publish_bitmaps(bitmaps, true, ledger).await
     }
 
     /// Writes what has changed of a bitmap, as far as that may be done while the directory on disk is as it is.
@@ -165,11 +149,12 @@ impl<D: BlockDevice> Image<D> {
         Ok(at)
     }
 
-    /// Makes durable what was stored, and lets the image name it.
-    async fn publish_bitmaps<'a>(&'a self, bitmaps: &[Bitmap], in_use: bool, mut ledger: Ledger<'a>) -> Result<()> {
+    /// Makes durable what was stored, and lets the image name it; with `in_use` the memory then has the bitmaps at their new
+    /// places. Dropped before the header is written, it has changed nothing.
+    async fn publish_bitmaps<'a>(&'a self, bitmaps: Vec<Bitmap>, in_use: bool, mut ledger: Ledger<'a>) -> Result<()> {
         let geometry = self.meta.geometry;
         let old = self.bitmaps.state.lock().directory;
-        let new = directory(bitmaps, in_use);
+        let new = directory(&bitmaps, in_use);
         let keep = old.filter(|&(_, size)| !ledger.moved && size.next_multiple_of(8) == new.size);
         let mut at = keep.map(|(at, _)| at);
         if at.is_none() && !bitmaps.is_empty() {
@@ -180,7 +165,8 @@ impl<D: BlockDevice> Image<D> {
         if !ledger.taken.is_empty() || !ledger.in_place.is_empty() {
             self.commit().await?;
         }
-        // From here on tables on disk may name what was taken: whatever fails, it is not given to anybody else.
+        let slot = if keep.is_none() { Some(self.find_slot().await?) } else { None };
+        // From here on what is on disk may name what was taken: whatever fails, it is not given to anybody else.
         for taken in ledger.taken {
             self.meta.tables.lock().insert_range(taken.first().0..taken.first().0 + taken.len());
             taken.linked();
@@ -191,27 +177,75 @@ impl<D: BlockDevice> Image<D> {
             }
             self.volume.flush().await?;
         }
-        match (at, keep) {
-            (Some(at), Some(_)) => {
+        let mut doubt = DirectoryInDoubt { volume: &self.volume, settled: slot.is_none() };
+        match (slot, at) {
+            (Some(slot), Some(at)) => {
+                self.name_directory(slot, bitmaps.len() as u32, (at, new.size), old.is_some()).await?;
+            }
+            (Some(slot), None) => self.name_no_directory(slot).await?,
+            // Where it was: each of its sectors says what it said, or that nobody uses the bitmaps, and both are right now.
+            (None, Some(at)) => {
                 self.volume.write("writing the bitmap directory", at.0, IoBuf::new(&new.padded)).await?;
                 self.volume.flush().await?;
             }
-            (Some(at), None) => self.name_directory(bitmaps.len() as u32, at, new.size).await?,
-            (None, _) => self.name_no_directory().await?,
+            (None, None) => {}
         }
-        // Nothing durable names these any more.
-        let mut state = self.bitmaps.state.lock();
+        // No await from here on: the memory follows the header. Nothing durable names these any more.
         let mut freed = ledger.freed;
-        freed.add_all(&std::mem::take(&mut state.abandoned));
+        {
+            let mut state = self.bitmaps.state.lock();
+            freed.add_all(&std::mem::take(&mut state.abandoned));
+            state.directory = at.map(|at| (at, new.size));
+            state.directory_stale = false;
+            if in_use {
+                // Together: a bitmap that is removed gives back the places that it has, and each must be given back once.
+                state.move_bitmaps(bitmaps, geometry);
+            }
+        }
+        doubt.settled = true;
         if let (Some((old, size)), None) = (old, keep) {
             let first = geometry.host_cluster(old).0;
             freed.insert_range(first..first + geometry.clusters_for(size));
         }
-        state.directory = at.map(|at| (at, new.size));
-        state.directory_stale = false;
-        drop(state);
         self.meta.tables.lock().remove_all(&freed);
         self.clusters.lock().unlinked.clusters.add_all(&freed);
         Ok(())
+    }
+}
+
+impl State {
+    /// The directory on disk names these bitmaps, at these places.
+    fn move_bitmaps(&mut self, placed: Vec<Bitmap>, geometry: Geometry) {
+        // Some may have been removed or added meanwhile.
+        self.directory_stale = !self.bitmaps.iter().map(|b| &b.name).eq(placed.iter().map(|b| &b.name));
+        for placed in placed {
+            match self.bitmaps.iter_mut().find(|b| b.name == placed.name) {
+                Some(bitmap) => {
+                    bitmap.place = placed.place;
+                    // What was stored is gone.
+                    bitmap.changed = true;
+                }
+                None => {
+                    if let Some(place) = placed.place {
+                        self.abandoned.add_all(&place.clusters(geometry));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Stands for a header that may name another directory than the memory does: if it is dropped like this, the image takes no changes
+/// any more. Closing it would store the bitmaps where nobody finds them.
+struct DirectoryInDoubt<'a, D: BlockDevice> {
+    volume: &'a Volume<D>,
+    settled: bool,
+}
+
+impl<D: BlockDevice> Drop for DirectoryInDoubt<'_, D> {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.volume.fail(|| "a change of the header was given up half-way".to_owned());
+        }
     }
 }

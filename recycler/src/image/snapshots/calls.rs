@@ -163,13 +163,15 @@ impl<D: BlockDevice> Image<D> {
     ///
     /// # Errors
     /// As [`delete_snapshot`](Self::delete_snapshot); also [`Error::Unsupported`] if the snapshot's disk has another size and
-    /// the image is of version 2, or the refcounts cannot count so many references.
+    /// the image is of version 2, if a bitmap's granularity is too fine for that size, or the refcounts cannot count so many
+    /// references.
     pub async fn apply_snapshot(&self, id_or_name: &str) -> Result<()> {
         let _turn = self.snapshot_turn().await?;
         let stay = self.snapshots.lock().entries.clone();
         let wanted = stay.get(find(&stay, id_or_name)?).cloned().ok_or(Error::Closed)?;
         let size = wanted.virtual_size.unwrap_or_else(|| self.virtual_size());
         let entries = self.check_size(&wanted, size)?;
+        let _fits = self.bitmaps.will_reach(size, self.meta.geometry)?;
         self.prepare_changes().await?;
         self.find_junk().await?;
         let others = self.all_reached(&places(&stay)).await?;

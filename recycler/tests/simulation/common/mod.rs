@@ -17,6 +17,7 @@ pub mod sequences;
 pub mod sim;
 mod sim_tests;
 pub mod slice;
+pub mod slow;
 pub mod snapshots;
 pub mod taken;
 pub mod verify;
