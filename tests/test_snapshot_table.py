@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 import qcow_recycler
 import qemu
 from damage import Victim, digest
-from qcow2 import COPIED, HEADER, OFFSET_MASK, Qcow2
+from qcow2 import COPIED, DIRTY, HEADER, OFFSET_MASK, Qcow2
 
 SIZE = 4 << 20
 FIXED = ">QIHHIIQII"
@@ -91,6 +93,34 @@ def test_entries_stay_as_they_were(image_path: Path, extra: str, compat: str) ->
         assert image.read(0, SIZE) == kept["s1"]
     found = qemu.check(image_path)
     assert (found.corruptions, found.leaks, found.check_errors) == (incomplete, 0, 0)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_such_entries_after_a_crash(image_path: Path, extra: str) -> None:
+    """A check finds them incomplete, and no repair of ours completes them: that must keep nobody from the image."""
+    kept = three(image_path, "1.1")
+    rewrite(image_path, [EXTRAS[extra]] * 3)
+    before = entries(image_path)
+    script = "import os, sys, qcow_recycler; i = qcow_recycler.open(sys.argv[1]); i.write(0, bytes(512)); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", script, image_path], check=False).returncode == 9
+    assert Qcow2(image_path).get("incompatible_features") & DIRTY
+    incomplete = 3 * (len(EXTRAS[extra]) < 16)
+    assert qcow_recycler.check(image_path).corruptions == incomplete
+    with qcow_recycler.open(image_path, check_on_connect=True) as image:
+        assert [s.name for s in image.snapshots()] == list(kept)
+        image.write(1 << 20, b"\x66" * 65536)
+    assert not Qcow2(image_path).get("incompatible_features") & DIRTY
+    assert entries(image_path) == before
+    with qcow_recycler.open(image_path, check_on_connect=True) as image:
+        assert image.read(1 << 20, 65536) == b"\x66" * 65536
+    found = qemu.check(image_path)
+    assert (found.corruptions, found.leaks, found.check_errors) == (incomplete, 0, 0)
+    for name, held in kept.items():
+        qemu.assert_contents(image_path, held, snapshot=name)
+    qemu.check(image_path, repair="all")
+    qemu.assert_clean(image_path)
+    for name, held in kept.items():
+        qemu.assert_contents(image_path, held, snapshot=name)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 import guest
 import qcow_recycler
 import qemu
+from qcow2 import DIRTY, HEADER, Qcow2
 
 EAGER = "compact_after_unmaps=8;keep_erased=8;settle_ms=5;flush_ms=5;runtime_asserts=true"
 
@@ -116,6 +120,72 @@ def test_a_full_refcount_refuses_nothing_we_need(image_path: Path) -> None:
     with qcow_recycler.open(image_path) as image:
         image.write(0, b"\2" * 65536)
         assert image.read(0, 131072) == b"\2" * 65536 + b"\1" * 65536
+
+
+def put(path: Path, offset: int, value: int, width: int = 8) -> None:
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), value.to_bytes(width, "big"), offset)
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize("kind", ["version 2", "version 3", "extended", "snapshot", "backing"])
+def test_what_a_shrink_that_was_cut_off_left_is_forgotten(
+    tmp_path: Path, image_path: Path, cluster_size: int, kind: str
+) -> None:
+    """The power went between the smaller size and the entries past it, which QEMU would show again."""
+    size, small = 5 << 20, 1 << 20
+    options: dict[str, object] = {"cluster_size": cluster_size, "compat": "0.10" if kind == "version 2" else "1.1"}
+    if kind == "extended":
+        if cluster_size < 16384:
+            pytest.skip("subclusters would be smaller than a sector")
+        options["extended_l2"] = "on"
+    if kind == "backing":
+        (tmp_path / "base").write_bytes(b"\5" * small)
+        qemu.create(image_path, size, backing="base", backing_format="raw", **options)
+    else:
+        qemu.create(image_path, size, **options)
+    # All of it, more than one L2 table where clusters are small, but for a hole across the new end.
+    held = b"\7" * (small - cluster_size) + bytes(2 * cluster_size) + b"\7" * (size - small - cluster_size)
+    qemu.io(image_path, f"write -q -P 7 0 {size}", f"write -q -z {small - cluster_size} {2 * cluster_size}")
+    if kind == "snapshot":
+        qemu.img("snapshot", "-c", "s", image_path)
+    put(image_path, HEADER["size"][0], small)
+    if kind == "version 2":
+        # Without the mark it is a leak that tells of the crash.
+        q = Qcow2(image_path)
+        end = image_path.stat().st_size // cluster_size
+        block = q.refcount_table()[end // (cluster_size // 2)]
+        assert block
+        put(image_path, block + end % (cluster_size // 2) * 2, 1, width=2)
+    else:
+        put(image_path, HEADER["incompatible_features"][0], Qcow2(image_path).get("incompatible_features") | DIRTY)
+    before = digest(image_path)
+    with qcow_recycler.open(image_path, backing="allow", read_only=True) as image:
+        assert image.read(0, small) == held[:small]
+    assert digest(image_path) == before
+    with qcow_recycler.open(image_path, backing="allow") as image:
+        assert image.read(0, small) == held[:small]
+    qemu.assert_clean(image_path)
+    if kind == "snapshot":
+        assert image_path.stat().st_size > size
+    else:
+        assert image_path.stat().st_size < small + (1 << 20)
+    qemu.img("resize", "-q", "-f", "qcow2", image_path, size)
+    qemu.assert_contents(image_path, held[:small] + bytes(size - small))
+    if kind == "snapshot":
+        qemu.assert_contents(image_path, held, snapshot="s")
+    qemu.assert_clean(image_path)
+
+
+def test_an_image_that_maps_nothing_past_its_end_is_not_marked_when_it_is_opened(image_path: Path) -> None:
+    qemu.create(image_path, 5 << 20, cluster_size=4096)
+    qemu.io(image_path, "write -q -P 7 0 5M")
+    qemu.img("snapshot", "-c", "s", image_path)
+    put(image_path, HEADER["incompatible_features"][0], DIRTY)
+    with qcow_recycler.open(image_path) as image:
+        assert Qcow2(image_path).get("incompatible_features") == 0
+        assert image.read(0, 5 << 20) == b"\7" * (5 << 20)
+    qemu.assert_clean(image_path)
 
 
 # --- backing files --------------------------------------------------------------------------------------------------
@@ -228,6 +298,27 @@ def test_shrinking_and_growing_an_overlay_does_not_expose_the_backing_file(tmp_p
             guest.assert_reads(image, disk)
     qemu.assert_clean(image_path)
     qemu.assert_contents(image_path, disk.bytes)
+
+
+def test_bitmaps_are_not_marked_where_the_data_file_cannot_grow(tmp_path: Path, image_path: Path) -> None:
+    """A data file is made as long as the disk when it is opened; an image that is refused for it keeps its bitmaps."""
+    qcow_recycler.create(image_path, 4 << 20, data_file="data.raw")
+    with qcow_recycler.open(image_path, data_file="allow") as image:
+        image.add_bitmap("b")
+    os.truncate(tmp_path / "data.raw", 1 << 20)
+    before = digest(image_path)
+    script = """if True:
+        import resource, sys, qcow_recycler
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
+        try:
+            qcow_recycler.open(sys.argv[1], data_file="allow")
+        except qcow_recycler.Error:
+            sys.exit(9)
+    """
+    assert subprocess.run([sys.executable, "-c", script, image_path], check=False).returncode == 9
+    assert digest(image_path) == before
+    with qcow_recycler.open(image_path, data_file="allow") as image:
+        assert not image.bitmaps()[0].inconsistent
 
 
 def test_chain_of_three(tmp_path: Path, image_path: Path) -> None:

@@ -46,7 +46,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
     /// Only where nothing but leaks was found: everything that is read here is sound then, and each cluster that is left
     /// to one owner has just that one reference. Of the leaks, `spare` have a refcount of one.
     pub(super) async fn exchange(&mut self, lowered: &mut RoaringTreemap, spare: &RoaringTreemap) -> Result<bool> {
-        let Some(&l1) = self.l1.filter(|_| self.findings.report.corruptions == 0) else { return Ok(false) };
+        let Some(&l1) = self.l1.filter(|_| self.findings.report.errors() == 0) else { return Ok(false) };
         let geometry = self.source.geometry;
         let singles: RoaringTreemap = lowered.iter().filter(|&c| self.counts.get(c) == 1).collect();
         if singles.is_empty() {

@@ -65,11 +65,24 @@ pub struct CheckReport {
     pub image_end_offset: u64,
     /// The first findings in words, at most [`CheckReport::MAX_MESSAGES`].
     pub messages: Vec<String>,
+    /// Of `corruptions`: snapshots without the extra data that version 3 asks for, as old programs made them. No repair makes
+    /// it up, and nothing relies on it: such an image is used like any other.
+    pub(crate) incomplete_snapshots: u64,
 }
 
 impl CheckReport {
     /// How many findings are put in words.
     pub const MAX_MESSAGES: usize = 100;
+
+    /// Errors that speak against using the image, repaired or not.
+    pub(crate) fn errors(&self) -> u64 {
+        self.corruptions.saturating_sub(self.incomplete_snapshots)
+    }
+
+    /// Those of them that were not repaired.
+    pub(crate) fn errors_left(&self) -> u64 {
+        self.errors().saturating_sub(self.corruptions_fixed)
+    }
 
     /// Adds what a first round of a repair cleared.
     fn note_cleared(&mut self, cleared: Cleared) {

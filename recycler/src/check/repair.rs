@@ -434,7 +434,7 @@ impl<D: BlockDevice> Repairing<'_, '_, D> {
         let bits = self.header.incompatible;
         let report = &self.findings.report;
         // Leaks that are left on purpose are no inconsistency. Others are what the dirty bit announces.
-        let consistent = report.corruptions == report.corruptions_fixed && !self.postponed;
+        let consistent = report.errors_left() == 0 && !self.postponed;
         if self.mode != Repair::All || bits & marks == 0 || !consistent {
             return Ok(());
         }

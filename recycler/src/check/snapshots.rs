@@ -29,6 +29,7 @@ pub(super) async fn claim<D: BlockDevice>(
         match window.next(source).await? {
             Ok(entry) if window.at - start <= MAX_TABLE => {
                 if header.version >= 3 && entry.extra.len() < V3_EXTRA {
+                    findings.report.incomplete_snapshots += 1;
                     findings.corruption(1, || format!("snapshot {index} lacks the extra data of version 3"));
                 }
                 let l1 = L1 { offset: entry.l1_offset.0, entries: entry.l1_entries.into(), active: false };

@@ -21,11 +21,14 @@ use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
 use crate::format::header::{self, AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Header, incompatible};
+use crate::format::l2::Entry;
 use crate::format::snapshot::{self, Snapshot};
 use crate::metadata::Metadata;
+use crate::metadata::slice::Entries as _;
 use crate::options::{LogLevel, Options};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{AsyncMutex, Mutex, Notify};
+use crate::units::GuestCluster;
 
 /// What a program gives with an image, so that it is not looked for on the host.
 pub(super) struct Given<D> {
@@ -104,16 +107,16 @@ impl<D: BlockDevice> Image<D> {
         }
         if options.check_on_connect {
             let report = check(volume.device(), Repair::No).await?;
-            if report.corruptions > 0 && (options.read_only || header.incompatible & incompatible::DIRTY == 0) {
-                let reason =
-                    format!("a check found {} corruptions: {}", report.corruptions, report.messages.join("; "));
+            if report.errors() > 0 && (options.read_only || header.incompatible & incompatible::DIRTY == 0) {
+                let reason = format!("a check found {} corruptions: {}", report.errors(), report.messages.join("; "));
                 return Err(Error::invalid("image", 0, reason));
             }
         }
         let (snapshots, snapshots_end) = read_snapshots(&volume, &header).await?;
         let data = DataFile::open(&header, volume.device(), given.data, &options, above).await?;
+        let mut cut_off = false;
         if !options.read_only && (header.version < 3 || header.incompatible & incompatible::DIRTY != 0) {
-            recover(&volume, &header, &options).await?;
+            cut_off = recover(&volume, &header, &options).await?;
             // A repair may have made tables anew at the end of the file.
             volume.refresh_length().await?;
             (header, sector) = read_header(&volume).await?;
@@ -164,17 +167,70 @@ impl<D: BlockDevice> Image<D> {
             }
             image.check_coverage().await?;
             image.note_end().await?;
-            // Reads all of them before it writes: an image that is refused is left as it was.
-            image.load_bitmaps().await?;
             image.data.reach(image.header.virtual_size).await?;
+            // The last that refuses an image: bitmaps that are marked as in use and not stored afterwards are lost. All of them are
+            // read before any is marked, so an image that is refused is left as it was.
+            image.load_bitmaps().await?;
             let kept = image.header.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE);
             if image.header.autoclear != kept {
                 // Features that we do not keep up to date must not be believed any more once we write.
                 let turn = image.meta.exclusive_turn().await;
                 turn.rewrite_header(&image.volume, |sector| header::patch_autoclear(sector, kept)).await?;
             }
+            if cut_off {
+                image.forget_leftovers().await?;
+            }
         }
         Ok(image)
+    }
+
+    /// Forgets what is mapped past the end of the disk in an image that was cut off, perhaps while it was made smaller. Nobody
+    /// else would give its space back, and QEMU would show it to the guest when the disk is made larger again. (VM state that is
+    /// there goes, too. It is of use with its snapshot only, which has it in tables of its own.)
+    ///
+    /// The image is marked first, with a flush, and that makes the size durable that was read: whoever was killed may not have
+    /// flushed it, and the larger disk must not come back without its contents. Cut before the commit is durable: what is past
+    /// the end is mapped or not, and out of sight; the mark, or a leak in version 2, makes the next opening do this again. Cut
+    /// after it: there are leaks, which the next opening reclaims.
+    ///
+    /// What cannot be forgotten, perhaps for want of room for a copy of a table that a snapshot shares, stays: that is no
+    /// reason to refuse the image.
+    async fn forget_leftovers(&self) -> Result<()> {
+        let forgotten = async {
+            if !self.is_mapped_past_end().await? {
+                return Ok(());
+            }
+            self.prepare_changes().await?;
+            let _frozen = self.freeze().await;
+            self.forget_past(self.virtual_size()).await?;
+            self.commit().await.map(drop)
+        };
+        if let Err(e) = forgotten.await {
+            self.background_error("forgetting what is past the end of the disk", &e);
+        }
+        self.volume.ensure_sound()
+    }
+
+    /// Whether anything past the end of the disk is mapped. The one L2 table that is read for this also maps a part of the disk.
+    async fn is_mapped_past_end(&self) -> Result<bool> {
+        let (per_table, per_slice) = (self.meta.geometry.l2_entries(), self.meta.l2.per_slice());
+        let mut at = self.meta.geometry.clusters_for(self.virtual_size());
+        while !at.is_multiple_of(per_table) {
+            let end = (at / per_slice + 1) * per_slice;
+            if let Some((slice, index)) = self.meta.l2.slice(&self.volume, &self.meta.l1, GuestCluster(at)).await? {
+                let entries = slice.read();
+                if (index..).take((end - at) as usize).any(|i| entries.get(i) != Entry::default()) {
+                    return Ok(true);
+                }
+            }
+            at = end;
+        }
+        for l1_index in at / per_table..self.meta.l1.len() {
+            if self.meta.l1.get(l1_index, &self.volume)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Takes note of where the image's own tables are; no two may be at one place, or writing one would destroy another.
@@ -259,7 +315,7 @@ impl<D: BlockDevice> Image<D> {
             return Ok(());
         }
         let report = check(self.volume.device(), Repair::No).await?;
-        if report.corruptions > 0 {
+        if report.errors() > 0 {
             let at = refcounts.table_range().start * self.meta.geometry.cluster_size();
             let reason = format!(
                 "blocks are missing, and clusters that they must count are in use: {}",
@@ -316,15 +372,15 @@ pub(super) async fn read_header<D: BlockDevice>(volume: &Volume<D>) -> Result<(H
     Ok((header, sector))
 }
 
-/// Repairs an image that was not closed cleanly.
-async fn recover<D: BlockDevice>(volume: &Volume<D>, header: &Header, options: &Options) -> Result<()> {
+/// Repairs an image that was not closed cleanly. Returns whether it is one: in version 2 only leaks tell.
+async fn recover<D: BlockDevice>(volume: &Volume<D>, header: &Header, options: &Options) -> Result<bool> {
     let dirty = header.incompatible & incompatible::DIRTY != 0;
     let mut report = check(volume.device(), if dirty { Repair::All } else { Repair::No }).await?;
-    if !dirty && report.corruptions == 0 && report.leaks > 0 {
+    if !dirty && report.errors() == 0 && report.leaks > 0 {
         // Without the bit leaks are all that a crash of ours leaves; an image with errors is refused as it is.
         report = check(volume.device(), Repair::Leaks).await?;
     }
-    let left = report.corruptions - report.corruptions_fixed;
+    let left = report.errors_left();
     if left > 0 {
         let why = if dirty { "it was not closed cleanly and" } else { "it" };
         let found = report.messages.join("; ");
@@ -343,5 +399,5 @@ async fn recover<D: BlockDevice>(volume: &Volume<D>, header: &Header, options: &
             )
         });
     }
-    Ok(())
+    Ok(dirty || report.leaks > 0)
 }

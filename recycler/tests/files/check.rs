@@ -633,6 +633,37 @@ fn snapshots_that_lead_nowhere_are_errors_and_cost_nothing() {
     }
 }
 
+/// As old programs made them. Nothing relies on what they lack: they are told of, keep no image marked as dirty, and change
+/// nothing about how the leaks of a crash are repaired.
+#[test]
+fn snapshots_without_the_extra_data_of_version_3_are_found_and_keep_no_image_dirty() {
+    for kept in [0, 8] {
+        let image = plain();
+        image.snapshot("a");
+        image.io(&["write -P 4 4M 64k"]);
+        image.edit(|l| {
+            // The ID and the name follow the extra data, of which QEMU wrote 24 bytes.
+            let at = l.get(64) as usize;
+            l.bytes.copy_within(at + 64..at + 72, at + 40 + kept);
+            l.bytes[at + 39] = kept as u8;
+        });
+        assert_eq!(image.agrees("an entry that is too short").corruptions, 1);
+        let old_l1 = Layout::new(image.bytes()).l1;
+        image.edit(|l| {
+            // A cluster that is counted twice and has one owner: its count and its flag change at once.
+            l.set_refcount(l.data(64), 2);
+            l.put(l.l2_entry(64), l.get(l.l2_entry(64)) & !COPIED);
+            l.put(72, 1);
+        });
+        let report = image.repair(Repair::All, "an entry that is too short, and a leak");
+        let found = (report.corruptions, report.corruptions_fixed, report.leaks, report.leaks_fixed);
+        assert_eq!(found, (1, 0, 1, 1), "{report:#?}");
+        let l = Layout::new(image.bytes());
+        assert!(l.get(72) == 0 && l.l1 != old_l1);
+        assert_eq!(image.agrees("an entry that is too short, repaired").corruptions, 1);
+    }
+}
+
 #[test]
 fn an_l1_table_that_refers_to_one_table_everywhere_is_walked_once() {
     let image = Image::create("cluster_size=2M", "1P");
