@@ -207,7 +207,9 @@ struct qcr_options {
     uint64_t keep_erased;
     /* The recycler compacts on its own when more bytes than this are free inside the file; 0: only when asked. */
     uint64_t compact_after_unmaps;
-    /* How long the amount of free space must have stood still before it does. */
+    /* How long the amount of free space must not have grown before it does. If it grows all the time, it does after twelve times
+     * as long.
+     */
     uint64_t settle_ms;
     /* The recycler flushes this long after the first unflushed work, unless the guest flushes first. */
     uint64_t flush_ms;
@@ -242,8 +244,8 @@ struct qcr_options {
     uint64_t passphrase_length;
 };
 
-/* Takes a message. It is called from any thread, also from several at once, never under a lock of the library. It
- * must return by itself (no longjmp, no C++ exception).
+/* Takes a message. It is called from any thread, also from several at once, and may call of the library what block
+ * callbacks may. It must return by itself (no longjmp, no C++ exception).
  *
  * `level` is one of QCR_LOG_ERROR to QCR_LOG_DEBUG; `message` is one line of UTF-8, valid during the call.
  */
@@ -583,9 +585,9 @@ int qcr_write(struct qcr_image *image, const void *buffer, size_t count, uint64_
 int qcr_write_compressed(struct qcr_image *image, const void *buffer, size_t count, uint64_t offset,
                          struct qcr_error *error);
 
-/* Tells the image that the guest does not need a range any more. Whole clusters in it are freed for the recycler
- * and read as zeroes from now on; the rest keeps its contents. After a power cut before the next flush, the range
- * may read as before.
+/* Tells the image that the guest does not need a range any more: it reads as zeroes from now on. Whole clusters in it are
+ * freed for the recycler; pieces of clusters are overwritten with zeroes where they hold data. After a power cut before
+ * the next flush, the range may read as before.
  *
  * Errors: -EOPNOTSUPP without QCR_DISCARD; otherwise as qcr_writev().
  */
@@ -652,7 +654,8 @@ int qcr_get_extent(struct qcr_image *image, uint64_t offset, uint64_t length, st
  * - An image may have several queues. A queue is for one thread at a time; others that call it wait. All its calls but
  *   qcr_queue_reap() and qcr_queue_free() return at once.
  * - Nothing waits for a program that does not reap: the image can be compacted, resized and closed by the very thread
- *   that has submitted something. After the close, what is submitted completes with -EBADF.
+ *   that has submitted something. After the close, what is submitted completes with -EBADF. (With asynchronous block
+ *   callbacks, not by the thread that completes them: what is closed waits for what the program has begun.)
  * - A queue must be freed before its image. It keeps the image's file open and locked until then.
  * - While requests are under way on io_uring, the kernel may interrupt what the thread that submitted them waits for:
  *   a call such as epoll_wait(2) then fails with EINTR, and is to be made again.
@@ -861,9 +864,11 @@ struct qcr_progress {
     uint64_t file_size;
 };
 
-/* Is told how far a compaction is, on the thread that called qcr_compact(), with no lock of the library held.
- * `progress` is valid during the call. Returns 0 to go on, anything else to cancel. It may use the image, but not
- * compact, stop, close or free it. It must return by itself (no longjmp, no C++ exception).
+/* Is told how far a compaction is, on the thread that called qcr_compact(). `progress` is valid during the call. Returns
+ * 0 to go on, anything else to cancel. It may read, write, discard and flush, ask for statistics, pause and resume: guests
+ * go on meanwhile. What waits until the compaction has come to a rest would wait for ever: on the same image it must not
+ * compact, compress, check, resize, make, delete or apply a snapshot, change a bitmap, stop, close or free. It must return
+ * by itself (no longjmp, no C++ exception).
  */
 typedef int (*qcr_progress_fn)(void *user, const struct qcr_progress *progress);
 
@@ -904,8 +909,10 @@ int qcr_stop(struct qcr_image *image, struct qcr_error *error);
  *
  * `progress` is called with `user` from time to time; NULL: nobody is interested. `report` may be NULL.
  *
- * Errors: -ECANCELED if `progress` cancelled it (the image is consistent, and what was moved stays moved); -EBUSY
- * if another compaction is under way; -EROFS; -EBADF; the device's.
+ * A compaction that is under way already is not waited for: the two take turns, batch by batch.
+ *
+ * Errors: -ECANCELED if `progress` cancelled it (the image is consistent, and what was moved stays moved); -EROFS;
+ * -EBADF; -EAGAIN or -ENOMEM if no thread could be started; the device's.
  */
 int qcr_compact(struct qcr_image *image, qcr_progress_fn progress, void *user,
                 struct qcr_compact_report *report, struct qcr_error *error);

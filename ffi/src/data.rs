@@ -119,9 +119,9 @@ pub unsafe extern "C" fn qcr_write_compressed(
     unsafe { on_image(image, error, body) }
 }
 
-/// Tells the image that the guest does not need a range any more. Whole clusters in it are freed for the recycler
-/// and read as zeroes from now on; the rest keeps its contents. After a power cut before the next flush, the range
-/// may read as before.
+/// Tells the image that the guest does not need a range any more: it reads as zeroes from now on. Whole clusters in it are
+/// freed for the recycler; pieces of clusters are overwritten with zeroes where they hold data. After a power cut before
+/// the next flush, the range may read as before.
 ///
 /// Errors: -EOPNOTSUPP without QCR_DISCARD; otherwise as qcr_writev().
 #[unsafe(no_mangle)]

@@ -175,7 +175,7 @@ pub unsafe extern "C" fn qcr_close(image: *mut qcr_image, error: *mut qcr_error)
     let body = |image: &qcr_image| Ok(image.disk.close()?);
     // SAFETY: the header's rules for images and errors.
     unsafe {
-        if image.as_ref().is_some_and(|image| image.fuse.is_blown()) {
+        if image.as_ref().is_some_and(|image| image.fuse.is_blown() || image.disk.image().has_panicked()) {
             // No use of the image is left but this: its device refuses everything, so only threads and memory end here.
             let _ = contain(|| body(&*image));
         }

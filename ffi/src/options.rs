@@ -66,7 +66,8 @@ pub struct qcr_options {
     pub keep_erased: u64,
     /// The recycler compacts on its own when more bytes than this are free inside the file; 0: only when asked.
     pub compact_after_unmaps: u64,
-    /// How long the amount of free space must have stood still before it does.
+    /// How long the amount of free space must not have grown before it does. If it grows all the time, it does after twelve times
+    /// as long.
     pub settle_ms: u64,
     /// The recycler flushes this long after the first unflushed work, unless the guest flushes first.
     pub flush_ms: u64,
@@ -115,8 +116,8 @@ pub const QCR_LOG_INFO: u32 = 3;
 /// How serious a message is: a step of it.
 pub const QCR_LOG_DEBUG: u32 = 4;
 
-/// Takes a message. It is called from any thread, also from several at once, never under a lock of the library. It
-/// must return by itself (no longjmp, no C++ exception).
+/// Takes a message. It is called from any thread, also from several at once, and may call of the library what block
+/// callbacks may. It must return by itself (no longjmp, no C++ exception).
 ///
 /// `level` is one of QCR_LOG_ERROR to QCR_LOG_DEBUG; `message` is one line of UTF-8, valid during the call.
 pub type qcr_log_fn = Option<unsafe extern "C" fn(user: *mut c_void, level: u32, message: *const c_char)>;

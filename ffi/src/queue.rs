@@ -30,7 +30,8 @@
 //! - An image may have several queues. A queue is for one thread at a time; others that call it wait. All its calls but
 //!   qcr_queue_reap() and qcr_queue_free() return at once.
 //! - Nothing waits for a program that does not reap: the image can be compacted, resized and closed by the very thread
-//!   that has submitted something. After the close, what is submitted completes with -EBADF.
+//!   that has submitted something. After the close, what is submitted completes with -EBADF. (With asynchronous block
+//!   callbacks, not by the thread that completes them: what is closed waits for what the program has begun.)
 //! - A queue must be freed before its image. It keeps the image's file open and locked until then.
 //! - While requests are under way on io_uring, the kernel may interrupt what the thread that submitted them waits for:
 //!   a call such as epoll_wait(2) then fails with EINTR, and is to be made again.

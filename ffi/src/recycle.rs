@@ -74,9 +74,11 @@ pub struct qcr_progress {
     pub file_size: u64,
 }
 
-/// Is told how far a compaction is, on the thread that called qcr_compact(), with no lock of the library held.
-/// `progress` is valid during the call. Returns 0 to go on, anything else to cancel. It may use the image, but not
-/// compact, stop, close or free it. It must return by itself (no longjmp, no C++ exception).
+/// Is told how far a compaction is, on the thread that called qcr_compact(). `progress` is valid during the call. Returns
+/// 0 to go on, anything else to cancel. It may read, write, discard and flush, ask for statistics, pause and resume: guests
+/// go on meanwhile. What waits until the compaction has come to a rest would wait for ever: on the same image it must not
+/// compact, compress, check, resize, make, delete or apply a snapshot, change a bitmap, stop, close or free. It must return
+/// by itself (no longjmp, no C++ exception).
 pub type qcr_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const qcr_progress) -> c_int>;
 
 /// What a compaction did.
@@ -106,8 +108,10 @@ unsafe impl Shared for qcr_compact_report {
 ///
 /// `progress` is called with `user` from time to time; NULL: nobody is interested. `report` may be NULL.
 ///
-/// Errors: -ECANCELED if `progress` cancelled it (the image is consistent, and what was moved stays moved); -EBUSY
-/// if another compaction is under way; -EROFS; -EBADF; the device's.
+/// A compaction that is under way already is not waited for: the two take turns, batch by batch.
+///
+/// Errors: -ECANCELED if `progress` cancelled it (the image is consistent, and what was moved stays moved); -EROFS;
+/// -EBADF; -EAGAIN or -ENOMEM if no thread could be started; the device's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcr_compact(
     image: *mut qcr_image,

@@ -1,17 +1,18 @@
 //! The synchronous face of the library, for C, Python and plain Rust threads.
 //!
 //! Calls run on the caller's thread. With a device whose operations complete at once (a host file), a call is nothing
-//! but its own system calls; otherwise the thread sleeps until the device answers. The recycler runs on a runtime that
-//! the library owns.
+//! but its own system calls; otherwise the thread sleeps until the device answers. The recycler has a thread
+//! of its own.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::thread::JoinHandle;
 
-use once_cell::sync::Lazy;
 use parking_lot::Mutex;
+use tokio::runtime::{Builder, Handle};
 
 use crate::buf::{IoBuf, IoBufMut};
 use crate::check::CheckReport;
@@ -22,18 +23,32 @@ use crate::options::{LogLevel, Options};
 use crate::recycler::{CompactReport, CompressReport, Control, Progress};
 use crate::stats::Stats;
 
-/// Drives the timers of all recyclers in the process; each recycler borrows one thread of its blocking pool, so that one
-/// image's slow device never holds up another's.
-static RUNTIME: Lazy<std::io::Result<tokio::runtime::Runtime>> = Lazy::new(|| {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("qcowrecycle").enable_time().build()
-});
+/// What drives the timers of all recyclers in the process, on a thread of its own; each recycler has one, too, so that one image's
+/// slow device never holds up another's. With the process: a child has no threads of its parent's.
+static TIMERS: Mutex<Option<(u32, Handle)>> = Mutex::new(None);
 
-fn runtime() -> Result<&'static tokio::runtime::Runtime> {
-    RUNTIME.as_ref().map_err(|e| Error::Io {
-        action: "starting the recycler's runtime",
-        offset: 0,
-        source: std::io::Error::new(e.kind(), e.to_string()),
-    })
+fn timers() -> Result<Handle> {
+    let mut timers = TIMERS.lock();
+    let here = std::process::id();
+    if let Some((process, handle)) = &*timers
+        && *process == here
+    {
+        return Ok(handle.clone());
+    }
+    let runtime = Builder::new_current_thread().enable_time().build().map_err(no_thread)?;
+    let handle = runtime.handle().clone();
+    spawn(move || runtime.block_on(std::future::pending::<()>())).map_err(no_thread)?;
+    // The parent's locks may be held for ever.
+    std::mem::forget(timers.replace((here, handle.clone())));
+    Ok(handle)
+}
+
+fn spawn(work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("qcowrecycle".to_owned()).spawn(work)
+}
+
+fn no_thread(source: std::io::Error) -> Error {
+    Error::Io { action: "starting the recycler's thread", offset: 0, source }
 }
 
 /// Runs a future on this thread: at once if it is ready, sleeping between wake-ups otherwise.
@@ -54,7 +69,7 @@ pub struct Disk<D: BlockDevice> {
 
 struct Worker {
     control: Control,
-    task: tokio::task::JoinHandle<()>,
+    thread: JoinHandle<()>,
 }
 
 impl<D: BlockDevice> Disk<D> {
@@ -238,20 +253,20 @@ impl<D: BlockDevice> Disk<D> {
     /// [`Error::ReadOnly`], [`Error::Closed`], or no thread could be started.
     pub fn start(&self) -> Result<()> {
         self.image.ensure_writable()?;
-        let runtime = runtime()?;
+        let timers = timers()?;
         let mut worker = self.worker.lock();
         if worker.is_none() {
             let control = Control::new();
-            let (image, remote, handle) = (self.image.clone(), control.clone(), runtime.handle().clone());
-            let task = runtime.spawn_blocking(move || {
+            let (image, remote) = (self.image.clone(), control.clone());
+            let thread = spawn(move || {
                 let work = crate::recycler::run(image.clone(), remote.clone());
-                if std::panic::catch_unwind(AssertUnwindSafe(|| handle.block_on(work))).is_err() {
+                if std::panic::catch_unwind(AssertUnwindSafe(|| timers.block_on(work))).is_err() {
                     // What the recycler was changing is in doubt: nothing more may be written.
                     image.panicked("the recycler");
                 }
                 remote.stop();
             });
-            *worker = Some(Worker { control, task });
+            *worker = Some(Worker { control, thread: thread.map_err(no_thread)? });
         }
         Ok(())
     }
@@ -275,8 +290,8 @@ impl<D: BlockDevice> Disk<D> {
         let worker = self.worker.lock().take();
         if let Some(worker) = worker {
             worker.control.stop();
-            if let Err(e) = block_on(worker.task) {
-                self.image.logger().log(LogLevel::Error, || format!("the recycler ended abnormally: {e}"));
+            if worker.thread.join().is_err() {
+                self.image.logger().log(LogLevel::Error, || "the recycler ended abnormally".to_owned());
             }
         }
     }
@@ -287,7 +302,8 @@ impl<D: BlockDevice> Disk<D> {
     /// # Errors
     /// See [`crate::recycler::compact`].
     pub fn compact(&self, mut progress: impl FnMut(Progress) -> bool + Send) -> Result<CompactReport> {
-        let _timers = runtime()?.enter();
+        let timers = timers()?;
+        let _timers = timers.enter();
         block_on(crate::recycler::compact(&self.image, &mut progress))
     }
 
@@ -297,7 +313,8 @@ impl<D: BlockDevice> Disk<D> {
     /// # Errors
     /// See [`crate::recycler::compress`].
     pub fn compress(&self, mut progress: impl FnMut(Progress) -> bool + Send) -> Result<CompressReport> {
-        let _timers = runtime()?.enter();
+        let timers = timers()?;
+        let _timers = timers.enter();
         block_on(crate::recycler::compress(&self.image, &mut progress))
     }
 

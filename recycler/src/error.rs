@@ -123,6 +123,12 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the device has no room for more.
+    pub(crate) fn is_lack_of_space(&self) -> bool {
+        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        matches!(self, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+    }
+
     /// The positive errno value that names this error in C.
     #[must_use]
     pub fn errno(&self) -> i32 {

@@ -116,7 +116,8 @@ pub struct Options {
     pub keep_erased: u64,
     /// The recycler compacts on its own when more than this many bytes are free inside the file; `None`: only when asked.
     pub compact_after_unmaps: Option<u64>,
-    /// How long the amount of free space must have stood still before an automatic compaction begins.
+    /// How long the amount of free space must not have grown before an automatic compaction begins. If it grows all the time, one
+    /// begins after twelve times as long.
     pub settle_time: Duration,
     /// The recycler flushes this long after the first unflushed work, unless the guest flushes first.
     pub flush_after: Duration,

@@ -44,7 +44,7 @@ impl Allocation<'_> {
         let range = std::mem::replace(&mut self.range, 0..0);
         let mut states = self.clusters.lock();
         states.roots.remove_range(range.clone());
-        if self.durable { states.available.insert_range(range) } else { states.erased.insert_range(range) }
+        if self.durable { states.available.insert_range(range) } else { states.erase(range) }
     }
 
     /// The clusters stay Roots, and are the caller's to link or give back.
@@ -73,7 +73,8 @@ impl Drop for Allocation<'_> {
 }
 
 impl Clusters {
-    /// Takes up to `wanted` consecutive clusters: Available ones, else Erased ones, else new ones at the end of the file.
+    /// Takes up to `wanted` consecutive clusters: Available ones, else Erased ones, else new ones at the end of the file, else, if it
+    /// cannot become longer, Junk.
     pub(crate) async fn allocate<D: BlockDevice>(
         &self,
         volume: &Volume<D>,
@@ -90,9 +91,31 @@ impl Clusters {
             }
             let size = self.lock().end << meta.geometry.cluster_bits;
             let bytes = (size / 8).clamp(GROW_MIN, GROW_MAX);
-            let fresh = self.grow(volume, meta, wanted.max(meta.geometry.clusters_for(bytes)), wanted).await?;
-            self.lock().erased.insert_range(fresh);
+            match self.grow(volume, meta, wanted.max(meta.geometry.clusters_for(bytes)), wanted).await {
+                Ok(fresh) => self.lock().erase(fresh),
+                Err(full) if full.is_lack_of_space() => {
+                    return self.allocate_junk(volume, meta, wanted).await?.ok_or(full);
+                }
+                Err(e) => return Err(e),
+            }
         }
+    }
+
+    /// Takes up to `wanted` consecutive clusters of Junk. The caller has the length turn, so none of it is being cut off.
+    async fn allocate_junk<D: BlockDevice>(
+        &self,
+        volume: &Volume<D>,
+        meta: &Metadata,
+        wanted: u64,
+    ) -> Result<Option<Allocation<'_>>> {
+        let mut count = wanted;
+        while count > 0 {
+            if let Some(hole) = self.allocate_hole(volume, meta, count, u64::MAX).await? {
+                return Ok(Some(hole));
+            }
+            count /= 2;
+        }
+        Ok(None)
     }
 
     /// Makes the file longer ahead of the guests, if they have taken clusters since this was last called and the pool runs low.
@@ -120,12 +143,12 @@ impl Clusters {
         // Not worth a wait.
         let Ok(_turn) = self.length_turn.try_lock() else { return Ok(()) };
         let fresh = self.grow(volume, meta, wanted, wanted).await?;
-        self.lock().erased.insert_range(fresh);
+        self.lock().erase(fresh);
         Ok(())
     }
 
     /// Takes exactly `count` consecutive clusters below `limit` out of Junk, counted and zeroed; `None` if there is no
-    /// such hole. For tables that move; the caller puts a barrier before the reference.
+    /// such hole. The caller puts a barrier before the reference.
     pub(crate) async fn allocate_hole<D: BlockDevice>(
         &self,
         volume: &Volume<D>,
@@ -162,7 +185,7 @@ impl Clusters {
         let mut states = self.lock();
         let range = fresh.start..fresh.start + count;
         fresh.start = range.end;
-        states.erased.insert_range(fresh);
+        states.erase(fresh);
         states.roots.insert_range(range.clone());
         Ok(Allocation { clusters: self, range, durable: false })
     }
@@ -212,7 +235,9 @@ impl Clusters {
             // them, since entries that name Erased clusters, the table that names refcount blocks, and the header that names the
             // table are written after it. Cut after it: they are zero.
             let old = there.min(length(&growth)).saturating_sub(start << bits);
-            volume.erase(start << bits, old).await?;
+            if !broken(Mutation::KeepCutOff) {
+                volume.erase(start << bits, old).await?;
+            }
         } else {
             if length(&growth) > volume.length() {
                 growth = refcounts.plan_growth(start, least)?;

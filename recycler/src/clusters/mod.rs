@@ -63,6 +63,9 @@ pub(crate) struct States {
     pub(crate) end: u64,
     pub(crate) junk: ClusterSet,
     pub(crate) erased: ClusterSet,
+    /// Those of Erased that were it when the commit under way began, and have been since: its flush makes them Available. A cluster
+    /// that was handed out or cut off meanwhile, and erased anew, is not among them.
+    pub(crate) promoting: ClusterSet,
     pub(crate) available: ClusterSet,
     pub(crate) roots: ClusterSet,
     pub(crate) copies: ClusterSet,
@@ -148,6 +151,24 @@ impl States {
         high
     }
 
+    /// These read as zeroes and are counted, neither of it durably: they are Erased.
+    pub(crate) fn erase(&mut self, range: Range<u64>) {
+        self.promoting.remove_range(range.clone());
+        self.erased.insert_range(range);
+    }
+
+    /// A commit begins.
+    pub(crate) fn promotion_begins(&mut self) {
+        self.promoting = self.erased.clone();
+    }
+
+    /// It has ended, with a flush: Erased → Available.
+    pub(crate) fn promote(&mut self) {
+        let durable = std::mem::take(&mut self.promoting).intersection(&self.erased);
+        self.erased.remove_all(&durable);
+        self.available.add_all(&durable);
+    }
+
     /// A cluster lost a reference; `sole` says that it was the only one.
     pub(crate) fn unlink(&mut self, c: HostCluster, sole: bool) {
         if sole {
@@ -163,7 +184,11 @@ impl States {
         self.occupied.insert_range(range);
     }
 
-    /// Takes the lowest Junk whose space can be given back out of Junk, about `max` clusters: it is in Roots until it is put
+    fn is_junk(&self, range: Range<u64>) -> bool {
+        self.junk.count_in(range.clone()) == range.end - range.start
+    }
+
+    /// Takes the lowest Junk whose space can be given back out of Junk, at most `max` clusters: it is in Roots until it is put
     /// back, so that nobody takes it meanwhile. What lies between in Junk goes with it: two holes with a hole between them
     /// are one.
     pub(crate) fn take_occupied(&mut self, max: u64) -> ClusterSet {
@@ -177,7 +202,12 @@ impl States {
             let run = run.start..run.end.min(run.start + (max - count));
             count += run.end - run.start;
             let start = match taken.max() {
-                Some(HostCluster(last)) if self.junk.count_in(last + 1..run.start) == run.start - last - 1 => last + 1,
+                Some(HostCluster(last))
+                    if count + (run.start - last - 1) <= max && self.is_junk(last + 1..run.start) =>
+                {
+                    count += run.start - last - 1;
+                    last + 1
+                }
                 _ => run.start,
             };
             taken.insert_range(start..run.end);
@@ -250,6 +280,25 @@ mod tests {
         s.junk.remove(HostCluster((1 << 26) - 1));
         assert_eq!(s.last_needed(), 1 << 26);
         assert_eq!(States::default().last_needed(), 0);
+    }
+
+    #[test]
+    fn a_commit_promotes_what_was_erased_all_the_time() {
+        let mut s = States { end: 100, ..States::default() };
+        s.erase(10..20);
+        s.promotion_begins();
+        s.erase(20..22);
+        // Handed out, and put back; cut off with the end of the file, which grew again.
+        s.erased.remove_range(12..13);
+        s.erase(12..13);
+        s.erased.remove_range(18..22);
+        s.erase(18..30);
+        s.promote();
+        assert_eq!(s.available.runs().collect::<Vec<_>>(), [10..12, 13..18]);
+        assert_eq!(s.erased.runs().collect::<Vec<_>>(), [12..13, 18..30]);
+        s.promotion_begins();
+        s.promote();
+        assert!(s.erased.is_empty());
     }
 
     #[test]

@@ -200,6 +200,10 @@ impl<D: BlockDevice> Image<D> {
                 self.clear_in_slice(at..end, clear, access).await?;
             }
             at = end;
+            // A request may be as long as the disk, and what it changes must not all be in memory at once.
+            if matches!(access, Access::Shared) {
+                self.commit_if_due().await?;
+            }
         }
         Ok(())
     }

@@ -67,12 +67,12 @@ impl<D: BlockDevice> Image<D> {
     ) -> Result<FlushToken> {
         // Taken note of before the tables are copied, so that the unlinking of what is freed is in the copy. A commit that
         // failed leaves its part in `committing`.
-        let erased = {
+        {
             let mut states = self.clusters.lock();
             let unlinked = std::mem::take(&mut states.unlinked);
             states.committing.merge(unlinked);
-            states.erased.clone()
-        };
+            states.promotion_begins();
+        }
         self.vacated.lock().commit_begins();
         if broken(Mutation::PunchBeforeEntry) {
             self.punch_vacated().await;
@@ -87,11 +87,11 @@ impl<D: BlockDevice> Image<D> {
         }
         self.vacated.lock().committed(self.epochs.now());
         let mut states = self.clusters.lock();
-        // Erased → Available: those erased before the flush began, and not handed out meanwhile.
         let late = broken(Mutation::PromoteLateWork);
-        let available = if late { states.erased.clone() } else { states.erased.intersection(&erased) };
-        states.erased.remove_all(&available);
-        states.available.add_all(&available);
+        if late {
+            states.promotion_begins();
+        }
+        states.promote();
         // Freed: the unlinking is durable. Requests that began before now may still use the clusters.
         let mut batch = std::mem::take(&mut states.committing);
         if late {

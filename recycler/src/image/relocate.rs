@@ -45,7 +45,7 @@ impl Holes<'_> {
         self.set.remove_range(range.clone());
         let mut states = self.clusters.lock();
         states.roots.remove_range(range.clone());
-        states.erased.insert_range(range);
+        states.erase(range);
     }
 }
 
@@ -321,10 +321,13 @@ impl<D: BlockDevice> Image<D> {
             && let Some(hole) =
                 self.clusters.allocate_hole(&self.volume, &self.meta, old.end - old.start, limit).await?
         {
+            let mut refcounts = self.meta.refcounts.lock().await;
+            // No await from here on: a hole that is given back is no table.
             self.meta.tables.lock().insert_range(hole.first().0..hole.first().0 + hole.len());
             // Written with the next commit, which frees the old place when the header names the new one.
-            self.meta.refcounts.lock().await.move_table(hole.first());
+            refcounts.move_table(hole.first());
             hole.linked();
+            drop(refcounts);
             drop(_length);
             self.commit().await?;
         }

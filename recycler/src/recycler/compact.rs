@@ -51,6 +51,8 @@ const AHEAD_BYTES: u64 = 8 << 20;
 /// A batch chooses, for runs of clusters that are to stay whole, among so many times the holes that it fills. The others are there
 /// for the batches that follow.
 const CHOICE: u64 = 2;
+/// After so many rounds that knew all that was to move, and in which guests were at work, what they have freed meanwhile is left.
+const DISTURBED_ROUNDS: usize = 4;
 /// A scan remembers at most this many clusters; what does not fit is found by the next one.
 const SCAN_CLUSTERS: usize = 1 << 18;
 
@@ -100,6 +102,7 @@ pub async fn compact<D: BlockDevice>(
         progress: Progress::default(),
         copier: Copier::default(),
         moved: 0,
+        is_complete: true,
         crowded: false,
         waited: Duration::ZERO,
         roomy: false,
@@ -203,6 +206,8 @@ pub(super) struct Compaction<'a, D: BlockDevice> {
     pub(super) copier: Copier,
     /// Clusters moved.
     pub(super) moved: u64,
+    /// The last round knew of all that was to move.
+    is_complete: bool,
     /// The last round had no holes left for all that should move. The refcount blocks that will not be needed in the end may be
     /// in the way: they stand among the clusters that stay, and are needed as long as one cluster that they count is not moved.
     crowded: bool,
@@ -225,15 +230,23 @@ impl<D: BlockDevice> Compaction<'_, D> {
         image.find_junk().await?;
         self.settle().await?;
         let mut go_on = true;
+        let mut disturbed = 0;
         while go_on {
             let moved_before = self.moved;
+            let requests = image.epochs.requests();
             go_on = self.round(progress).await?;
             // The last batch's references become durable, and its sources Junk.
             if !broken(Mutation::TruncateBeforeDurable) {
                 self.settle().await?;
             }
-            // Every move brings a cluster nearer to the file's start, so this ends.
-            if self.moved > moved_before {
+            // Every move brings a cluster nearer to the file's start, so this ends; but guests may free others all the time. That is the
+            // next compaction's affair.
+            if self.is_complete && image.epochs.requests() != requests {
+                disturbed += 1;
+            }
+            if disturbed > DISTURBED_ROUNDS {
+                break;
+            } else if self.moved > moved_before {
                 if std::mem::take(&mut self.roomy) && go_on {
                     // The blocks that were in the way count nothing any more: their places are holes for the next round.
                     image.shorten().await?;
@@ -285,6 +298,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let (generation, mut snapshots) = image.snapshot_l1_tables();
         let limits = Limits { floor, max: SCAN_CLUSTERS, data_moves: image.encryption.lets_data_move() };
         let scan = scan(&image.volume, &image.meta, &image.clusters, &mut snapshots, limits).await?;
+        self.is_complete = scan.complete_from <= floor;
         if scan.doubtful > 0 {
             let reason = format!(
                 "{} clusters have references that contradict each other or the counts: check it",

@@ -44,8 +44,19 @@ impl<'a> Pacer<'a> {
     /// to wait for its flush, and not more than a second's at the limited rate.
     pub(crate) fn portion(&mut self, most: u64) -> u64 {
         self.busy |= self.guests.requests() != self.seen;
-        let most = if self.busy { most / 32 } else { most };
+        self.a_second(if self.busy { most / 32 } else { most })
+    }
+
+    /// Not more than a second's work at the limited rate.
+    pub(crate) fn a_second(&self, most: u64) -> u64 {
         self.limit.map_or(most, |l| most.min(l))
+    }
+
+    /// Waits until the limited rate lets the next work begin.
+    pub(crate) async fn due(&self) {
+        if self.limit.is_some() {
+            tokio::time::sleep_until(self.next).await;
+        }
     }
 
     /// Whether guests were at work when it last looked.

@@ -15,8 +15,10 @@ pub(crate) struct View {
     pub(crate) free_tail: u64,
     /// Since when something waits for a flush: unlinked clusters to become Junk, erased ones to become Available.
     pub(crate) unflushed_since: Option<Duration>,
-    /// Since when Junk has been what it is.
+    /// Since when Junk has not become more.
     pub(crate) junk_stands_since: Duration,
+    /// Since when there has been enough Junk for a compaction, none having been made.
+    pub(crate) junk_waits_since: Option<Duration>,
     /// How much was Junk when erasing it was not possible.
     pub(crate) junk_unerasable: u64,
     /// How much was Junk when the last compaction ended without being able to use it.
@@ -35,6 +37,13 @@ pub(crate) struct Rules {
     pub(crate) settle_time: Duration,
     pub(crate) flush_after: Duration,
     pub(crate) cluster_size: u64,
+}
+
+impl Rules {
+    /// Whether so many bytes of Junk are worth a compaction.
+    pub(crate) fn is_much(&self, junk: u64) -> bool {
+        self.compact_after_unmaps.is_some_and(|limit| junk > limit)
+    }
 }
 
 /// The next piece of work.
@@ -66,6 +75,9 @@ const PUNCH_LEAST: u64 = 16;
 /// So much is given back even while discards go on. It is also the most in one piece of work.
 const PUNCH_MUCH: u64 = 64 << 20;
 
+/// Discards that never settle put a compaction off for at most so many times the time that they are given to.
+const PATIENCE: u32 = 12;
+
 /// Chooses the next piece of work.
 pub(crate) fn next(view: &View, rules: &Rules) -> Work {
     if view.now < view.not_before {
@@ -88,27 +100,26 @@ pub(crate) fn next(view: &View, rules: &Rules) -> Work {
         wait = Some(wait.map_or(at, |w| w.min(at)));
         false
     };
-    if view.unflushed_since.is_some_and(|since| due(since + rules.flush_after)) {
+    if view.unflushed_since.is_some_and(|since| due(since.saturating_add(rules.flush_after))) {
         return Work::Flush;
     }
     // Then compaction, once discards have settled: what is freed in the middle of a burst would be moved for nothing.
-    let wanted = rules.compact_after_unmaps.is_some_and(|limit| view.junk > limit && view.junk != view.junk_useless);
-    if wanted && due(view.junk_stands_since + rules.settle_time) {
+    let wanted = rules.is_much(view.junk) && view.junk != view.junk_useless;
+    let settled = view.junk_stands_since.saturating_add(rules.settle_time);
+    let latest = view.junk_waits_since.map(|since| since.saturating_add(rules.settle_time.saturating_mul(PATIENCE)));
+    if wanted && due(latest.map_or(settled, |latest| latest.min(settled))) {
         return Work::Compact;
     }
     // And the end of the file, when more is free there than growing again would cost.
     if !wanted
         && rules.compact_after_unmaps.is_some()
         && view.free_tail > rules.keep_erased.max(rules.cluster_size)
-        && due(view.junk_stands_since + rules.settle_time)
+        && due(settled)
     {
         return Work::Shorten;
     }
     // What stays in the file for now need not take space. (Compaction would move clusters there, or cut it off.)
-    if !wanted
-        && view.occupied >= PUNCH_LEAST * rules.cluster_size
-        && (view.occupied >= PUNCH_MUCH || due(view.junk_stands_since + rules.settle_time))
-    {
+    if !wanted && view.occupied >= PUNCH_LEAST * rules.cluster_size && (view.occupied >= PUNCH_MUCH || due(settled)) {
         return Work::Punch(view.occupied.min(PUNCH_MUCH));
     }
     wait.map_or(Work::Wait, Work::WaitUntil)
@@ -167,6 +178,24 @@ mod tests {
         assert_eq!(next(&View { now: S(102), junk: 4 << 20, ..view }, &rules()), Work::Wait);
         let never = Rules { compact_after_unmaps: None, ..rules() };
         assert_eq!(next(&View { now: S(102), ..view }, &never), Work::Wait);
+    }
+
+    #[test]
+    fn a_compaction_does_not_wait_for_ever() {
+        let waits = View { junk: 5 << 20, available: 1 << 20, junk_waits_since: Some(S(40)), ..searched() };
+        let view = View { now: S(99), junk_stands_since: S(98), ..waits };
+        assert_eq!(next(&view, &rules()), Work::WaitUntil(S(100)));
+        assert_eq!(next(&View { now: S(100), junk_stands_since: S(98), ..waits }, &rules()), Work::Compact);
+        // One that has settled does not wait so long.
+        assert_eq!(next(&View { now: S(60), junk_stands_since: S(55), ..waits }, &rules()), Work::Compact);
+    }
+
+    #[test]
+    fn never_is_a_long_time() {
+        let never = Rules { settle_time: Duration::MAX, flush_after: Duration::MAX, ..rules() };
+        let view = View { now: S(100), junk: 5 << 20, available: 1 << 20, unflushed_since: Some(S(1)), ..searched() };
+        let view = View { junk_stands_since: S(1), junk_waits_since: Some(S(1)), ..view };
+        assert_eq!(next(&view, &never), Work::WaitUntil(Duration::MAX));
     }
 
     #[test]

@@ -70,6 +70,12 @@ impl Control {
         self.0.send_replace(Wanted::Stop);
     }
 
+    /// Waits until it is paused or stopped.
+    async fn interrupted(&self) {
+        // The sender is here, so there is no error.
+        let _ = self.0.subscribe().wait_for(|w| *w != Wanted::Run).await;
+    }
+
     /// Whether it is neither paused nor stopped.
     #[must_use]
     pub fn is_running(&self) -> bool {
@@ -162,7 +168,8 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         let work = policy::next(&self.view, &self.rules);
         match work {
             Work::Wait => return Step::Wait,
-            Work::WaitUntil(at) => return Step::WaitUntil(self.began + at),
+            // Or for so long that there is no such time.
+            Work::WaitUntil(at) => return self.began.checked_add(at).map_or(Step::Wait, Step::WaitUntil),
             _ => {}
         }
         match self.perform(work).await {
@@ -192,9 +199,11 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         let now = self.began.elapsed();
         let junk = states.junk.len() << bits;
         let view = &mut self.view;
-        if junk != view.junk {
+        // It becomes less as guests take from the pool: that is no reason to wait.
+        if junk > view.junk {
             view.junk_stands_since = now;
         }
+        view.junk_waits_since = if self.rules.is_much(junk) { view.junk_waits_since.or(Some(now)) } else { None };
         view.now = now;
         view.junk_is_complete = states.junk_is_complete;
         view.junk = junk;
@@ -208,6 +217,15 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         view.unflushed_since = if waiting { view.unflushed_since.or(Some(now)) } else { None };
     }
 
+    /// Waits until the rate lets work begin, and says how much of so many bytes to do: not more than a second's, since others may
+    /// be waiting for the recycler's turn then.
+    async fn a_second(&mut self, bytes: u64) -> Result<u64> {
+        tokio::select! {
+            () = self.pacer.due() => Ok(self.pacer.a_second(bytes).max(self.rules.cluster_size)),
+            () = self.control.interrupted() => Err(Error::Cancelled),
+        }
+    }
+
     async fn perform(&mut self, work: Work) -> Result<()> {
         let image = self.image;
         match work {
@@ -216,6 +234,7 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
                 image.find_junk().await
             }
             Work::Erase(bytes) => {
+                let bytes = self.a_second(bytes).await?;
                 if erase(image, bytes, &mut self.pacer).await? == 0 {
                     self.view.junk_unerasable = self.view.junk;
                 }
@@ -233,6 +252,7 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
             Work::Compact => {
                 let before = image.file_size();
                 let control = self.control;
+                self.view.junk_waits_since = None;
                 let report = compact(image, &mut |_| control.is_running()).await?;
                 if report.file_size_after >= before {
                     self.look();
@@ -244,7 +264,10 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
                 let _turn = image.recycler_turn().await?;
                 image.shorten().await
             }
-            Work::Punch(bytes) => punch(image, bytes, &mut self.pacer).await,
+            Work::Punch(bytes) => {
+                let bytes = self.a_second(bytes).await?;
+                punch(image, bytes, &mut self.pacer).await
+            }
             Work::Wait | Work::WaitUntil(_) => Ok(()),
         }
     }

@@ -235,3 +235,84 @@ async fn filling_holes_takes_little_space() {
     made.verify(in_runs).await;
     made.image.close().await.unwrap();
 }
+
+/// An image of which all but every eighth cluster is discarded, and its recycler.
+async fn discarded(options: Options) -> (Made, Control, tokio::task::JoinHandle<()>) {
+    let made = full(512, CLUSTER, options).await;
+    let control = Control::new();
+    let recycler = tokio::spawn(run(made.image.clone(), control.clone()));
+    for c in (0..512).filter(|c| c % 8 != 0) {
+        made.image.discard(c * CLUSTER, CLUSTER).await.unwrap();
+    }
+    (made, control, recycler)
+}
+
+/// With a limited rate the recycler has work for half a minute. Nobody waits so long for it.
+#[tokio::test(start_paused = true)]
+async fn who_stops_a_slow_recycler_waits_for_a_seconds_work_at_most() {
+    for keep_erased in [0, 64 << 20] {
+        let slow = Options { rate_limit: Some(1 << 20), keep_erased, ..punching() };
+        let (made, control, recycler) = discarded(slow).await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let erased = made.image.stats().erased_bytes;
+        assert!(keep_erased == 0 || (1 << 20..28 << 20).contains(&erased), "{erased} bytes");
+        let began = tokio::time::Instant::now();
+        made.image.check().await.unwrap();
+        control.stop();
+        recycler.await.unwrap();
+        made.image.close().await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    }
+}
+
+/// A guest that takes a cluster now and then, or discards one, does not put the compaction off for ever.
+#[tokio::test(start_paused = true)]
+async fn a_guest_at_work_does_not_keep_the_file_long() {
+    let second = Duration::from_secs(1);
+    for discards in [false, true] {
+        let options = Options {
+            compact_after_unmaps: Some(1 << 20),
+            keep_erased: 1 << 20,
+            settle_time: 5 * second,
+            flush_after: second,
+            ..Options::default()
+        };
+        let (made, control, recycler) = discarded(options).await;
+        let long = made.image.stats().file_size;
+        for c in (0..512).filter(|c| c % 8 == if discards { 0 } else { 1 }).take(30) {
+            tokio::time::sleep(4 * second).await;
+            if discards {
+                made.image.discard(c * CLUSTER, CLUSTER).await.unwrap();
+            } else {
+                made.image.write(c * CLUSTER, IoBuf::new(&contents(c, CLUSTER))).await.unwrap();
+            }
+        }
+        let now = made.image.stats().file_size;
+        assert!(now < long / 2, "{long} bytes before, {now} now");
+        control.stop();
+        recycler.await.unwrap();
+        made.image.close().await.unwrap();
+    }
+}
+
+/// A compaction ends although a guest frees more all the time.
+#[tokio::test(start_paused = true)]
+async fn a_compaction_leaves_what_is_discarded_meanwhile_to_the_next_one() {
+    const SMALL: u64 = 4 << 10;
+    let made = full(4096, SMALL, Options { rate_limit: Some(16 * SMALL), ..Options::default() }).await;
+    for c in (0..4096).filter(|c| c % 2 == 0) {
+        made.image.discard(c * SMALL, SMALL).await.unwrap();
+    }
+    made.image.flush().await.unwrap();
+    let image = made.image.clone();
+    let guest = tokio::spawn(async move {
+        for n in 0..2000 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            image.discard((n * 37 % 2048 * 2 + 1) * SMALL, SMALL).await.unwrap();
+        }
+    });
+    let report = compact(&made.image, &mut |_| true).await.unwrap();
+    assert!(!guest.is_finished() && report.moved > 500 * SMALL, "{report:?}");
+    guest.await.unwrap();
+    made.image.close().await.unwrap();
+}
