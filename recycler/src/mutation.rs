@@ -55,6 +55,8 @@ pub enum Mutation {
     ShowBeforeZeroes,
     /// Erased clusters are handed out as if zeroes and counts were durable.
     ErasedAsAvailable,
+    /// A file that grows keeps what is left of what was being cut off.
+    KeepCutOff,
     /// A table that moves is written at one of its two places.
     WriteOnePlace,
     /// A larger disk shows before what is new on it has been cleared.
@@ -101,7 +103,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// Those that power cuts and random histories must find.
-    pub const ALL: [Mutation; 31] = [
+    pub const ALL: [Mutation; 32] = [
         Mutation::RewriteBeforeFlush,
         Mutation::ReuseFreedAtOnce,
         Mutation::UncountSourceEarly,
@@ -126,6 +128,7 @@ impl Mutation {
         Mutation::LinkBeforeEncrypted,
         Mutation::ShowBeforeZeroes,
         Mutation::ErasedAsAvailable,
+        Mutation::KeepCutOff,
         Mutation::WriteOnePlace,
         Mutation::GrowBeforeClearing,
         Mutation::ForgetBeforeSize,

@@ -47,11 +47,13 @@ fn config(cluster_bits: u32, lazy_refcounts: bool, l2_cache_size: u64, features:
         l2_cache_size,
         keep_erased: 2 * cluster,
         compact_after_unmaps: Some(2 * cluster),
+        rate_limit: None,
         settle: Duration::from_millis(5),
         flush_after: Duration::from_millis(20),
         features,
         delay: Delay::Yields(1),
         overlap: false,
+        sparse: false,
         room: 0,
     }
 }

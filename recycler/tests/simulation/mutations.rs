@@ -77,6 +77,7 @@ fn sort(mutation: Mutation) -> Sort {
         M::CopyWithoutGrace => Sort::Race("held writes under moves", directed::held_writes_under_moves),
         M::ReuseWithoutGrace => Sort::Race("held writes", directed::held_writes),
         M::SnapshotUnderWrites => Sort::Race("held writes under snapshots", directed::held_writes_under_snapshots),
+        M::KeepCutOff => Sort::Race("writes under truncations", directed::writes_under_truncations),
         M::WriteOnePlace => Sort::Race("moving tables", directed::moving_tables),
         M::PromoteLateWork => Sort::Cut("late work", directed::late_work),
         M::HeaderBeforeTable => Sort::Cut("outgrowing", cuts::outgrowing_history),

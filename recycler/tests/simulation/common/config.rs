@@ -112,6 +112,12 @@ fn random_backing(seed: u64, sectors: u64) -> Behind {
     }
 }
 
+/// How many bytes some compactions move in a second, and in a batch; and whether they fill holes.
+fn random_batches(seed: u64, cluster: u64) -> (Option<u64>, bool) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x6261_7463);
+    (rng.random_bool(0.4).then(|| rng.random_range(2..12) * cluster), rng.random_bool(0.3))
+}
+
 /// A whole set-up. Everything follows from it and the seed.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -121,12 +127,16 @@ pub struct Config {
     pub l2_cache_size: u64,
     pub keep_erased: u64,
     pub compact_after_unmaps: Option<u64>,
+    /// So much is a batch of a compaction, too; `None`: all that these disks hold is one.
+    pub rate_limit: Option<u64>,
     pub settle: Duration,
     pub flush_after: Duration,
     pub features: Features,
     pub delay: Delay,
     /// Guests change the same sectors at the same time.
     pub overlap: bool,
+    /// Free clusters occupy no space, so that they are filled in small parts.
+    pub sparse: bool,
     /// Clusters that hold anything, past the end of the image: room to grow on a device that cannot be resized.
     pub room: u64,
 }
@@ -204,17 +214,20 @@ impl Config {
             1 => Delay::Yields(rng.random_range(1..6)),
             _ => Delay::Sleeps { yields: rng.random_range(0..4), millis: rng.random_range(1..5) },
         };
+        let (rate_limit, sparse) = random_batches(seed, cluster);
         Config {
             seed,
             image,
             l2_cache_size: if rng.random_bool(0.6) { rng.random_range(0..3) * cluster } else { 4 << 20 },
             keep_erased: rng.random_range(0..6) * cluster,
             compact_after_unmaps: rng.random_bool(0.8).then(|| rng.random_range(1..8) * cluster),
+            rate_limit,
             settle: Duration::from_millis(rng.random_range(1..40)),
             flush_after: Duration::from_millis(rng.random_range(1..60)),
             features,
             delay,
             overlap: rng.random_bool(0.3),
+            sparse,
             room,
         }
     }
@@ -234,6 +247,7 @@ impl Config {
         Options {
             keep_erased: self.keep_erased,
             compact_after_unmaps: self.compact_after_unmaps,
+            rate_limit: self.rate_limit,
             settle_time: self.settle,
             flush_after: self.flush_after,
             l2_cache_size: self.l2_cache_size,
@@ -269,6 +283,7 @@ impl Config {
             features: self.features,
             record,
             overlap: self.overlap,
+            sparse: self.sparse,
             ..Settings::new(self.seed)
         }
     }
@@ -281,7 +296,7 @@ impl fmt::Display for Config {
             f,
             "clusters of {} B, refcounts of {} bits, version {}{}{}{}{}{}{}, disk of {} sectors, L2 cache {} B, \
             keep_erased {}, \
-             compact_after {:?}, settle {:?}, flush {:?}, {:?}, {:?}{}",
+             compact_after {:?}, rate {:?}, settle {:?}, flush {:?}, {:?}, {:?}{}{}",
             1u64 << i.cluster_bits,
             i.refcount_bits,
             i.version,
@@ -299,11 +314,13 @@ impl fmt::Display for Config {
             self.l2_cache_size,
             self.keep_erased,
             self.compact_after_unmaps,
+            self.rate_limit,
             self.settle,
             self.flush_after,
             self.delay,
             self.features,
             if self.overlap { ", overlapping requests" } else { "" },
+            if self.sparse { ", sparse" } else { "" },
         )
     }
 }

@@ -15,13 +15,15 @@ use super::sim::Delay;
 
 /// Any of these.
 pub fn any(seed: u64) -> (History, Start) {
-    match seed / 8 % 7 {
+    match seed / 8 % 9 {
         0 => held_writes(seed),
         1 => held_writes_under_moves(seed),
         2 => writes_under_slow_moves(seed),
         3 => late_work(seed),
         4 => held_writes_under_snapshots(seed),
         5 => first_writes(seed),
+        6 => writes_under_truncations(seed),
+        7 => moves_in_parts(seed),
         _ => moving_tables(seed),
     }
 }
@@ -115,6 +117,56 @@ fn under_moves(seed: u64, delay: Delay) -> (History, Start) {
         guests[3].extend([Op::Sleep(rng.random_range(10..40)), discard(&config, 3, &mut rng), Op::Flush, Op::Compact]);
     }
     (concurrently(config, guests, After::Nothing), start)
+}
+
+/// The end of a full disk's file is cut off, in several steps, while guests write to a few sectors of clusters that are not
+/// there any more: what they take of what is still there holds what it held.
+pub fn writes_under_truncations(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x7472_756e);
+    let (config, start) = large_clusters(seed, 24);
+    let (cluster, sectors) = (config.image.cluster_sectors(), config.image.sectors);
+    let mut guests = vec![Vec::new(); 3];
+    for _ in 0..4 {
+        let first = rng.random_range(1..4) * cluster;
+        guests[0].extend([Op::Discard { first, count: sectors - first }, Op::Flush, Op::Compact]);
+        for writer in &mut guests[1..] {
+            for _ in 0..4 {
+                let first = rng.random_range(0..sectors);
+                writer.extend([Op::Sleep(rng.random_range(1..12)), Op::Write { first, count: 3.min(sectors - first) }]);
+            }
+            writer.push(Op::Read { first: 0, count: sectors });
+        }
+    }
+    (History { compare: true, ..concurrently(config, guests, After::Nothing) }, start)
+}
+
+/// Clusters move into holes that occupy no space: in parts, each with flushes of its own, after which the end of the file is cut
+/// off, while guests change what is moved.
+pub fn moves_in_parts(seed: u64) -> (History, Start) {
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x7061_7274);
+    let (config, start) = large_clusters(seed, 16);
+    let config = Config { sparse: true, ..config };
+    let (cluster, sectors) = (config.image.cluster_sectors(), config.image.sectors);
+    let mut guests = vec![vec![Op::Discard { first: 0, count: 7 * cluster }, Op::Flush, Op::Compact, Op::Flush]];
+    guests.push(
+        (0..8)
+            .flat_map(|_| {
+                let first = rng.random_range(8 * cluster..sectors);
+                let change =
+                    if rng.random_bool(0.3) { discard(&config, 1, &mut rng) } else { Op::Write { first, count: 1 } };
+                [Op::Sleep(rng.random_range(1..30)), change]
+            })
+            .collect(),
+    );
+    (concurrently(config, guests, After::Nothing), start)
+}
+
+/// A disk of so many clusters of 64 KiB, written whole: steps of the work on a file's end, and parts of a batch, are of several.
+fn large_clusters(seed: u64, clusters: u64) -> (Config, Start) {
+    let config = Variant { cluster_bits: 16, sectors: clusters * 128, ..PLAIN }.config(seed);
+    let start = full(config);
+    let delay = Delay::Sleeps { yields: 2, millis: 4 };
+    (Config { overlap: true, keep_erased: 0, compact_after_unmaps: None, delay, ..config }, start)
 }
 
 /// Guests flush a slow device, often one while the other does, and others discard and write all the time: what happens

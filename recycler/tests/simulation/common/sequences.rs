@@ -121,11 +121,13 @@ impl Variant {
             l2_cache_size: self.l2_cache_size,
             keep_erased: 1 << self.cluster_bits,
             compact_after_unmaps: Some(1 << self.cluster_bits),
+            rate_limit: None,
             settle: Duration::from_millis(5),
             flush_after: Duration::from_millis(20),
             features: qcow_recycler::device::Features { resize: self.room == 0, ..features },
             delay: Delay::None,
             overlap: false,
+            sparse: false,
             room: self.room,
         }
     }

@@ -78,13 +78,15 @@ pub struct Settings {
     pub record: bool,
     /// Whoever uses the library may write a guest's sector twice at the same time: that is no violation then.
     pub overlap: bool,
+    /// Whether it says that no range occupies space.
+    pub sparse: bool,
 }
 
 impl Settings {
     /// Everything supported, at once, recorded.
     pub fn new(seed: u64) -> Self {
         let features = Features { resize: true, punch_hole: true, write_zeroes: true, copy_range: true };
-        Settings { seed, delay: Delay::None, features, read_only: false, record: true, overlap: false }
+        Settings { seed, delay: Delay::None, features, read_only: false, record: true, overlap: false, sparse: false }
     }
 }
 
@@ -636,6 +638,10 @@ impl BlockDevice for SimDevice {
         buf.copy_to(&mut bytes);
         let range = offset..offset + bytes.len() as u64;
         self.modify(Kind::Write, vec![(range, true)], Effect::Patch { offset, bytes: Arc::new(bytes) }).await
+    }
+
+    fn is_hole(&self, _offset: u64, _length: u64) -> bool {
+        self.inner.settings.sparse
     }
 
     async fn flush(&self) -> io::Result<()> {
