@@ -366,10 +366,7 @@ fn who_sleeps_is_woken_for_what_the_kernel_did_not_take() {
         let request = Request::Read { offset: 4096, memory: held(&mut memory) };
         on_thread(|| {
             refuse(&[libc::SYS_io_uring_enter], errno);
-            if arm_first {
-                assert_eq!(queue.arm().unwrap(), 0);
-                assert!(!is_readable(event, Duration::ZERO));
-            }
+            assert!(!arm_first || queue.arm().unwrap() == 0);
             queue.submit(request, 1).unwrap();
             for _ in 0..2 {
                 assert!(arm_first || queue.arm().unwrap() == 0);
@@ -385,9 +382,6 @@ fn who_sleeps_is_woken_for_what_the_kernel_did_not_take() {
         assert_eq!(all.len(), 1);
         all.into_iter().for_each(|c| c.result.unwrap());
         assert_eq!(memory[0], [1; 4096]);
-        assert_eq!(queue.arm().unwrap(), 0);
-        assert!(!is_readable(event, Duration::from_millis(20)));
-        assert_eq!(queue.reap(0, 9, None, drop), 0);
     }
     assert!(queue.uses_io_uring());
 }
