@@ -175,7 +175,9 @@ async fn work(file: &File, disk: Disk, choices: &mut Choices, met: &mut Met) -> 
     // Opening may have repaired the image.
     let opened = Opened::of(&device);
     met.followed = is_accounted_for(&opened.file);
-    let sound = met.followed && !is_shared_with_itself(&opened.file) && is_sound(&device).await;
+    // One of the two may be gone already: what is past the end of the disk, an opening that repairs forgets.
+    let is_shared = is_shared_with_itself(file) || is_shared_with_itself(&opened.file);
+    let sound = met.followed && !is_shared && is_sound(&device).await;
     let trust = match met.followed {
         true => Trust::All,
         false if choices.chance(60) => Trust::Part(bystanders(&opened.file, image.virtual_size().min(MOST_BYTES))),
