@@ -24,7 +24,7 @@ use crate::recycler::{CompactReport, CompressReport, Control, Progress};
 use crate::stats::Stats;
 
 /// What drives the timers of all recyclers in the process, on a thread of its own; each recycler has one, too, so that one image's
-/// slow device never holds up another's. With the process: a child has no threads of its parent's.
+/// slow device never holds up another's. Beside it the ID of the process: a child has no threads of its parent's.
 static TIMERS: Mutex<Option<(u32, Handle)>> = Mutex::new(None);
 
 fn timers() -> Result<Handle> {
