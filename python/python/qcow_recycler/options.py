@@ -26,7 +26,7 @@ class OpenOptions(TypedDict, total=False):
     compact_after_unmaps: int | None
     """The recycler compacts by itself when more than this is free inside the file; 0: never. Default: 64 MiB."""
     settle_time: float | None
-    """How long the amount of free space must not have grown before that; it waits for that twelve times as long at most.
+    """How long the amount of free space must not have grown before that. It waits twelve times as long at most.
     Default: 5 s."""
     flush_after: float | None
     """The recycler flushes this long after the first unflushed work. Default: 5 s."""
