@@ -16,10 +16,12 @@ pub const SLOTS: usize = 8;
 pub const SECTOR: u64 = 512;
 /// Stripes that a key is split into, as everybody writes it; fewer are accepted.
 pub const MAX_STRIPES: u32 = 4000;
-/// The most iterations that trying a passphrase on all active slots may take: seconds to a minute. A slot's are made for each
-/// piece of its key that is as long as the hash, and the digest's once for each slot. What QEMU and cryptsetup choose for a slot
-/// takes two seconds at most.
-pub const MAX_ITERATIONS: u64 = 1 << 27;
+/// The most iterations that a header may ask for, those of all active slots and of the digest taken together. What QEMU and
+/// cryptsetup choose for a slot takes two seconds at most.
+pub const MAX_ITERATIONS: u64 = 1 << 26;
+/// And the most that trying a passphrase on all of them may take: seconds to a minute. A slot's are made for each piece of its key
+/// that is as long as the hash, and the digest's once for each slot.
+pub const MAX_WORK: u64 = 1 << 27;
 
 /// `active` of a key slot.
 const ENABLED: u32 = 0x00ac_71f3;
@@ -172,14 +174,15 @@ impl LuksHeader {
         let hash = hash(&raw.hash_spec)?;
         let cipher = cipher(raw, start)?;
         let digest_iterations = raw.mk_digest_iterations.get();
-        if digest_iterations == 0 || u64::from(digest_iterations) > MAX_ITERATIONS {
+        let mut iterations = u64::from(digest_iterations);
+        if digest_iterations == 0 || iterations > MAX_ITERATIONS {
             let reason = format!("is {digest_iterations}, not 1 to {MAX_ITERATIONS}");
             return Err(invalid("LUKS mk-digest-iter", at::MK_DIGEST_ITERATIONS, reason));
         }
         let mut slots = Vec::new();
         // The digest is as long as the shortest hash: one piece.
         let pieces = cipher.key_bytes.div_ceil(hash.length()) as u64;
-        let mut needed = 0;
+        let mut work = 0;
         let mut areas: Vec<_> = std::iter::once(0..HEADER_LENGTH as u64).collect();
         for (slot, i) in raw.slots.iter().zip(0..) {
             let base = at::SLOTS + i * at::SLOT_LENGTH;
@@ -188,11 +191,12 @@ impl LuksHeader {
                 DISABLED => continue,
                 other => return Err(invalid("LUKS key slot active", base, format!("is {other:#x}"))),
             }
-            needed += u64::from(slot.iterations.get()) * pieces + u64::from(digest_iterations);
-            if slot.iterations.get() == 0 || needed > MAX_ITERATIONS {
+            iterations += u64::from(slot.iterations.get());
+            work += u64::from(slot.iterations.get()) * pieces + u64::from(digest_iterations);
+            if slot.iterations.get() == 0 || iterations > MAX_ITERATIONS || work > MAX_WORK {
                 let reason = format!(
                     "is {}, for each of {pieces} pieces of the key, and {digest_iterations} for the digest: all slots together \
-                     may need {MAX_ITERATIONS}",
+                     may ask for {MAX_ITERATIONS}, and need {MAX_WORK}",
                     slot.iterations.get()
                 );
                 return Err(invalid("LUKS key slot iterations", base + at::SLOT_ITERATIONS, reason));
@@ -371,15 +375,18 @@ mod tests {
         // The key has 64 bytes.
         for (hash, pieces) in [(b"sha1\0\0", 4), (b"sha256", 2), (b"sha512", 1)] {
             for count in [1, SLOTS as u32] {
-                let each = MAX_ITERATIONS / u64::from(count);
-                let most = (each - 1000) / pieces;
+                let needed = MAX_WORK / u64::from(count);
+                let refused = |digest, iterations| {
+                    let error = with_slots(hash, digest, count, iterations).unwrap_err();
+                    assert_eq!(error.field(), Some("LUKS key slot iterations"), "{error}");
+                };
+                let most = ((needed - 1000) / pieces).min((MAX_ITERATIONS - 1000) / u64::from(count));
                 assert!(with_slots(hash, 1000, count, most).is_ok());
-                let error = with_slots(hash, 1000, count, most + 1).unwrap_err();
-                assert_eq!(error.field(), Some("LUKS key slot iterations"), "{error}");
-                let most = each - 1000 * pieces;
+                refused(1000, most + 1);
+                // The digest's are asked for once, and needed for each slot.
+                let most = (needed - 1000 * pieces).min(MAX_ITERATIONS - 1000 * u64::from(count));
                 assert!(with_slots(hash, most, count, 1000).is_ok());
-                let error = with_slots(hash, most + 1, count, 1000).unwrap_err();
-                assert_eq!(error.field(), Some("LUKS key slot iterations"), "{error}");
+                refused(most + 1, 1000);
             }
         }
     }

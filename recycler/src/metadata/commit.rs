@@ -96,9 +96,9 @@ pub(crate) struct L1Move<'a> {
 
 /// Stands for a header that may name other tables than those in memory: if it is dropped like this, the image takes no
 /// changes any more.
-struct HeaderInDoubt<'a, D: BlockDevice> {
-    volume: &'a Volume<D>,
-    settled: bool,
+pub(crate) struct HeaderInDoubt<'a, D: BlockDevice> {
+    pub(crate) volume: &'a Volume<D>,
+    pub(crate) settled: bool,
 }
 
 impl<D: BlockDevice> Drop for HeaderInDoubt<'_, D> {

@@ -14,10 +14,10 @@ use crate::buf::IoBuf;
 use crate::clusters::allocator::Allocation;
 use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
-use crate::device::volume::Volume;
 use crate::error::Result;
 use crate::format::bitmap::{self, TableEntry};
 use crate::image::Image;
+use crate::metadata::commit::HeaderInDoubt;
 use crate::units::{Geometry, HostOffset};
 
 /// What storing has taken, and what it leaves behind.
@@ -177,7 +177,8 @@ impl<D: BlockDevice> Image<D> {
             }
             self.volume.flush().await?;
         }
-        let mut doubt = DirectoryInDoubt { volume: &self.volume, settled: slot.is_none() };
+        // If the header names another directory than the memory does, closing would store the bitmaps where nobody finds them.
+        let mut doubt = HeaderInDoubt { volume: &self.volume, settled: slot.is_none() };
         match (slot, at) {
             (Some(slot), Some(at)) => {
                 self.name_directory(slot, bitmaps.len() as u32, (at, new.size), old.is_some()).await?;
@@ -231,21 +232,6 @@ impl State {
                     }
                 }
             }
-        }
-    }
-}
-
-/// Stands for a header that may name another directory than the memory does: if it is dropped like this, the image takes no changes
-/// any more. Closing it would store the bitmaps where nobody finds them.
-struct DirectoryInDoubt<'a, D: BlockDevice> {
-    volume: &'a Volume<D>,
-    settled: bool,
-}
-
-impl<D: BlockDevice> Drop for DirectoryInDoubt<'_, D> {
-    fn drop(&mut self) {
-        if !self.settled {
-            self.volume.fail(|| "a change of the header was given up half-way".to_owned());
         }
     }
 }
