@@ -122,7 +122,7 @@ impl States {
     /// Whether a cluster of the range is free, or was handed out and not linked yet: then an entry that names it is none of
     /// the engine's.
     pub(crate) fn any_free(&self, range: &Range<u64>) -> bool {
-        [&self.junk, &self.erased, &self.available, &self.roots].iter().any(|set| set.count_in(range.clone()) > 0)
+        [&self.junk, &self.erased, &self.available, &self.roots].iter().any(|set| set.meets(range))
     }
 
     /// The end of the last cluster that is neither Junk nor in the pool: what a truncation could leave.
@@ -235,7 +235,7 @@ impl States {
             if let Some((other, _)) = sets[i + 1..].iter().find(|(_, s)| !set.is_disjoint(s)) {
                 return Some(format!("a cluster is both {name} and {other}"));
             }
-            if set.count_in(self.end..u64::MAX) > 0 {
+            if set.meets(&(self.end..u64::MAX)) {
                 return Some(format!("a cluster that is {name} lies past the end, {}", self.end));
             }
         }

@@ -141,6 +141,20 @@ impl ClusterSet {
         }
     }
 
+    /// Whether there are members within the range. Costs much less than to count them, above all for one cluster.
+    pub(crate) fn meets(&self, range: &Range<u64>) -> bool {
+        match &self.0 {
+            Members::None => false,
+            Members::Run(run) => run.start.max(range.start) < run.end.min(range.end),
+            Members::Many(bitmap) if range.start + 1 == range.end => bitmap.contains(range.start),
+            Members::Many(bitmap) => {
+                let mut members = bitmap.iter();
+                members.advance_to(range.start);
+                members.next().is_some_and(|c| c < range.end)
+            }
+        }
+    }
+
     /// Members within the range.
     pub(crate) fn count_in(&self, range: Range<u64>) -> u64 {
         match &self.0 {
@@ -179,8 +193,8 @@ impl ClusterSet {
     pub(crate) fn is_disjoint(&self, other: &ClusterSet) -> bool {
         match (&self.0, &other.0) {
             (Members::None, _) | (_, Members::None) => true,
-            (Members::Run(run), _) => other.count_in(run.clone()) == 0,
-            (_, Members::Run(run)) => self.count_in(run.clone()) == 0,
+            (Members::Run(run), _) => !other.meets(run),
+            (_, Members::Run(run)) => !self.meets(run),
             (Members::Many(a), Members::Many(b)) => a.is_disjoint(b),
         }
     }
@@ -346,6 +360,7 @@ mod tests {
                 }
                 _ => assert_eq!(s.take_run(1), plain.pop_first().map(|c| c..c + 1)),
             }
+            assert_eq!(s.meets(&(c..d)), plain.iter().any(|m| (c..d).contains(m)));
             let members: Vec<_> = plain.iter().copied().collect();
             assert_eq!(s, set(&members));
             assert_eq!(s.runs().flatten().collect::<Vec<_>>(), members);

@@ -386,8 +386,8 @@ impl<D: BlockDevice> Image<D> {
                 let tables = self.meta.tables.lock();
                 for run in self.unchecked_targets(slice, &entries) {
                     // One such entry is reason enough to trust none of the slice.
-                    if tables.count_in(run.hosts.clone()) > 0 {
-                        let mut of_tables = run.each().filter(|(_, hosts)| tables.count_in(hosts.clone()) > 0);
+                    if tables.meets(&run.hosts) {
+                        let mut of_tables = run.each().filter(|(_, hosts)| tables.meets(hosts));
                         let i = of_tables.next().map_or(run.first, |(i, _)| i);
                         return Err(invalid(i, entries.get(i), "it points at one of the image's own tables"));
                     }

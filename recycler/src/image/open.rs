@@ -248,7 +248,7 @@ impl<D: BlockDevice> Image<D> {
             let table = geometry.host_cluster(self.header.snapshots_offset).0..geometry.clusters_for(snapshots_end);
             let fixed = self.header.host_ranges().into_iter().find(|r| r.what == "snapshot table");
             let fixed = fixed.map_or(table.start, |r| geometry.clusters_for(r.offset.0 + r.length));
-            if tables.count_in(fixed.min(table.end)..table.end) > 0 {
+            if tables.meets(&(fixed.min(table.end)..table.end)) {
                 let at = self.header.snapshots_offset.0;
                 return Err(Error::invalid("snapshot table", at, "it reaches into another table"));
             }
@@ -257,7 +257,7 @@ impl<D: BlockDevice> Image<D> {
         for s in snapshots {
             let clusters = geometry.clusters_for(u64::from(s.l1_entries) * 8);
             let first = geometry.host_cluster(s.l1_offset).0;
-            if tables.count_in(first..first + clusters) > 0 {
+            if tables.meets(&(first..first + clusters)) {
                 let reason = format!("its L1 table at {} is at the place of another table", s.l1_offset);
                 return Err(Error::invalid("snapshot table entry", s.at, reason));
             }

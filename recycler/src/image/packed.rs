@@ -127,7 +127,7 @@ impl<D: BlockDevice> Image<D> {
         {
             let mut refcounts = self.meta.refcounts.lock().await;
             for (&c, used) in &packed.clusters {
-                let near = chosen.count_in(c.0.saturating_sub(1)..c.0 + 2) > 0;
+                let near = chosen.meets(&(c.0.saturating_sub(1)..c.0 + 2));
                 if near && refcounts.count(&self.volume, c).await? == used.extents {
                     sole.insert(c);
                 }
@@ -177,7 +177,7 @@ impl<D: BlockDevice> Image<D> {
             if let Ok(Mapping::Compressed { descriptor }) = Mapping::of(entry, self.meta.version, geometry) {
                 let (first, count) = l2::compressed_clusters(descriptor, geometry);
                 let touched = first.0..first.0 + count;
-                if chosen.count_in(touched.clone()) > 0 && sole.count_in(touched) == count {
+                if chosen.meets(&touched) && sole.count_in(touched) == count {
                     found.push(Extent { guest: GuestCluster(guest), descriptor, to: 0 });
                 }
             }

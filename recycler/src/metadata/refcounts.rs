@@ -471,7 +471,7 @@ impl Refcounts {
         let per_block = self.geometry.refcounts_per_block();
         let clusters = index * per_block..((index + 1) * per_block).min(end);
         if self.block(index)?.is_none() {
-            if self.tables.lock().count_in(clusters) == 0 {
+            if !self.tables.lock().meets(&clusters) {
                 // Not free for us: nothing could count them.
                 return Ok(Vec::new());
             }

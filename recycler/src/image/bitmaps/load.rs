@@ -128,7 +128,7 @@ impl<D: BlockDevice> Image<D> {
         let mut claim = |what: &'static str, at: HostOffset, length: u64| {
             let first = geometry.host_cluster(at).0;
             let clusters = first..first + geometry.clusters_for(length);
-            if tables.count_in(clusters.clone()) > 0 {
+            if tables.meets(&clusters) {
                 return Err(Error::invalid(what, at.0, "it is at the place of another table"));
             }
             tables.insert_range(clusters);

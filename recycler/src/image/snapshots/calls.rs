@@ -320,7 +320,7 @@ impl<D: BlockDevice> Image<D> {
                     // Compressed data has no flags, but may be freed.
                     if entry & l2::COMPRESSED != 0 {
                         let (first, count) = l2::compressed_clusters(entry & (l2::COMPRESSED - 1), geometry);
-                        if counts.free.count_in(first.0..first.0 + count) > 0 {
+                        if counts.free.meets(&(first.0..first.0 + count)) {
                             return Err(contradiction(first.0));
                         }
                     }
