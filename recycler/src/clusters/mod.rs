@@ -188,14 +188,14 @@ impl States {
         self.junk.count_in(range.clone()) == range.end - range.start
     }
 
-    /// Takes the lowest Junk whose space can be given back out of Junk, at most `max` clusters: it is in Roots until it is put
-    /// back, so that nobody takes it meanwhile. What lies between in Junk goes with it: two holes with a hole between them
+    /// Takes the lowest Junk from cluster `from` on whose space can be given back out of Junk, at most `max` clusters: it is in
+    /// Roots until it is put back, so that nobody takes it meanwhile. What lies between in Junk goes with it: two holes with a hole between them
     /// are one.
-    pub(crate) fn take_occupied(&mut self, max: u64) -> ClusterSet {
+    pub(crate) fn take_occupied(&mut self, from: u64, max: u64) -> ClusterSet {
         let occupied = self.occupied.intersection(&self.junk);
         let mut taken = ClusterSet::default();
         let mut count = 0;
-        for run in occupied.runs() {
+        for run in occupied.runs_from(from) {
             if count >= max {
                 break;
             }
@@ -305,15 +305,15 @@ mod tests {
     fn space_is_given_back_in_runs_across_what_was_given_back_before() {
         let mut s = States { end: 100, ..States::default() };
         s.freed(10..20);
-        assert_eq!(s.take_occupied(6).runs().next(), Some(10..16));
+        assert_eq!(s.take_occupied(0, 6).runs().next(), Some(10..16));
         s.roots.remove_range(10..16);
         s.junk.insert_range(10..16);
         // 16 to 19 are left; 10 and 12 became Junk anew, 14 and 15 are in use again.
         s.junk.remove_range(14..16);
         s.freed(10..11);
         s.freed(12..13);
-        assert_eq!(s.take_occupied(100).runs().collect::<Vec<_>>(), [10..13, 16..20]);
+        assert_eq!(s.take_occupied(0, 100).runs().collect::<Vec<_>>(), [10..13, 16..20]);
         assert_eq!((s.roots.len(), s.junk.len(), s.junk.contains(HostCluster(13))), (7, 1, true));
-        assert!(s.take_occupied(100).is_empty());
+        assert!(s.take_occupied(0, 100).is_empty());
     }
 }

@@ -13,7 +13,8 @@ use tokio::time::{Duration, Instant};
 
 use super::pacing::Pacer;
 use super::place::place;
-use super::plan::{floor, plan};
+use super::plan::{floor, in_use, plan};
+use super::punch::punch_from;
 use crate::clusters::moves::{Batch, Copying, Move, Reference};
 use crate::clusters::scan::{Limits, scan};
 use crate::clusters::set::ClusterSet;
@@ -104,7 +105,7 @@ pub async fn compact<D: BlockDevice>(
         moved: 0,
         is_complete: true,
         crowded: false,
-        waited: Duration::ZERO,
+        part: SPARSE_PART_BYTES,
         roomy: false,
         gathered: false,
     };
@@ -152,10 +153,11 @@ fn whole_runs(sources: &[(HostCluster, Reference)], count: usize) -> usize {
     (count - count / 4..=count).rev().filter(|&at| at > 0).find(cut).unwrap_or(count)
 }
 
-/// How many bytes to move at once, if the holes occupy no space, where what does not depend on that takes so long.
-fn sparse_part(taken: Duration) -> u64 {
+/// How many bytes to move at once, if the holes occupy no space, after a part of `last` bytes in which what does not depend on that
+/// took so long: a device may be slow for once.
+fn sparse_part(last: u64, taken: Duration) -> u64 {
     let meanwhile = taken.as_secs_f64() * COPIED_PER_SECOND as f64;
-    (meanwhile as u64).clamp(SPARSE_PART_BYTES, SPARSE_BATCH_BYTES)
+    (meanwhile as u64).min(last * 2).clamp(SPARSE_PART_BYTES, SPARSE_BATCH_BYTES)
 }
 
 /// Which holes below `limit` the first `count` of the clusters that are left to move go to; and those holes, taken.
@@ -211,8 +213,8 @@ pub(super) struct Compaction<'a, D: BlockDevice> {
     /// The last round had no holes left for all that should move. The refcount blocks that will not be needed in the end may be
     /// in the way: they stand among the clusters that stay, and are needed as long as one cluster that they count is not moved.
     crowded: bool,
-    /// How long the last part of a batch waited for requests under way and for its flush.
-    waited: Duration,
+    /// How many bytes the next part of a batch has.
+    part: u64,
     /// So this round leaves them the room that they take: what it moves may be moved once more when they are gone.
     roomy: bool,
     /// Clusters that hold little compressed data have been emptied: that is done once, since what fits nowhere better would be
@@ -296,6 +298,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         image.move_header_tables(floor).await?;
         image.move_snapshot_tables(floor).await?;
         let (generation, mut snapshots) = image.snapshot_l1_tables();
+        let in_use_before = in_use(&image.clusters.lock(), floor);
         let limits = Limits { floor, max: SCAN_CLUSTERS, data_moves: image.encryption.lets_data_move() };
         let scan = scan(&image.volume, &image.meta, &image.clusters, &mut snapshots, limits).await?;
         self.is_complete = scan.complete_from <= floor;
@@ -310,7 +313,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         if !self.repack(&scan.packed, &mut snapshots, floor, progress).await? {
             return Ok(false);
         }
-        let plan = plan(&image.clusters.lock(), &scan, floor, geometry.refcounts_per_block());
+        let plan = plan(&image.clusters.lock(), &scan, floor, &in_use_before, geometry.refcounts_per_block());
         let shared = plan.shared.chunk_by(|a, b| a.cluster == b.cluster).count();
         self.progress.total = self.progress.done + (plan.sources.len() + shared) as u64;
         self.crowded = false;
@@ -337,6 +340,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
             // while a refcount block among them goes).
             if !broken(Mutation::TruncateBeforeDurable) {
                 image.cut_junk(plan.limit).await?;
+                if is_sparse {
+                    self.give_back(plan.limit).await?;
+                }
             }
         }
         self.move_shared(&plan, generation, progress).await
@@ -359,6 +365,15 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let sample = next.iter().step_by(next.len().div_ceil(SAMPLE).max(1));
         let device = self.image.volume.device();
         sample.clone().filter(|&&cluster| device.is_hole(cluster << bits, 1 << bits)).count() * 2 > sample.count()
+    }
+
+    /// What was moved from past `limit` and cannot be cut off, since something is in use behind it (a guest wrote to a cluster, and
+    /// so cancelled its move; a refcount block counts what has not been moved yet), takes no space until it can.
+    async fn give_back(&mut self, limit: u64) -> Result<()> {
+        if self.image.options.punch_junk && self.image.volume.can_punch() {
+            punch_from(self.image, limit, u64::MAX, &mut self.pacer).await?;
+        }
+        Ok(())
     }
 
     /// Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
@@ -398,13 +413,13 @@ impl<D: BlockDevice> Compaction<'_, D> {
         }
         let done = self.progress.done + count as u64;
         let bytes = (moves.len() as u64) << bits;
-        let in_parts = is_sparse && sparse_part(self.waited) < bytes;
+        let in_parts = is_sparse && self.part < bytes;
         if in_parts {
             // From the end of the file on, so that each part can be cut off after the next one.
             moves.sort_unstable_by_key(|m| std::cmp::Reverse(m.src));
         }
         while !moves.is_empty() {
-            let most = if in_parts { (sparse_part(self.waited) >> bits).max(1) as usize } else { moves.len() };
+            let most = if in_parts { (self.part >> bits).max(1) as usize } else { moves.len() };
             let others = moves.split_off(most.min(moves.len()));
             let mut part = std::mem::replace(&mut moves, others);
             if in_parts {
@@ -419,6 +434,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             }
             if in_parts && !broken(Mutation::TruncateBeforeDurable) {
                 image.cut_tail().await?;
+                self.give_back(limit).await?;
             }
         }
         // Also those for which no hole was left.
@@ -450,7 +466,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let copied_at = Instant::now();
         // Also the flush that makes the references of the batch before durable.
         let token = if broken(Mutation::RewriteBeforeFlush) { FlushToken::unproven() } else { image.commit().await? };
-        self.waited = (began - published) + copied_at.elapsed();
+        self.part = sparse_part(self.part, (began - published) + copied_at.elapsed());
         // The commit began after the stamp was taken; if it had not, nothing would be rewritten.
         let Ok(flushed) = copied.flushed(&token) else { return Ok(ended) };
         active.gauge(2, flushed.moves.len());
@@ -549,8 +565,10 @@ mod tests {
 
     #[test]
     fn parts_are_as_small_as_flushes_are_quick() {
-        assert_eq!(sparse_part(Duration::ZERO), SPARSE_PART_BYTES);
-        assert_eq!(sparse_part(Duration::from_millis(1)), COPIED_PER_SECOND / 1000);
-        assert_eq!(sparse_part(Duration::from_secs(1)), SPARSE_BATCH_BYTES);
+        let (least, second) = (SPARSE_PART_BYTES, Duration::from_secs(1));
+        assert_eq!(sparse_part(least, Duration::ZERO), least);
+        assert_eq!(sparse_part(1 << 20, second / 1000), COPIED_PER_SECOND / 1000);
+        assert_eq!(sparse_part(least, second), 2 * least);
+        assert_eq!(sparse_part(SPARSE_BATCH_BYTES, second), SPARSE_BATCH_BYTES);
     }
 }

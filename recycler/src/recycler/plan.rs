@@ -23,21 +23,28 @@ pub(crate) fn floor(states: &States, empty_blocks: u64) -> u64 {
     states.end.saturating_sub(states.unused_len()).saturating_sub(empty_blocks)
 }
 
+/// The clusters from `from` on that are in use, or about to be.
+pub(crate) fn in_use(states: &States, from: u64) -> ClusterSet {
+    let mut used = ClusterSet::default();
+    used.insert_range(from..states.end);
+    let freed = [&states.unlinked, &states.committing].into_iter().chain(states.grace.iter().map(|(_, b)| b));
+    for set in [&states.junk, &states.erased, &states.available, &states.roots, &states.copies] {
+        used.remove_all(set);
+    }
+    for batch in freed {
+        used.remove_all(&batch.clusters);
+    }
+    used
+}
+
 /// Chooses what to move, given who refers to the clusters from `floor` on.
 ///
 /// A cluster in use that nobody is known to refer to (compressed data that a snapshot shares is in it; an unknown extension may own it) is
-/// pinned: the file ends behind the last such cluster at best, and what lies below it need not be moved.
-pub(crate) fn plan(states: &States, scan: &Scan, floor: u64, refcounts_per_block: u64) -> Plan {
+/// pinned: the file ends behind the last such cluster at best, and what lies below it need not be moved. Not so if it was not
+/// [in use](in_use) `before` the scan: a guest has got it meanwhile, and the next scan will find who refers to it.
+pub(crate) fn plan(states: &States, scan: &Scan, floor: u64, before: &ClusterSet, refcounts_per_block: u64) -> Plan {
     let from = floor.max(scan.complete_from);
-    let mut pinned = ClusterSet::default();
-    pinned.insert_range(from..states.end);
-    let freed = [&states.unlinked, &states.committing].into_iter().chain(states.grace.iter().map(|(_, b)| b));
-    for set in [&states.junk, &states.erased, &states.available, &states.roots, &states.copies] {
-        pinned.remove_all(set);
-    }
-    for batch in freed {
-        pinned.remove_all(&batch.clusters);
-    }
+    let mut pinned = in_use(states, from).intersection(before);
     let movable: ClusterSet = scan.found.iter().map(|(c, _)| *c).chain(scan.shared.iter().map(|s| s.cluster)).collect();
     pinned.remove_all(&movable);
     let limit = pinned.max().map_or(floor, |c| floor.max(c.0 + 1));
@@ -62,6 +69,10 @@ mod tests {
         s
     }
 
+    fn plan_now(states: &States, scan: &Scan, floor: u64, refcounts_per_block: u64) -> Plan {
+        plan(states, scan, floor, &in_use(states, floor), refcounts_per_block)
+    }
+
     fn found(clusters: &[u64]) -> Scan {
         let found = clusters.iter().map(|&c| (HostCluster(c), Reference::L2Entry(GuestCluster(c)))).collect();
         Scan { found, ..Scan::default() }
@@ -72,7 +83,7 @@ mod tests {
         let s = states(10, &[(2, 5), (7, 8)]);
         let floor = floor(&s, 0);
         assert_eq!(floor, 6);
-        let plan = plan(&s, &found(&[9, 8, 6]), floor, 1 << 20);
+        let plan = plan_now(&s, &found(&[9, 8, 6]), floor, 1 << 20);
         assert_eq!(plan.limit, 6);
         assert_eq!(plan.sources.iter().map(|s| s.0.0).collect::<Vec<_>>(), [9, 8, 6]);
     }
@@ -81,23 +92,31 @@ mod tests {
     fn nothing_below_a_pinned_cluster_moves() {
         let s = states(10, &[(2, 5), (7, 8)]);
         // 8 is in use and nobody is known to refer to it.
-        let plan = plan(&s, &found(&[9, 6]), 6, 1 << 20);
+        let plan = plan_now(&s, &found(&[9, 6]), 6, 1 << 20);
         assert_eq!(plan.limit, 9);
         assert_eq!(plan.sources.iter().map(|s| s.0.0).collect::<Vec<_>>(), [9]);
+    }
+
+    #[test]
+    fn what_guests_got_during_the_scan_pins_nothing() {
+        let (before, s) = (states(10, &[(2, 5), (7, 8)]), states(12, &[(2, 5)]));
+        let plan = plan(&s, &found(&[9, 8, 6]), 6, &in_use(&before, 6), 1 << 20);
+        assert_eq!(plan.limit, 6);
+        assert_eq!(plan.sources.iter().map(|s| s.0.0).collect::<Vec<_>>(), [9, 8, 6]);
     }
 
     #[test]
     fn what_the_scan_had_no_room_for_pins_nothing() {
         let s = states(10, &[(2, 5), (7, 8)]);
         let scan = Scan { complete_from: 9, ..found(&[9]) };
-        assert_eq!(plan(&s, &scan, 6, 1 << 20).limit, 6);
+        assert_eq!(plan_now(&s, &scan, 6, 1 << 20).limit, 6);
     }
 
     #[test]
     fn blocks_that_will_be_empty_neither_pin_nor_move() {
         let s = states(10, &[(2, 8)]);
         let found = vec![(HostCluster(9), Reference::RefcountTable(0)), (HostCluster(8), Reference::RefcountTable(1))];
-        let plan = plan(&s, &Scan { found, ..Scan::default() }, floor(&s, 1), 8);
+        let plan = plan_now(&s, &Scan { found, ..Scan::default() }, floor(&s, 1), 8);
         assert_eq!((plan.limit, plan.sources), (3, vec![(HostCluster(9), Reference::RefcountTable(0))]));
     }
 }

@@ -29,13 +29,26 @@ impl Drop for Taken<'_> {
 /// Punches holes where about `bytes` of Junk still take space.
 pub(super) async fn punch<D: BlockDevice>(image: &Image<D>, bytes: u64, pacer: &mut Pacer<'_>) -> Result<()> {
     let _turn = image.recycler_turn().await?;
+    punch_from(image, 0, bytes, pacer).await
+}
+
+/// The same, from cluster `from` on. The caller has the compaction's turn.
+pub(super) async fn punch_from<D: BlockDevice>(
+    image: &Image<D>,
+    from: u64,
+    bytes: u64,
+    pacer: &mut Pacer<'_>,
+) -> Result<()> {
     let bits = image.meta.geometry.cluster_bits;
     let taken = {
         // Only who has the refcounts takes from Junk.
         let _refcounts = image.meta.refcounts.lock().await;
-        let set = image.clusters.lock().take_occupied(bytes >> bits);
+        let set = image.clusters.lock().take_occupied(from, bytes >> bits);
         Taken { clusters: &image.clusters, set }
     };
+    if taken.set.is_empty() {
+        return Ok(());
+    }
     image.logger().log(LogLevel::Debug, || {
         format!("{}: giving the space of {} bytes back", image.options.id, taken.set.len() << bits)
     });

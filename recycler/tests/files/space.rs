@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use qcow_recycler::blocking::block_on;
 use qcow_recycler::buf::{IoBuf, IoBufMut};
 use qcow_recycler::device::host::HostFile;
 use qcow_recycler::image::create;
@@ -193,12 +194,11 @@ async fn the_host_gets_the_space_of_discarded_clusters_back_without_a_compaction
     }
 }
 
-/// Where holes occupy no space, filling them takes some before what was there is given back: a few MiB, however much moves.
-#[tokio::test]
-async fn filling_holes_takes_little_space() {
+/// An image whose discarded clusters occupy no space.
+async fn punched() -> Option<Made> {
     let made = full(1536, CLUSTER, punching()).await;
     if !made.image.device().features().punch_hole {
-        return;
+        return None;
     }
     let control = Control::new();
     let recycler = tokio::spawn(run(made.image.clone(), control.clone()));
@@ -215,9 +215,16 @@ async fn filling_holes_takes_little_space() {
     }
     control.stop();
     recycler.await.unwrap();
-    let before = made.space();
-    assert!(before + gone * CLUSTER / 2 < full, "{before} bytes of {full}: nothing was punched");
-    let breaks = made.breaks().await;
+    let now = made.space();
+    assert!(now + gone * CLUSTER / 2 < full, "{now} bytes of {full}: nothing was punched");
+    Some(made)
+}
+
+/// Where holes occupy no space, filling them takes some before what was there is given back: a few MiB, however much moves.
+#[tokio::test]
+async fn filling_holes_takes_little_space() {
+    let Some(made) = punched().await else { return };
+    let (before, breaks) = (made.space(), made.breaks().await);
     let (mut peak, mut done) = (0, 0);
     let report = compact(&made.image, &mut |p| {
         peak = made.space().max(peak);
@@ -231,6 +238,30 @@ async fn filling_holes_takes_little_space() {
     // One seam, and a few between batches, however small the parts are that they are moved in.
     let after = made.breaks().await;
     assert!(after <= breaks + 2 + 16, "{breaks} runs were cut before, {after} are now");
+    assert!(peak < before + (14 << 20), "{before} bytes before, {peak} at most meanwhile; {report:?}");
+    made.verify(in_runs).await;
+    made.image.close().await.unwrap();
+}
+
+/// Nor does it if a guest writes to the last cluster all the time, so that the file cannot be cut.
+#[tokio::test]
+async fn filling_holes_takes_little_space_though_the_end_of_the_file_is_in_use() {
+    let Some(made) = punched().await else { return };
+    let before = made.space();
+    let last = (0..1536).rev().find(|&c| in_runs(c)).unwrap();
+    let host = made.host(last).await.unwrap();
+    let (mut peak, mut moved_below) = (0, 0);
+    let report = compact(&made.image, &mut |p| {
+        block_on(made.image.write(last * CLUSTER, IoBuf::new(&contents(last, CLUSTER)))).unwrap();
+        peak = made.space().max(peak);
+        if p.file_size > host * CLUSTER {
+            moved_below = p.done;
+        }
+        true
+    })
+    .await
+    .unwrap();
+    assert!(moved_below * CLUSTER > 20 << 20, "the file was cut when {moved_below} clusters were done");
     assert!(peak < before + (14 << 20), "{before} bytes before, {peak} at most meanwhile; {report:?}");
     made.verify(in_runs).await;
     made.image.close().await.unwrap();
@@ -314,5 +345,28 @@ async fn a_compaction_leaves_what_is_discarded_meanwhile_to_the_next_one() {
     let report = compact(&made.image, &mut |_| true).await.unwrap();
     assert!(!guest.is_finished() && report.moved > 500 * SMALL, "{report:?}");
     guest.await.unwrap();
+    made.image.close().await.unwrap();
+}
+
+/// Clusters that guests get at the file's end while a compaction looks at the tables do not make it give up.
+#[tokio::test(start_paused = true)]
+async fn a_compaction_moves_what_guests_get_while_it_looks_at_the_tables() {
+    const SMALL: u64 = 4 << 10;
+    let made = full(4096, SMALL, Options::default()).await;
+    for c in (0..4096).filter(|c| c % 2 == 0) {
+        made.image.discard(c * SMALL, SMALL).await.unwrap();
+    }
+    made.image.flush().await.unwrap();
+    let image = made.image.clone();
+    let guest = tokio::spawn(async move {
+        for c in (0..4096).step_by(64) {
+            image.write(c * SMALL, IoBuf::new(&contents(c, SMALL))).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+    });
+    let report = compact(&made.image, &mut |_| true).await.unwrap();
+    guest.await.unwrap();
+    assert!(report.file_size_after < 10 << 20, "{report:?}");
+    made.verify(|c| c % 2 == 1 || c % 64 == 0).await;
     made.image.close().await.unwrap();
 }
