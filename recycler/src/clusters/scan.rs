@@ -73,6 +73,9 @@ pub(crate) async fn scan<D: BlockDevice>(
         }
         for table in &shared {
             let active = active.is_some_and(|t| !t.copied && t.host == table.host);
+            if snapshots.is_disputed(geometry.host_cluster(table.host)) {
+                search.odd_tables.insert(geometry.host_cluster(table.host));
+            }
             search.snapshot_table(volume, meta, l1_index, table, active, &mut words).await?;
         }
         let Some(table) = active else { continue };
@@ -131,7 +134,8 @@ struct Search {
     /// Clusters with a reference that cannot be rewritten.
     shared: ClusterSet,
     packed: Packed,
-    /// L2 tables of snapshots, and those of them that were met under two indexes: what they refer to is counted wrongly.
+    /// L2 tables of snapshots, and those of them that were met under two indexes, or are not L2 tables of snapshots at all: what
+    /// they refer to is counted wrongly.
     tables: ClusterSet,
     odd_tables: ClusterSet,
 }
@@ -226,6 +230,7 @@ impl Search {
                     Seen::Snapshot(Place::Data(_), e) => {
                         self.odd_tables.contains(meta.geometry.host_cluster(HostOffset(e.at)))
                     }
+                    Seen::Snapshot(Place::Table(_), _) => self.odd_tables.contains(host),
                     _ => false,
                 });
                 scan.judge_shared(volume, meta, clusters, host, odd, &seen).await?;
@@ -424,16 +429,20 @@ async fn remove_named<D: BlockDevice>(
     set: &mut ClusterSet,
 ) -> Result<()> {
     let geometry = meta.geometry;
-    let mut words = Vec::new();
+    // A damaged L1 table may name one table as often as it has entries.
+    let (mut met, mut words) = (ClusterSet::default(), Vec::new());
     let remove = |words: &[u64], set: &mut ClusterSet| {
         let named = l2::mappings(words, meta.version, geometry).filter_map(|m| m.host_clusters(geometry));
         named.for_each(|hosts| set.remove_range(hosts));
     };
     for l1_index in 0..meta.l1.len().max(snapshots.len()) {
         for table in snapshots.at(volume, meta, l1_index).await? {
-            set.remove(geometry.host_cluster(table.host));
-            super::snapshots::read_table(volume, meta, table.host, &mut words).await?;
-            remove(&words, set);
+            let host = geometry.host_cluster(table.host);
+            if met.insert(host) {
+                set.remove(host);
+                super::snapshots::read_table(volume, meta, table.host, &mut words).await?;
+                remove(&words, set);
+            }
         }
         // An entry that cannot be is reported to the request that needs it.
         let Ok(Some(table)) = meta.l1.get(l1_index, volume) else { continue };

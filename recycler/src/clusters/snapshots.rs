@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use zerocopy::IntoBytes;
 
+use super::set::ClusterSet;
 use crate::buf::IoBufMut;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
@@ -12,7 +13,7 @@ use crate::error::Result;
 use crate::format::l2;
 use crate::metadata::Metadata;
 use crate::metadata::patches::lay_over;
-use crate::units::HostOffset;
+use crate::units::{HostCluster, HostOffset};
 
 /// The windows on all L1 tables take this many bytes together, unless there are so many snapshots that a sector of each
 /// takes more.
@@ -39,14 +40,21 @@ pub(crate) struct SharedTable {
 #[derive(Debug)]
 pub(crate) struct L1Tables {
     tables: Vec<L1Place>,
+    /// What they refer to in a damaged image, and the image needs for something else.
+    disputed: ClusterSet,
     window: Range<u64>,
     /// For each table the entries in the window, as far as it reaches.
     entries: Vec<Vec<u64>>,
 }
 
 impl L1Tables {
-    pub(crate) fn new(tables: Vec<L1Place>) -> Self {
-        L1Tables { tables, window: 0..0, entries: Vec::new() }
+    pub(crate) fn new(tables: Vec<L1Place>, disputed: ClusterSet) -> Self {
+        L1Tables { tables, disputed, window: 0..0, entries: Vec::new() }
+    }
+
+    /// Whether the image needs the cluster for something else than an L2 table of a snapshot's.
+    pub(crate) fn is_disputed(&self, table: HostCluster) -> bool {
+        self.disputed.contains(table)
     }
 
     /// Entries of the longest.

@@ -51,7 +51,8 @@ enum Target<B: BlockDevice> {
 /// was committed there.
 ///
 /// `options.backing` must allow backing files, and says where the name starts from. `progress` is called between pieces of
-/// at most 1 MiB; returning `false` cancels, with the overlay as it was and its disk unchanged.
+/// at most 1 MiB; returning `false` cancels, with the overlay as it was and its disk unchanged. So does dropping the future, but
+/// then nothing closes the files: bitmaps of the two are marked as in use for ever, and so lost.
 ///
 /// # Errors
 /// [`Error::BadOption`] if the image has no backing file or `options` do not allow it; [`Error::Backing`] for what happens

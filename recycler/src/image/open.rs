@@ -171,6 +171,7 @@ impl<D: BlockDevice> Image<D> {
             // The last that refuses an image: bitmaps that are marked as in use and not stored afterwards are lost. All of them are
             // read before any is marked, so an image that is refused is left as it was.
             image.load_bitmaps().await?;
+            image.note_other_tables();
             let kept = image.header.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE);
             if image.header.autoclear != kept {
                 // Features that we do not keep up to date must not be believed any more once we write.
@@ -275,14 +276,13 @@ impl<D: BlockDevice> Image<D> {
                 return Err(invalid("the block is at the place of another table"));
             }
         }
-        let l1_start = self.meta.l1.clusters().start * cluster_size;
         for l1_index in 0..self.meta.l1.len() {
             // An entry that cannot be is reported to the request that needs it.
             if let Ok(Some(table)) = self.meta.l1.get(l1_index, &self.volume)
                 && !tables.insert(geometry.host_cluster(table.host))
             {
                 let reason = format!("{}: the L2 table is at the place of another table", table.host);
-                return Err(Error::invalid("L1 table entry", l1_start + l1_index * 8, reason));
+                return Err(Error::invalid("L1 table entry", self.meta.l1.offset_of(l1_index), reason));
             }
         }
         Ok(())

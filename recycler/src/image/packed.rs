@@ -134,14 +134,17 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         sole.remove_all(&self.meta.tables.lock());
-        let mut words = Vec::new();
+        // A damaged L1 table may name one table as often as it has entries.
+        let (mut met, mut words) = (ClusterSet::default(), Vec::new());
         for l1_index in 0..self.meta.l1.len().max(snapshots.len()) {
             if sole.is_empty() {
                 break;
             }
             for table in snapshots.at(&self.volume, &self.meta, l1_index).await? {
-                read_table(&self.volume, &self.meta, table.host, &mut words).await?;
-                self.leave_out(&mut sole, table.host, &words, |_| true);
+                if met.insert(self.meta.geometry.host_cluster(table.host)) {
+                    read_table(&self.volume, &self.meta, table.host, &mut words).await?;
+                    self.leave_out(&mut sole, table.host, &words, |_| true);
+                }
             }
             if let Some(table) = self.meta.l1.get(l1_index, &self.volume)? {
                 self.meta.l2.survey(&self.volume, table.host, l1_index, &mut words).await?;

@@ -19,6 +19,7 @@ use crate::device::volume::{Copier, PIECE};
 use crate::error::{Error, Result};
 use crate::format::header;
 use crate::format::snapshot::Snapshot;
+use crate::metadata::l1::L2Ref;
 use crate::units::{Geometry, HostCluster, HostOffset};
 
 /// The snapshot table, in memory.
@@ -29,13 +30,16 @@ pub(crate) struct Snapshots {
     pub(super) table: HostOffset,
     /// Changes when somebody moves what the snapshots' tables refer to.
     generation: u64,
-    /// L2 tables that the disk claims for itself, in a damaged image, and a snapshot refers to.
+    /// The image's tables that are no L2 tables, as they were when it was opened: until it is known which of them are disputed.
+    others: ClusterSet,
+    /// In a damaged image, what snapshots refer to as L2 tables and the image needs for something else: the disk's own L2 tables,
+    /// or tables of another kind.
     disputed: ClusterSet,
 }
 
 impl Snapshots {
     pub(crate) fn new(entries: Vec<Snapshot>, table: HostOffset) -> Self {
-        Snapshots { entries, table, generation: 0, disputed: ClusterSet::default() }
+        Snapshots { entries, table, generation: 0, others: ClusterSet::default(), disputed: ClusterSet::default() }
     }
 
     /// The clusters that the table occupies.
@@ -84,7 +88,8 @@ impl<D: BlockDevice> Image<D> {
     pub(crate) fn snapshot_l1_tables(&self) -> (u64, L1Tables) {
         let snapshots = self.snapshots.lock();
         let place = |s: &Snapshot| L1Place { offset: s.l1_offset, entries: s.l1_entries.into() };
-        (snapshots.generation, L1Tables::new(snapshots.entries.iter().map(place).collect()))
+        let places = snapshots.entries.iter().map(place).collect();
+        (snapshots.generation, L1Tables::new(places, snapshots.disputed.clone()))
     }
 
     /// Takes note, once, of the L2 tables that snapshots refer to: guests are kept away from them as from the image's own. Only L1
@@ -110,22 +115,38 @@ impl<D: BlockDevice> Image<D> {
             }
         }
         // A table that guests have made since is none of these: no snapshot refers to what was free.
-        let active = (0..self.meta.l1.len()).filter_map(|i| self.meta.l1.get(i, &self.volume).ok().flatten());
-        let sole = active.filter(|table| table.copied).map(|table| geometry.host_cluster(table.host));
-        let disputed: Vec<_> = sole.filter(|&c| found.contains(c)).collect();
-        disputed.into_iter().for_each(|c| _ = self.snapshots.lock().disputed.insert(c));
+        let sole = self.active_tables().filter(|table| table.copied).map(|table| geometry.host_cluster(table.host));
+        let mut disputed: ClusterSet = sole.filter(|&c| found.contains(c)).collect();
+        let mut snapshots = self.snapshots.lock();
+        disputed.add_all(&found.intersection(&std::mem::take(&mut snapshots.others)));
+        snapshots.disputed.add_all(&disputed);
+        drop(snapshots);
         self.meta.tables.lock().add_all(&found);
         *noted = true;
         Ok(())
+    }
+
+    /// The L2 tables of the disk.
+    fn active_tables(&self) -> impl Iterator<Item = L2Ref> + '_ {
+        (0..self.meta.l1.len()).filter_map(|i| self.meta.l1.get(i, &self.volume).ok().flatten())
+    }
+
+    /// Takes note of the tables that are no L2 tables. Nothing has changed since the image was opened.
+    pub(super) fn note_other_tables(&self) {
+        let mut snapshots = self.snapshots.lock();
+        if !snapshots.entries.is_empty() {
+            let mut others = self.meta.tables.lock().clone();
+            self.active_tables().for_each(|table| _ = others.remove(self.meta.geometry.host_cluster(table.host)));
+            snapshots.others = others;
+        }
     }
 
     /// Refuses an L2 table that the disk claims for itself, so that guests would change it, and a snapshot refers to.
     pub(super) fn check_undisputed(&self, l1_index: u64) -> Result<()> {
         let Some(table) = self.meta.l1.get(l1_index, &self.volume)? else { return Ok(()) };
         if table.copied && self.snapshots.lock().disputed.contains(self.meta.geometry.host_cluster(table.host)) {
-            let at = self.meta.l1.clusters().start * self.meta.geometry.cluster_size() + l1_index * 8;
             let reason = format!("{}: the L2 table is said to be the disk's alone, and a snapshot has it", table.host);
-            return Err(Error::invalid("L1 table entry", at, reason));
+            return Err(Error::invalid("L1 table entry", self.meta.l1.offset_of(l1_index), reason));
         }
         Ok(())
     }

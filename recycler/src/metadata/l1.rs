@@ -84,6 +84,11 @@ impl L1Table {
         self.state.read().entries.len() as u64
     }
 
+    /// Where an entry is in the file.
+    pub(crate) fn offset_of(&self, index: u64) -> u64 {
+        self.state.read().offset.0 + index * 8
+    }
+
     /// The clusters that the table occupies.
     pub(crate) fn clusters(&self) -> Range<u64> {
         let state = self.state.read();

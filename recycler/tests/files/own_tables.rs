@@ -248,3 +248,66 @@ async fn where_a_table_was_nothing_is_freed_twice() {
     image.flush().await.unwrap();
     image.close().await.unwrap();
 }
+
+/// A snapshot's L1 entries name the disk's L1 table, as if its clusters were L2 tables.
+#[tokio::test(start_paused = true)]
+async fn what_a_snapshot_takes_for_its_l2_table_is_not_moved() {
+    let (made, mut file) = with_l1_at_the_end(true).await;
+    let (entry, table) = (file.snapshot_l1() + 8, file.l1());
+    file.set(entry, table);
+    file.set(entry + 8, table + CLUSTER);
+    fs::write(&made.path, &file.0).unwrap();
+    let image = made.open().await;
+    compact(&image, &mut |_| true).await.unwrap();
+    assert!(image.stats().background_errors > 0, "nobody was told");
+    assert_eq!(made.anatomy().l1(), table, "the table was moved after all");
+    assert_eq!(made.anatomy().word(entry), table, "the entry was rewritten");
+    made.verify(image, |c| c % 2 == 1, (table, file.cluster(table))).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_snapshot_takes_for_its_l2_table_is_not_freed_with_it() {
+    type Place = fn(&Anatomy) -> u64;
+    let tables: [(&str, Place); 3] = [
+        ("refcount table", Anatomy::refcount_table),
+        ("snapshot table", Anatomy::snapshot_table),
+        // As an L2 table it maps nothing: nothing else is wrong with it.
+        ("L1 table's second cluster", |file| file.l1() + CLUSTER),
+    ];
+    for (what, table) in tables {
+        let made = Made::new(true).await;
+        let mut file = made.anatomy();
+        let table = table(&file);
+        let entry = file.snapshot_l1() + 8;
+        file.set(entry, table);
+        fs::write(&made.path, &file.0).unwrap();
+        let image = made.open().await;
+        let deleted = image.delete_snapshot("one").await;
+        assert!(matches!(deleted, Err(Error::Invalid { .. })), "{what}: {deleted:?}");
+        made.verify(image, |_| true, (table, file.cluster(table))).await;
+    }
+}
+
+/// Of what is refused, the error says where it is: every entry of the snapshot's L1 table names the same L2 table.
+#[tokio::test(start_paused = true)]
+async fn a_snapshots_l2_table_has_one_index() {
+    let made = Made::new(true).await;
+    let mut file = made.anatomy();
+    let l1 = file.snapshot_l1();
+    for index in 1..SIZE / CLUSTER / LATER {
+        file.set(l1 + index * 8, file.word(l1));
+    }
+    fs::write(&made.path, &file.0).unwrap();
+    let image = made.open().await;
+    for call in ["delete", "apply"] {
+        let refused =
+            if call == "delete" { image.delete_snapshot("one").await } else { image.apply_snapshot("one").await };
+        let at = match refused {
+            Err(Error::Invalid { field: "L1 table entry", offset, .. }) => offset,
+            other => panic!("{call}: {other:?}"),
+        };
+        assert_eq!(at, l1 + 8, "{call}");
+    }
+    compact(&image, &mut |_| true).await.unwrap();
+    made.verify(image, |_| true, (file.refcount_table(), file.cluster(file.refcount_table()))).await;
+}

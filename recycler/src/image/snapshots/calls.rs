@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::super::Image;
 use super::super::structure::Frozen;
 use super::exchange::{Change, NewCounts};
-use super::references::{References, flagged};
+use super::references::{L1, References, flagged};
 use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Place, read_table};
 use crate::device::BlockDevice;
@@ -104,10 +104,9 @@ impl<D: BlockDevice> Image<D> {
         let _closed = self.gate.close(&self.obstacles);
         let _frozen = self.quiet().await?;
         let size = self.virtual_size();
-        let mut l1 = self.meta.l1.entries();
-        l1.resize(l1.len().max(1), 0);
+        let l1 = self.disk_l1();
         let (come, anew) = self.shared_references(&l1).await?;
-        let new = self.new_entry(&stay, name, size, l1.len() as u32);
+        let new = self.new_entry(&stay, name, size, l1.entries.len() as u32);
         let made = info(&new, size);
         let mut change =
             Change { l1, anew, leaves: true, come, gone: References::new(), stay, new: Some(new), l1_gone: 0..0, size };
@@ -135,10 +134,8 @@ impl<D: BlockDevice> Image<D> {
         self.count_references(&l1_gone, &mut gone, |_| true).await?;
         let _closed = self.gate.close(&self.obstacles);
         let _frozen = self.quiet().await?;
-        let mut l1 = self.meta.l1.entries();
-        l1.resize(l1.len().max(1), 0);
         let mut change = Change {
-            l1,
+            l1: self.disk_l1(),
             anew: BTreeSet::new(),
             leaves: true,
             come: References::new(),
@@ -177,13 +174,13 @@ impl<D: BlockDevice> Image<D> {
         let others = self.all_reached(&places(&stay)).await?;
         let mut l1 = self.snapshot_l1(place(&wanted)).await?;
         // What lies past the disk is VM state, of no use to the disk.
-        l1.resize(entries as usize, 0);
+        l1.entries.resize(entries as usize, 0);
         self.check_tables(&l1).await?;
         let (come, anew) = self.shared_references(&l1).await?;
         let _closed = self.gate.close(&self.obstacles);
         let _frozen = self.quiet().await?;
         let mut gone = References::new();
-        self.count_references(&self.meta.l1.entries(), &mut gone, |_| true).await?;
+        self.count_references(&self.disk_l1(), &mut gone, |_| true).await?;
         let mut change = Change { l1, anew, leaves: false, come, gone, stay, new: None, l1_gone: 0..0, size };
         let counts = self.new_counts(&change).await?;
         self.check_freed(&change, &counts, &others)?;
@@ -268,7 +265,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// What an L1 table leads to if another one shares all of it from now on: all counts are higher then, and no COPIED flag
     /// may be set. Returns also the entries whose L2 tables have such flags: they are written anew, and so not counted.
-    async fn shared_references(&self, l1: &[u64]) -> Result<(References, BTreeSet<u64>)> {
+    async fn shared_references(&self, l1: &L1) -> Result<(References, BTreeSet<u64>)> {
         let geometry = self.meta.geometry;
         let (mut come, mut anew) = (References::new(), BTreeSet::new());
         self.count_references(l1, &mut come, |table| {
@@ -288,6 +285,7 @@ impl<D: BlockDevice> Image<D> {
         let mut used = counts.free.intersection(&self.meta.tables.lock());
         used.remove_all(&change.gone.tables);
         used.add_all(&counts.free.intersection(others));
+        used.add_all(&counts.free.intersection(&self.snapshots.lock().disputed));
         let states = self.clusters.lock();
         // What is free already is counted for whoever is going to be given it.
         let free = counts.free.runs().find(|run| states.any_free(run));
@@ -307,8 +305,8 @@ impl<D: BlockDevice> Image<D> {
     ) -> Result<BTreeSet<u64>> {
         let geometry = self.meta.geometry;
         let (mut anew, mut words) = (BTreeSet::new(), Vec::new());
-        for (index, &entry) in (0..).zip(&change.l1) {
-            let Some(table) = self.table_of(entry)? else { continue };
+        for (index, entry, place) in change.l1.each() {
+            let Some(table) = self.table_of(entry, place)? else { continue };
             let c = geometry.host_cluster(table.host);
             let sole = if change.gone.to(c) > 0 { counts.ones.contains(c) } else { table.copied };
             if counts.free.contains(c) || sole && others.contains(c) {
@@ -356,7 +354,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// Whether an L1 table may become the disk's: no two of its L2 tables, nor one of them and another table, are at one
     /// place.
-    async fn check_tables(&self, l1: &[u64]) -> Result<()> {
+    async fn check_tables(&self, l1: &L1) -> Result<()> {
         let geometry = self.meta.geometry;
         let mut taken = ClusterSet::default();
         taken.insert_range(0..1);
@@ -371,11 +369,11 @@ impl<D: BlockDevice> Image<D> {
             taken.insert_range(refcounts.table_range());
             refcounts.blocks().for_each(|(_, block)| _ = taken.insert(geometry.host_cluster(block)));
         }
-        for &entry in l1 {
-            let Some(table) = self.table_of(entry)? else { continue };
+        for (_, entry, place) in l1.each() {
+            let Some(table) = self.table_of(entry, place)? else { continue };
             if !taken.insert(geometry.host_cluster(table.host)) {
                 let reason = format!("{}: the L2 table is at the place of another table", table.host);
-                return Err(Error::invalid("L1 table entry", 0, reason));
+                return Err(Error::invalid("L1 table entry", place.0, reason));
             }
         }
         Ok(())

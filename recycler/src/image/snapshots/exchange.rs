@@ -21,7 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::super::Image;
-use super::references::{References, flagged};
+use super::references::{L1, References, flagged};
 use super::room::Room;
 use super::{Snapshots, encode_table};
 use crate::buf::IoBuf;
@@ -40,7 +40,7 @@ use crate::units::{HostCluster, HostOffset};
 /// What is to change.
 pub(super) struct Change {
     /// The disk's L1 table as it is to be, but for the places of tables that are written anew and for flags.
-    pub(super) l1: Vec<u64>,
+    pub(super) l1: L1,
     /// L1 entries whose L2 tables are written anew, since flags in them change.
     pub(super) anew: BTreeSet<u64>,
     /// Whether the disk referred to those tables before, so that their old places lose a reference.
@@ -196,7 +196,7 @@ impl<D: BlockDevice> Image<D> {
         let kept_out = self.meta.l2.keep_out().await;
         let at = |range: &Range<u64>| geometry.host_offset(HostCluster(range.start));
         turn.switch_header(&self.volume, |sector| {
-            header::patch_l1(sector, at(&places.l1), l1.len() as u32);
+            header::patch_l1(sector, at(&places.l1), l1.entries.len() as u32);
             header::patch_refcount_table(
                 sector,
                 at(&places.refcount_table),
@@ -233,7 +233,7 @@ impl<D: BlockDevice> Image<D> {
         for &index in blocks {
             new_blocks.insert(index, room.one().ok_or_else(full)?);
         }
-        let l1_clusters = geometry.clusters_for(change.l1.len() as u64 * 8);
+        let l1_clusters = geometry.clusters_for(change.l1.entries.len() as u64 * 8);
         let l1 = room.run(l1_clusters).await?;
         let copy = if change.new.is_some() { Some(room.run(l1_clusters).await?) } else { None };
         let length = change.stay.iter().chain(&change.new).map(Snapshot::encoded_len).sum::<usize>();
@@ -251,14 +251,15 @@ impl<D: BlockDevice> Image<D> {
         counts: &NewCounts,
         places: &Places,
         refcounts: &mut Refcounts,
-    ) -> Result<Vec<u64>> {
+    ) -> Result<L1> {
         let geometry = self.meta.geometry;
         let sole = change.new.is_none();
         let copied = |one: bool| if one { l2::COPIED } else { 0 };
-        let mut l1 = change.l1.clone();
+        let offset = geometry.host_offset(HostCluster(places.l1.start));
+        let mut l1 = L1 { offset, entries: change.l1.entries.clone() };
         let mut words = Vec::new();
-        for (index, entry) in (0..).zip(&mut l1) {
-            let Some(table) = self.table_of(*entry)? else { continue };
+        for ((index, old, place), entry) in change.l1.each().zip(&mut l1.entries) {
+            let Some(table) = self.table_of(old, place)? else { continue };
             let c = geometry.host_cluster(table.host);
             if let Some(&to) = places.tables.get(&index) {
                 read_table(&self.volume, &self.meta, table.host, &mut words).await?;
@@ -270,9 +271,9 @@ impl<D: BlockDevice> Image<D> {
                 *entry = table.host.0 | copied(counts.ones.contains(c));
             }
         }
-        self.write_table("writing the L1 table", geometry.host_offset(HostCluster(places.l1.start)), &l1).await?;
+        self.write_table("writing the L1 table", l1.offset, &l1.entries).await?;
         if let Some(copy) = &places.copy {
-            self.write_table("writing an L1 table", geometry.host_offset(HostCluster(copy.start)), &l1).await?;
+            self.write_table("writing an L1 table", geometry.host_offset(HostCluster(copy.start)), &l1.entries).await?;
         }
         for (&index, &to) in &places.blocks {
             let block = self.new_block(refcounts, change, index, None).await?;
@@ -323,7 +324,7 @@ impl<D: BlockDevice> Image<D> {
         counts: &NewCounts,
         places: &Places,
         refcounts: &mut Refcounts,
-        l1: Vec<u64>,
+        l1: L1,
         table: Snapshots,
     ) {
         let geometry = self.meta.geometry;
@@ -344,8 +345,8 @@ impl<D: BlockDevice> Image<D> {
         let mut tables = self.meta.tables.lock();
         // ...the L2 tables that were, unless a snapshot has them...
         for &index in places.tables.keys().filter(|_| change.leaves) {
-            let Some(&entry) = change.l1.get(index as usize) else { continue };
-            let Ok(Some(table)) = self.table_of(entry) else { continue };
+            let Some(&entry) = change.l1.entries.get(index as usize) else { continue };
+            let Ok(Some(table)) = self.table_of(entry, change.l1.place_of(index)) else { continue };
             let c = geometry.host_cluster(table.host);
             let sole = if change.touches(c) { counts.ones.contains(c) } else { table.copied };
             if sole { _ = old.insert(c) } else { states.unlink(c, false) }
@@ -361,13 +362,13 @@ impl<D: BlockDevice> Image<D> {
             tables.insert_range(range.clone());
         }
         places.blocks.values().for_each(|&c| _ = tables.insert(c));
-        for table in l1.iter().filter_map(|&e| self.table_of(e).ok().flatten()) {
+        for table in l1.each().filter_map(|(_, entry, place)| self.table_of(entry, place).ok().flatten()) {
             tables.insert(geometry.host_cluster(table.host));
         }
         drop(tables);
         let at = |range: &Range<u64>| geometry.host_offset(HostCluster(range.start));
         refcounts.exchanged(&places.blocks, at(&places.refcount_table));
-        self.meta.l1.exchanged(at(&places.l1), l1);
+        self.meta.l1.exchanged(l1.offset, l1.entries);
         self.meta.l2.forget(0..u64::MAX);
         snapshots.exchange(table);
     }

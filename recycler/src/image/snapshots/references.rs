@@ -69,6 +69,26 @@ impl References {
     }
 }
 
+/// The entries of an L1 table.
+#[derive(Clone)]
+pub(super) struct L1 {
+    /// Where the first of them is in the file.
+    pub(super) offset: HostOffset,
+    pub(super) entries: Vec<u64>,
+}
+
+impl L1 {
+    /// Where an entry is in the file.
+    pub(super) fn place_of(&self, index: u64) -> HostOffset {
+        HostOffset(self.offset.0 + index * 8)
+    }
+
+    /// Each entry's index, the entry, and where it is in the file.
+    pub(super) fn each(&self) -> impl Iterator<Item = (u64, u64, HostOffset)> + '_ {
+        (0..).zip(&self.entries).map(|(index, &entry)| (index, entry, self.place_of(index)))
+    }
+}
+
 /// A whole L2 table, and where an L1 table refers to it.
 pub(super) struct Table<'a> {
     /// The index of the L1 entry.
@@ -78,15 +98,23 @@ pub(super) struct Table<'a> {
 }
 
 impl<D: BlockDevice> Image<D> {
-    /// The L1 table of a snapshot.
-    pub(super) async fn snapshot_l1(&self, place: L1Place) -> Result<Vec<u64>> {
-        read_l1(&self.volume, &self.meta, place).await
+    /// The L1 table of the disk, which has one entry at least.
+    pub(super) fn disk_l1(&self) -> L1 {
+        let mut entries = self.meta.l1.entries();
+        entries.resize(entries.len().max(1), 0);
+        L1 { offset: HostOffset(self.meta.l1.offset_of(0)), entries }
     }
 
-    /// The L2 table that an L1 entry refers to.
-    pub(super) fn table_of(&self, entry: u64) -> Result<Option<L2Ref>> {
+    /// The L1 table of a snapshot.
+    pub(super) async fn snapshot_l1(&self, place: L1Place) -> Result<L1> {
+        let entries = read_l1(&self.volume, &self.meta, place).await?;
+        Ok(L1 { offset: place.offset, entries })
+    }
+
+    /// The L2 table that an L1 entry refers to, which is at this place in the file.
+    pub(super) fn table_of(&self, entry: u64, at: HostOffset) -> Result<Option<L2Ref>> {
         let cluster_size = self.meta.geometry.cluster_size();
-        let invalid = |reason: &str| Error::invalid("L1 table entry", 0, format!("{entry:#x}: {reason}"));
+        let invalid = |reason: &str| Error::invalid("L1 table entry", at.0, format!("{entry:#x}: {reason}"));
         let Some((host, copied)) = l2::decode_l1(entry, cluster_size).map_err(invalid)? else { return Ok(None) };
         if host.0 + cluster_size > self.volume.length().next_multiple_of(cluster_size) {
             return Err(invalid("the L2 table lies outside the file"));
@@ -95,17 +123,22 @@ impl<D: BlockDevice> Image<D> {
     }
 
     /// Counts what the tables refer to that an L1 table refers to. `counts` says of each whether it is counted itself. What
-    /// the L2 tables on disk say must be what they are to say.
+    /// the L2 tables on disk say must be what they are to say. Each must have one index, or a damaged L1 table would have one of
+    /// them read as often as it has entries.
     pub(super) async fn count_references(
         &self,
-        l1: &[u64],
+        l1: &L1,
         references: &mut References,
         mut counts: impl FnMut(&Table<'_>) -> bool,
     ) -> Result<()> {
         let geometry = self.meta.geometry;
-        let mut words = Vec::new();
-        for (index, &entry) in (0..).zip(l1) {
-            let Some(at) = self.table_of(entry)? else { continue };
+        let (mut met, mut words) = (ClusterSet::default(), Vec::new());
+        for (index, entry, place) in l1.each() {
+            let Some(at) = self.table_of(entry, place)? else { continue };
+            if !met.insert(geometry.host_cluster(at.host)) {
+                let reason = format!("{entry:#x}: another entry names the same L2 table");
+                return Err(Error::invalid("L1 table entry", place.0, reason));
+            }
             read_table(&self.volume, &self.meta, at.host, &mut words).await?;
             if counts(&Table { index, words: &words }) {
                 references.add_table(geometry.host_cluster(at.host));
@@ -134,9 +167,9 @@ impl<D: BlockDevice> Image<D> {
         let geometry = self.meta.geometry;
         let (mut all, mut tables, mut words) = (ClusterSet::default(), ClusterSet::default(), Vec::new());
         for &place in l1_tables {
-            for entry in self.snapshot_l1(place).await? {
+            for (_, entry, place) in self.snapshot_l1(place).await?.each() {
                 // What cannot be is for whoever uses that snapshot to be told of.
-                let Ok(Some(at)) = self.table_of(entry) else { continue };
+                let Ok(Some(at)) = self.table_of(entry, place) else { continue };
                 if !tables.insert(geometry.host_cluster(at.host)) {
                     continue;
                 }
