@@ -106,6 +106,7 @@ pub async fn compact<D: BlockDevice>(
         is_complete: true,
         crowded: false,
         part: SPARSE_PART_BYTES,
+        gives_back: true,
         roomy: false,
         gathered: false,
     };
@@ -215,6 +216,8 @@ pub(super) struct Compaction<'a, D: BlockDevice> {
     crowded: bool,
     /// How many bytes the next part of a batch has.
     part: u64,
+    /// Whether holes can be punched, as far as is known.
+    gives_back: bool,
     /// So this round leaves them the room that they take: what it moves may be moved once more when they are gone.
     roomy: bool,
     /// Clusters that hold little compressed data have been emptied: that is done once, since what fits nowhere better would be
@@ -341,7 +344,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             if !broken(Mutation::TruncateBeforeDurable) {
                 image.cut_junk(plan.limit).await?;
                 if is_sparse {
-                    self.give_back(plan.limit).await?;
+                    self.give_back(plan.limit).await;
                 }
             }
         }
@@ -368,12 +371,16 @@ impl<D: BlockDevice> Compaction<'_, D> {
     }
 
     /// What was moved from past `limit` and cannot be cut off, since something is in use behind it (a guest wrote to a cluster, and
-    /// so cancelled its move; a refcount block counts what has not been moved yet), takes no space until it can.
-    async fn give_back(&mut self, limit: u64) -> Result<()> {
-        if self.image.options.punch_junk && self.image.volume.can_punch() {
-            punch_from(self.image, limit, u64::MAX, &mut self.pacer).await?;
+    /// so cancelled its move; a refcount block counts what has not been moved yet), takes no space until it can. If that fails (a
+    /// file system that is full may have no room for a note of one more hole), it takes space a little longer.
+    async fn give_back(&mut self, limit: u64) {
+        if self.gives_back && self.image.options.punch_junk && self.image.volume.can_punch() {
+            let punched = punch_from(self.image, limit, u64::MAX, &mut self.pacer).await;
+            if let Err(e) = &punched {
+                self.image.background_error("giving space back to the host", e);
+            }
+            self.gives_back = punched.is_ok();
         }
-        Ok(())
     }
 
     /// Between batches nothing is half done: whoever waits for the turn (a resize, a check, closing) goes first.
@@ -434,7 +441,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             }
             if in_parts && !broken(Mutation::TruncateBeforeDurable) {
                 image.cut_tail().await?;
-                self.give_back(limit).await?;
+                self.give_back(limit).await;
             }
         }
         // Also those for which no hole was left.
