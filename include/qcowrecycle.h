@@ -858,7 +858,7 @@ struct qcr_progress {
     uint32_t reserved;
     /* Clusters handled so far: moved, or found in use by the guest and left. */
     uint64_t done;
-    /* Clusters that the plan moves in all. */
+    /* Clusters that are to be handled, as far as is known: while the tables are searched, one more than are done. */
     uint64_t total;
     /* Length of the image file now, in bytes. */
     uint64_t file_size;

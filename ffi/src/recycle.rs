@@ -68,7 +68,7 @@ pub struct qcr_progress {
     pub reserved: u32,
     /// Clusters handled so far: moved, or found in use by the guest and left.
     pub done: u64,
-    /// Clusters that the plan moves in all.
+    /// Clusters that are to be handled, as far as is known: while the tables are searched, one more than are done.
     pub total: u64,
     /// Length of the image file now, in bytes.
     pub file_size: u64,

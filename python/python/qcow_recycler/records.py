@@ -23,7 +23,7 @@ class Progress(NamedTuple):
     done: int
     """Clusters handled so far: moved, or found in use by the guest and left."""
     total: int
-    """Clusters that the plan moves in all."""
+    """Clusters that are to be handled, as far as is known: while the tables are searched, one more than are done."""
     file_size: int
     """Length of the file now."""
 

@@ -31,6 +31,22 @@ pub(crate) struct Scan {
     pub(crate) doubtful: u64,
 }
 
+/// How a search through the tables of a large image gives way to others.
+pub(crate) trait Manners: Send {
+    /// So many bytes of tables were looked at. An error ends the search, which has changed nothing.
+    fn looked_at(&mut self, bytes: u64) -> impl Future<Output = Result<()>> + Send;
+}
+
+/// Somebody waits for the search, so only others on this thread get their turn.
+pub(crate) struct Hurry;
+
+impl Manners for Hurry {
+    async fn looked_at(&mut self, _bytes: u64) -> Result<()> {
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+}
+
 /// What a scan looks for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -53,6 +69,7 @@ pub(crate) async fn scan<D: BlockDevice>(
     clusters: &Clusters,
     snapshots: &mut L1Tables,
     limits: Limits,
+    manners: &mut impl Manners,
 ) -> Result<Scan> {
     let geometry = meta.geometry;
     let Limits { floor, max, data_moves } = limits;
@@ -77,6 +94,7 @@ pub(crate) async fn scan<D: BlockDevice>(
                 search.odd_tables.insert(geometry.host_cluster(table.host));
             }
             search.snapshot_table(volume, meta, l1_index, table, active, &mut words).await?;
+            manners.looked_at(geometry.cluster_size()).await?;
         }
         let Some(table) = active else { continue };
         let host = geometry.host_cluster(table.host);
@@ -107,8 +125,7 @@ pub(crate) async fn scan<D: BlockDevice>(
                 search.packed.add(descriptor, l1_index, geometry);
             }
         }
-        // A scan of a large image must not keep other work from this thread.
-        tokio::task::yield_now().await;
+        manners.looked_at(geometry.cluster_size()).await?;
     }
     search.judge(volume, meta, clusters).await
 }
@@ -204,7 +221,6 @@ impl Search {
                 self.share(first, count);
             }
         }
-        tokio::task::yield_now().await;
         Ok(())
     }
 
@@ -385,6 +401,7 @@ pub(crate) async fn find_junk<D: BlockDevice>(
     meta: &Metadata,
     clusters: &Clusters,
     snapshots: &mut L1Tables,
+    manners: &mut impl Manners,
 ) -> Result<u64> {
     if clusters.lock().junk_is_complete {
         return Ok(0);
@@ -406,14 +423,13 @@ pub(crate) async fn find_junk<D: BlockDevice>(
         }
         drop(refcounts);
         index += 1;
-        // A scan of a large image must not keep other work from this thread.
-        tokio::task::yield_now().await;
+        manners.looked_at(meta.geometry.cluster_size()).await?;
     }
     let all = found.len();
     // The image's own tables, bitmaps included, are where they are, whatever their counts say.
     found.remove_all(&meta.tables.lock());
     if !found.is_empty() {
-        remove_named(volume, meta, snapshots, &mut found).await?;
+        remove_named(volume, meta, snapshots, &mut found, manners).await?;
     }
     let mut states = clusters.lock();
     states.junk.add_all(&found);
@@ -427,6 +443,7 @@ async fn remove_named<D: BlockDevice>(
     meta: &Metadata,
     snapshots: &mut L1Tables,
     set: &mut ClusterSet,
+    manners: &mut impl Manners,
 ) -> Result<()> {
     let geometry = meta.geometry;
     // A damaged L1 table may name one table as often as it has entries.
@@ -442,6 +459,7 @@ async fn remove_named<D: BlockDevice>(
                 set.remove(host);
                 super::snapshots::read_table(volume, meta, table.host, &mut words).await?;
                 remove(&words, set);
+                manners.looked_at(geometry.cluster_size()).await?;
             }
         }
         // An entry that cannot be is reported to the request that needs it.
@@ -452,8 +470,7 @@ async fn remove_named<D: BlockDevice>(
         }
         meta.l2.survey(volume, table.host, l1_index, &mut words).await?;
         remove(&words, set);
-        // A scan of a large image must not keep other work from this thread.
-        tokio::task::yield_now().await;
+        manners.looked_at(geometry.cluster_size()).await?;
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use std::path::Path;
 use super::backing::{BackingFile, Located, failed};
 use super::{ExtentKind, Image};
 use crate::buf::{IoBuf, IoBufMut};
+use crate::clusters::scan::Hurry;
 use crate::device::BlockDevice;
 use crate::device::host::HostFile;
 use crate::device::volume::{PIECE, Volume};
@@ -255,7 +256,7 @@ impl<D: BlockDevice> Image<D> {
     /// Unmaps the whole disk, so that it reads as its backing file does, and makes that durable. Snapshots keep what they
     /// have.
     async fn empty(&self) -> Result<()> {
-        let _compaction = self.compaction.lock().await;
+        let _compaction = self.compaction.take().await;
         let _frozen = self.freeze().await;
         self.prepare_changes().await?;
         self.forget_past(0).await?;
@@ -263,6 +264,6 @@ impl<D: BlockDevice> Image<D> {
         // Not before: what the overlay showed would be lost where an entry is not cleared durably.
         self.punch_data().await?;
         // Closing cuts off what is free at the end, as far as it is known.
-        self.find_junk().await
+        self.find_junk(&mut Hurry).await
     }
 }

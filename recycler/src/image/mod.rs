@@ -4,6 +4,7 @@ mod backing;
 mod bitmaps;
 mod close;
 mod commit;
+mod compaction_turn;
 pub(crate) mod compress;
 pub mod create;
 pub(crate) mod data_file;
@@ -55,6 +56,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Mutex, Notify};
 use backing::Backing;
 use bitmaps::Bitmaps;
+use compaction_turn::CompactionTurn;
 use data_file::DataFile;
 use encryption::Encryption;
 use obstacles::{Obstacle, Obstacles};
@@ -111,8 +113,7 @@ pub struct Image<D: BlockDevice> {
     /// Shared by requests that change the mapping, frozen by those that need it to stand still. A grace period is never awaited
     /// while it is frozen: requests that wait for it are in flight. (But by `close`, after the last request.)
     structure: Structure,
-    /// One at a time moves or erases clusters, or excludes that.
-    pub(crate) compaction: AsyncMutex<()>,
+    pub(crate) compaction: CompactionTurn,
     /// Notified when there may be something for the recycler to do.
     pub(crate) work: Notify,
 }
@@ -172,7 +173,7 @@ impl<D: BlockDevice> Image<D> {
 
     /// Waits for the turn to move, erase or cut off clusters. The image may have been closed meanwhile, which is an error.
     pub(crate) async fn recycler_turn(&self) -> Result<AsyncMutexGuard<'_, ()>> {
-        let turn = self.compaction.lock().await;
+        let turn = self.compaction.take().await;
         self.ensure_writable()?;
         Ok(turn)
     }
@@ -193,7 +194,7 @@ impl<D: BlockDevice> Image<D> {
         if self.is_closed() {
             return Err(Error::Closed);
         }
-        let _compaction = self.compaction.lock().await;
+        let _compaction = self.compaction.take().await;
         let _frozen = self.freeze().await;
         let mut ahead = 0;
         if !self.options.read_only {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::backing::{Backing, BackingFile};
 use super::bitmaps::Bitmaps;
+use super::compaction_turn::CompactionTurn;
 use super::data_file::DataFile;
 use super::encryption::Encryption;
 use super::gate::Gate;
@@ -155,7 +156,7 @@ impl<D: BlockDevice> Image<D> {
             room: AsyncMutex::default(),
             table_turns: Turns::default(),
             structure: Structure::default(),
-            compaction: AsyncMutex::default(),
+            compaction: CompactionTurn::default(),
             work: Notify::default(),
             volume,
             options,

@@ -21,6 +21,7 @@ use super::Image;
 use super::relocate::Holes;
 use super::turns::Turn;
 use crate::clusters::packed::{self, Extent, Packed};
+use crate::clusters::scan::Manners;
 use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Tables, read_table};
 use crate::device::BlockDevice;
@@ -122,6 +123,7 @@ impl<D: BlockDevice> Image<D> {
         packed: &Packed,
         chosen: &ClusterSet,
         snapshots: &mut L1Tables,
+        manners: &mut impl Manners,
     ) -> Result<ClusterSet> {
         let mut sole = ClusterSet::default();
         {
@@ -152,8 +154,7 @@ impl<D: BlockDevice> Image<D> {
                 let other = |m: &Mapping| !table.copied || !matches!(m, Mapping::Compressed { .. });
                 self.leave_out(&mut sole, table.host, &words, other);
             }
-            // Walking the tables of a large image must not keep other work from this thread.
-            tokio::task::yield_now().await;
+            manners.looked_at(self.meta.geometry.cluster_size()).await?;
         }
         Ok(sole)
     }

@@ -62,10 +62,10 @@ impl Drop for Holes<'_> {
 
 impl<D: BlockDevice> Image<D> {
     /// Puts what was free when the image was opened into Junk. The caller has the compaction's turn, or the image to itself.
-    pub(crate) async fn find_junk(&self) -> Result<()> {
+    pub(crate) async fn find_junk(&self, manners: &mut impl scan::Manners) -> Result<()> {
         self.note_snapshot_tables().await?;
         let (_, mut snapshots) = self.snapshot_l1_tables();
-        let contradictions = scan::find_junk(&self.volume, &self.meta, &self.clusters, &mut snapshots).await?;
+        let contradictions = scan::find_junk(&self.volume, &self.meta, &self.clusters, &mut snapshots, manners).await?;
         if contradictions > 0 {
             let reason = format!("{contradictions} clusters are in use and not counted: check it");
             self.background_error("looking for free clusters", &Error::invalid("image", 0, reason));

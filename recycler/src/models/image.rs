@@ -197,7 +197,7 @@ pub(super) fn frozen() {
         })
         .collect();
     {
-        let _turn = block_on(image.compaction.lock());
+        let _turn = block_on(image.compaction.take());
         let _frozen = block_on(image.freeze());
         let mapped = || {
             let runs = (0..CLUSTERS)

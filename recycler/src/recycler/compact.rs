@@ -11,7 +11,7 @@
 
 use tokio::time::{Duration, Instant};
 
-use super::pacing::Pacer;
+use super::pacing::{Paced, Pacer};
 use super::place::place;
 use super::plan::{floor, in_use, plan};
 use super::punch::punch_from;
@@ -62,7 +62,7 @@ const SCAN_CLUSTERS: usize = 1 << 18;
 pub struct Progress {
     /// Clusters handled so far: moved, or found in use by the guest and left.
     pub done: u64,
-    /// Clusters that are to be handled, as far as is known.
+    /// Clusters that are to be handled, as far as is known: while the tables are searched, one more than are done.
     pub total: u64,
     /// Length of the file now, in bytes.
     pub file_size: u64,
@@ -83,7 +83,7 @@ pub struct CompactReport {
 }
 
 /// Compacts the image now, while guests go on. `progress` is called at least once for each MiB that is
-/// copied; returning `false` cancels the rest, which leaves a consistent image.
+/// copied, and for each table that is searched; returning `false` cancels the rest, which leaves a consistent image.
 ///
 /// Waits while the background recycler erases or compacts. Needs tokio's timers.
 ///
@@ -232,7 +232,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let before = image.file_size();
         let cancelled_before = image.moves.cancelled.load(Ordering::Relaxed);
         image.leave_room().await;
-        image.find_junk().await?;
+        let so_far = self.searching();
+        let paced = &mut Paced { image, pacer: &mut self.pacer, is_wanted: &mut || progress(so_far) };
+        image.find_junk(paced).await?;
         self.settle().await?;
         let mut go_on = true;
         let mut disturbed = 0;
@@ -303,7 +305,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         let (generation, mut snapshots) = image.snapshot_l1_tables();
         let in_use_before = in_use(&image.clusters.lock(), floor);
         let limits = Limits { floor, max: SCAN_CLUSTERS, data_moves: image.encryption.lets_data_move() };
-        let scan = scan(&image.volume, &image.meta, &image.clusters, &mut snapshots, limits).await?;
+        let so_far = self.searching();
+        let paced = &mut Paced { image, pacer: &mut self.pacer, is_wanted: &mut || progress(so_far) };
+        let scan = scan(&image.volume, &image.meta, &image.clusters, &mut snapshots, limits, paced).await?;
         self.is_complete = scan.complete_from <= floor;
         if scan.doubtful > 0 {
             let reason = format!(
@@ -349,6 +353,12 @@ impl<D: BlockDevice> Compaction<'_, D> {
             }
         }
         self.move_shared(&plan, generation, progress).await
+    }
+
+    /// How far it is while nobody knows what is to be moved.
+    pub(super) fn searching(&self) -> Progress {
+        let done = self.progress.done;
+        Progress { done, total: done + 1, file_size: self.image.file_size() }
     }
 
     /// How many clusters to move at once; `is_sparse`: into holes that occupy no space.

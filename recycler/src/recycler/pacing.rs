@@ -3,6 +3,10 @@
 use tokio::time::{Duration, Instant};
 
 use crate::clusters::epochs::Epochs;
+use crate::clusters::scan::Manners;
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::image::Image;
 
 /// After so many bytes the pacer looks whether guests are at work.
 const SLICE: u64 = 256 << 10;
@@ -69,12 +73,17 @@ impl<'a> Pacer<'a> {
         if self.busy { most.min(SLICE) } else { most }
     }
 
-    /// Waits until work on `bytes` bytes may begin.
-    pub(crate) async fn spend(&mut self, bytes: u64) {
+    /// Gives way if there was much. What only looks is not held to the rate.
+    async fn look(&mut self, bytes: u64) {
         if self.passed >= SLICE {
             self.give_way().await;
         }
         self.passed += bytes;
+    }
+
+    /// Waits until work on `bytes` bytes may begin.
+    pub(crate) async fn spend(&mut self, bytes: u64) {
+        self.look(bytes).await;
         let Some(limit) = self.limit else { return };
         let now = Instant::now();
         if self.next > now {
@@ -117,6 +126,31 @@ impl<'a> Pacer<'a> {
         }
         self.passed = 0;
         self.began = Instant::now();
+    }
+}
+
+/// How the recycler searches: as slowly as its other work while guests are at work, unless somebody waits for the turn that it has,
+/// and no longer than it is wanted.
+pub(crate) struct Paced<'p, 'a, D: BlockDevice> {
+    pub(crate) image: &'a Image<D>,
+    pub(crate) pacer: &'p mut Pacer<'a>,
+    pub(crate) is_wanted: &'p mut (dyn FnMut() -> bool + Send),
+}
+
+impl<D: BlockDevice> Manners for Paced<'_, '_, D> {
+    async fn looked_at(&mut self, bytes: u64) -> Result<()> {
+        if !(self.is_wanted)() {
+            return Err(Error::Cancelled);
+        }
+        if self.image.is_closed() {
+            return Err(Error::Closed);
+        }
+        if self.image.compaction.is_wanted() {
+            tokio::task::yield_now().await;
+        } else {
+            self.pacer.look(bytes).await;
+        }
+        Ok(())
     }
 }
 

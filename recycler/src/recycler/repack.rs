@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 
 use super::compact::{Compaction, Progress};
+use super::pacing::Paced;
 use crate::clusters::packed::{Extent, Packed};
 use crate::clusters::snapshots::L1Tables;
 use crate::device::BlockDevice;
@@ -33,7 +34,9 @@ impl<D: BlockDevice> Compaction<'_, D> {
         if !std::mem::replace(&mut self.gathered, true) {
             chosen.add_all(&packed.sparse(geometry));
         }
-        let sole = image.sole_packed(packed, &chosen, snapshots).await?;
+        let so_far = self.searching();
+        let paced = &mut Paced { image, pacer: &mut self.pacer, is_wanted: &mut || progress(so_far) };
+        let sole = image.sole_packed(packed, &chosen, snapshots, paced).await?;
         let mut waiting: VecDeque<Extent> = VecDeque::new();
         let mut tables = packed.tables.iter().filter(|_| !sole.is_empty());
         // Whether something was moved since what was moved before was made Junk.

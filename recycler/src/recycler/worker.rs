@@ -7,7 +7,7 @@ use tokio::time::{Duration, Instant, sleep_until};
 
 use super::compact::compact;
 use super::erase::erase;
-use super::pacing::Pacer;
+use super::pacing::{Paced, Pacer};
 use super::policy::{self, Rules, View, Work};
 use super::punch::punch;
 use crate::device::BlockDevice;
@@ -231,7 +231,9 @@ impl<'a, D: BlockDevice> Worker<'a, D> {
         match work {
             Work::FindJunk => {
                 let _turn = image.recycler_turn().await?;
-                image.find_junk().await
+                let control = self.control;
+                let is_wanted = &mut || control.is_running();
+                image.find_junk(&mut Paced { image, pacer: &mut self.pacer, is_wanted }).await
             }
             Work::Erase(bytes) => {
                 let bytes = self.a_second(bytes).await?;

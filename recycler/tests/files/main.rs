@@ -11,4 +11,5 @@ mod host_file;
 mod length;
 mod own_tables;
 mod queue;
+mod search;
 mod space;

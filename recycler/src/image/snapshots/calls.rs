@@ -8,6 +8,7 @@ use super::super::Image;
 use super::super::structure::Frozen;
 use super::exchange::{Change, NewCounts};
 use super::references::{L1, References, flagged};
+use crate::clusters::scan::Hurry;
 use crate::clusters::set::ClusterSet;
 use crate::clusters::snapshots::{L1Place, read_table};
 use crate::device::BlockDevice;
@@ -100,7 +101,7 @@ impl<D: BlockDevice> Image<D> {
         let stay = self.snapshots.lock().entries.clone();
         self.check_new(&stay, name)?;
         self.prepare_changes().await?;
-        self.find_junk().await?;
+        self.find_junk(&mut Hurry).await?;
         let _closed = self.gate.close(&self.obstacles);
         let _frozen = self.quiet().await?;
         let size = self.virtual_size();
@@ -126,7 +127,7 @@ impl<D: BlockDevice> Image<D> {
         let mut stay = self.snapshots.lock().entries.clone();
         let goes = stay.remove(find(&stay, id_or_name)?);
         self.prepare_changes().await?;
-        self.find_junk().await?;
+        self.find_junk(&mut Hurry).await?;
         // Guests need not stand still for what they never change.
         let others = self.all_reached(&places(&stay)).await?;
         let mut gone = References::new();
@@ -170,7 +171,7 @@ impl<D: BlockDevice> Image<D> {
         let entries = self.check_size(&wanted, size)?;
         let _fits = self.bitmaps.will_reach(size, self.meta.geometry)?;
         self.prepare_changes().await?;
-        self.find_junk().await?;
+        self.find_junk(&mut Hurry).await?;
         let others = self.all_reached(&places(&stay)).await?;
         let mut l1 = self.snapshot_l1(place(&wanted)).await?;
         // What lies past the disk is VM state, of no use to the disk.
