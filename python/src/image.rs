@@ -196,8 +196,9 @@ impl Image {
 
     /// Compacts the image now, on this thread, while others go on using it.
     ///
-    /// `progress` is called between batches with a Progress record. Returning False cancels the work, which raises
-    /// Cancelled; so does raising, and that exception goes on. Ctrl-C cancels too. A cancelled image is consistent.
+    /// `progress` is called with a Progress record, for each table that is searched and each MiB that is copied. Returning
+    /// False cancels the work, which raises Cancelled; so does raising, and that exception goes on. Ctrl-C cancels too. A
+    /// cancelled image is consistent.
     #[pyo3(signature = (progress=None))]
     fn compact<'py>(&self, py: Python<'py>, progress: Option<Py<PyAny>>) -> PyResult<Bound<'py, PyAny>> {
         let mut watcher = Watcher::new(progress);

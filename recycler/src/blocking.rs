@@ -296,8 +296,9 @@ impl<D: BlockDevice> Disk<D> {
         }
     }
 
-    /// Compacts the image now, on this thread, while guests go on; `progress` is called between batches and cancels the
-    /// work by returning `false`, which leaves a consistent image and gives [`Error::Cancelled`].
+    /// Compacts the image now, on this thread, while guests go on; `progress` is called for each table that is searched and each
+    /// MiB that is copied, and cancels the work by returning `false`, which leaves a consistent image and gives
+    /// [`Error::Cancelled`].
     ///
     /// # Errors
     /// See [`crate::recycler::compact`].

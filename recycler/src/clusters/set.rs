@@ -30,6 +30,14 @@ impl PartialEq for ClusterSet {
     }
 }
 
+impl From<Range<u64>> for ClusterSet {
+    fn from(run: Range<u64>) -> Self {
+        let mut set = ClusterSet::default();
+        set.insert_range(run);
+        set
+    }
+}
+
 fn bitmap_of(run: &Range<u64>) -> RoaringTreemap {
     let mut bitmap = RoaringTreemap::new();
     bitmap.insert_range(run.clone());

@@ -23,7 +23,7 @@ impl<D: BlockDevice> Image<D> {
         self.work.notify_one();
         // Requests first: they must not find the mapping frozen, or they would never end.
         self.epochs.grace().await;
-        let _compaction = self.compaction.take().await;
+        let _compaction = self.compaction.take_soon().await;
         let _frozen = self.freeze().await;
         if self.options.read_only {
             return Ok(());

@@ -256,7 +256,7 @@ impl<D: BlockDevice> Image<D> {
     /// Unmaps the whole disk, so that it reads as its backing file does, and makes that durable. Snapshots keep what they
     /// have.
     async fn empty(&self) -> Result<()> {
-        let _compaction = self.compaction.take().await;
+        let _compaction = self.compaction.take_soon().await;
         let _frozen = self.freeze().await;
         self.prepare_changes().await?;
         self.forget_past(0).await?;

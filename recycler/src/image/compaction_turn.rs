@@ -20,13 +20,19 @@ impl Drop for Waiting<'_> {
 }
 
 impl CompactionTurn {
+    /// For the recycler's own work, which can wait.
     pub(crate) async fn take(&self) -> AsyncMutexGuard<'_, ()> {
+        self.lock.lock().await
+    }
+
+    /// For who has called for something else, and waits for that.
+    pub(crate) async fn take_soon(&self) -> AsyncMutexGuard<'_, ()> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let _waiting = Waiting(&self.waiting);
         self.lock.lock().await
     }
 
-    /// Whether somebody waits for it: who has it should not dawdle.
+    /// Whether somebody wants it soon: who has it should not dawdle.
     pub(crate) fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }

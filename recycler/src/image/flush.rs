@@ -1,6 +1,7 @@
 //! Making things durable: the one place where a flush promotes what waited for it.
 
 use super::Image;
+use crate::clusters::set::ClusterSet;
 use crate::clusters::{FreedBatch, States};
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
@@ -103,8 +104,9 @@ impl<D: BlockDevice> Image<D> {
             states.grace.push((self.epochs.now(), batch));
         }
         for old in committed.old_tables {
-            self.meta.tables.lock().remove_range(old.clone());
-            states.unlinked.clusters.insert_range(old);
+            let old = self.undisputed(ClusterSet::from(old));
+            self.meta.tables.lock().remove_all(&old);
+            states.unlinked.clusters.add_all(&old);
         }
         if self.options.runtime_asserts
             && let Some(violation) = states.violation()

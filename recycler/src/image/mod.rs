@@ -46,6 +46,7 @@ use crate::check::{CheckReport, Repair};
 use crate::clusters::Clusters;
 use crate::clusters::epochs::Epochs;
 use crate::clusters::moves::ActiveMoves;
+use crate::clusters::set::ClusterSet;
 use crate::device::BlockDevice;
 use crate::device::volume::Volume;
 use crate::error::{Error, Result};
@@ -83,6 +84,9 @@ pub struct Image<D: BlockDevice> {
     compression_type: u8,
     /// The internal snapshots.
     snapshots: Mutex<snapshots::Snapshots>,
+    /// In a damaged image, what snapshots refer to as L2 tables and the image needs for something else: the disk's own L2 tables,
+    /// or tables of another kind. No other lock is taken under this one.
+    disputed: Mutex<ClusterSet>,
     /// Whether the L2 tables that they refer to are among `meta.tables`: see `note_snapshot_tables`.
     snapshot_tables_noted: AsyncMutex<bool>,
     virtual_size: AtomicU64,
@@ -178,6 +182,13 @@ impl<D: BlockDevice> Image<D> {
         Ok(turn)
     }
 
+    /// The same, for who makes the caller of a function wait for it.
+    pub(crate) async fn recycler_turn_soon(&self) -> Result<AsyncMutexGuard<'_, ()>> {
+        let turn = self.compaction.take_soon().await;
+        self.ensure_writable()?;
+        Ok(turn)
+    }
+
     /// Waits until nobody changes the mapping, and keeps it so. The caller has the recycler's turn.
     pub(crate) async fn freeze(&self) -> Frozen<'_> {
         self.structure.freeze(&self.obstacles, &self.meta.l2).await
@@ -194,7 +205,7 @@ impl<D: BlockDevice> Image<D> {
         if self.is_closed() {
             return Err(Error::Closed);
         }
-        let _compaction = self.compaction.take().await;
+        let _compaction = self.compaction.take_soon().await;
         let _frozen = self.freeze().await;
         let mut ahead = 0;
         if !self.options.read_only {

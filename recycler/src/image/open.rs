@@ -156,6 +156,7 @@ impl<D: BlockDevice> Image<D> {
             room: AsyncMutex::default(),
             table_turns: Turns::default(),
             structure: Structure::default(),
+            disputed: Mutex::default(),
             compaction: CompactionTurn::default(),
             work: Notify::default(),
             volume,

@@ -146,6 +146,7 @@ impl<D: BlockDevice> Image<D> {
                 if met.insert(self.meta.geometry.host_cluster(table.host)) {
                     read_table(&self.volume, &self.meta, table.host, &mut words).await?;
                     self.leave_out(&mut sole, table.host, &words, |_| true);
+                    manners.looked_at(self.meta.geometry.cluster_size()).await?;
                 }
             }
             if let Some(table) = self.meta.l1.get(l1_index, &self.volume)? {
@@ -153,8 +154,8 @@ impl<D: BlockDevice> Image<D> {
                 // The compressed clusters of such a table are what the choice is about.
                 let other = |m: &Mapping| !table.copied || !matches!(m, Mapping::Compressed { .. });
                 self.leave_out(&mut sole, table.host, &words, other);
+                manners.looked_at(self.meta.geometry.cluster_size()).await?;
             }
-            manners.looked_at(self.meta.geometry.cluster_size()).await?;
         }
         Ok(sole)
     }

@@ -336,10 +336,11 @@ impl<D: BlockDevice> Image<D> {
 
     /// A table in consecutive clusters stands at a new place, which the header names durably.
     pub(super) fn table_moved(&self, old: Range<u64>, new: Range<u64>) {
+        let old = self.undisputed(ClusterSet::from(old));
         let mut tables = self.meta.tables.lock();
-        tables.remove_range(old.clone());
+        tables.remove_all(&old);
         tables.insert_range(new);
         drop(tables);
-        self.clusters.lock().unlinked.clusters.insert_range(old);
+        self.clusters.lock().unlinked.clusters.add_all(&old);
     }
 }

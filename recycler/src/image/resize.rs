@@ -59,7 +59,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.version < 3 && self.snapshot_count() > 0 {
             return Err(Error::unsupported("resizing a version 2 image with internal snapshots"));
         }
-        let _turn = self.recycler_turn().await?;
+        let _turn = self.recycler_turn_soon().await?;
         let old = self.virtual_size();
         if size < old {
             if !shrink {

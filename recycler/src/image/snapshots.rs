@@ -32,14 +32,11 @@ pub(crate) struct Snapshots {
     generation: u64,
     /// The image's tables that are no L2 tables, as they were when it was opened: until it is known which of them are disputed.
     others: ClusterSet,
-    /// In a damaged image, what snapshots refer to as L2 tables and the image needs for something else: the disk's own L2 tables,
-    /// or tables of another kind.
-    disputed: ClusterSet,
 }
 
 impl Snapshots {
     pub(crate) fn new(entries: Vec<Snapshot>, table: HostOffset) -> Self {
-        Snapshots { entries, table, generation: 0, others: ClusterSet::default(), disputed: ClusterSet::default() }
+        Snapshots { entries, table, generation: 0, others: ClusterSet::default() }
     }
 
     /// The clusters that the table occupies.
@@ -51,8 +48,7 @@ impl Snapshots {
 
     /// Another table, at another place.
     fn exchange(&mut self, other: Snapshots) {
-        let disputed = std::mem::take(&mut self.disputed);
-        *self = Snapshots { generation: self.generation + 1, disputed, ..other };
+        *self = Snapshots { generation: self.generation + 1, ..other };
     }
 
     /// The table stands at a new place.
@@ -89,7 +85,7 @@ impl<D: BlockDevice> Image<D> {
         let snapshots = self.snapshots.lock();
         let place = |s: &Snapshot| L1Place { offset: s.l1_offset, entries: s.l1_entries.into() };
         let places = snapshots.entries.iter().map(place).collect();
-        (snapshots.generation, L1Tables::new(places, snapshots.disputed.clone()))
+        (snapshots.generation, L1Tables::new(places, self.disputed.lock().clone()))
     }
 
     /// Takes note, once, of the L2 tables that snapshots refer to: guests are kept away from them as from the image's own. Only L1
@@ -117,10 +113,8 @@ impl<D: BlockDevice> Image<D> {
         // A table that guests have made since is none of these: no snapshot refers to what was free.
         let sole = self.active_tables().filter(|table| table.copied).map(|table| geometry.host_cluster(table.host));
         let mut disputed: ClusterSet = sole.filter(|&c| found.contains(c)).collect();
-        let mut snapshots = self.snapshots.lock();
-        disputed.add_all(&found.intersection(&std::mem::take(&mut snapshots.others)));
-        snapshots.disputed.add_all(&disputed);
-        drop(snapshots);
+        disputed.add_all(&found.intersection(&std::mem::take(&mut self.snapshots.lock().others)));
+        self.disputed.lock().add_all(&disputed);
         self.meta.tables.lock().add_all(&found);
         *noted = true;
         Ok(())
@@ -141,10 +135,17 @@ impl<D: BlockDevice> Image<D> {
         }
     }
 
+    /// Of clusters that held tables of the image, those that may be freed: what a snapshot of a damaged image names as its L2 table
+    /// stays as it is, a leak.
+    pub(super) fn undisputed(&self, mut old: ClusterSet) -> ClusterSet {
+        old.remove_all(&self.disputed.lock());
+        old
+    }
+
     /// Refuses an L2 table that the disk claims for itself, so that guests would change it, and a snapshot refers to.
     pub(super) fn check_undisputed(&self, l1_index: u64) -> Result<()> {
         let Some(table) = self.meta.l1.get(l1_index, &self.volume)? else { return Ok(()) };
-        if table.copied && self.snapshots.lock().disputed.contains(self.meta.geometry.host_cluster(table.host)) {
+        if table.copied && self.disputed.lock().contains(self.meta.geometry.host_cluster(table.host)) {
             let reason = format!("{}: the L2 table is said to be the disk's alone, and a snapshot has it", table.host);
             return Err(Error::invalid("L1 table entry", self.meta.l1.offset_of(l1_index), reason));
         }

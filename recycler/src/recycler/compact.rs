@@ -241,7 +241,11 @@ impl<D: BlockDevice> Compaction<'_, D> {
         while go_on {
             let moved_before = self.moved;
             let requests = image.epochs.requests();
-            go_on = self.round(progress).await?;
+            go_on = match self.round(progress).await {
+                // In the middle of a search: what was moved before is to be cut off all the same.
+                Err(Error::Cancelled) => false,
+                other => other?,
+            };
             // The last batch's references become durable, and its sources Junk.
             if !broken(Mutation::TruncateBeforeDurable) {
                 self.settle().await?;
@@ -345,12 +349,8 @@ impl<D: BlockDevice> Compaction<'_, D> {
             }
             // What the batch before left behind needs no more room, so the file never holds more than two of them twice (three
             // while a refcount block among them goes).
-            if !broken(Mutation::TruncateBeforeDurable) {
-                image.cut_junk(plan.limit).await?;
-                if is_sparse {
-                    self.give_back(plan.limit).await;
-                }
-            }
+            let from = left.get(..count).and_then(<[_]>::last).map_or(plan.limit, |&(lowest, _)| lowest.0);
+            self.cut_batch(plan.limit, is_sparse.then_some(from)).await?;
         }
         self.move_shared(&plan, generation, progress).await
     }
@@ -380,12 +380,25 @@ impl<D: BlockDevice> Compaction<'_, D> {
         sample.clone().filter(|&&cluster| device.is_hole(cluster << bits, 1 << bits)).count() * 2 > sample.count()
     }
 
-    /// What was moved from past `limit` and cannot be cut off, since something is in use behind it (a guest wrote to a cluster, and
-    /// so cancelled its move; a refcount block counts what has not been moved yet), takes no space until it can. If that fails (a
-    /// file system that is full may have no room for a note of one more hole), it takes space a little longer.
-    async fn give_back(&mut self, limit: u64) {
+    /// Cuts off what batches left behind at the end of the file, and gives back what is free from cluster `from` on.
+    pub(super) async fn cut_batch(&mut self, limit: u64, from: Option<u64>) -> Result<()> {
+        if !broken(Mutation::TruncateBeforeDurable) {
+            self.image.cut_junk(limit).await?;
+            if let Some(from) = from {
+                self.give_back(from).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is free from cluster `from` on, where all has been moved that can be, and cannot be cut off, since something is in use
+    /// behind it (a guest wrote to a cluster, and so cancelled its move; a refcount block counts what has not been moved yet), takes
+    /// no space until it can. If that fails (a file system that is full may have no room for a note of one more hole), it takes space
+    /// until then.
+    pub(super) async fn give_back(&mut self, from: u64) {
         if self.gives_back && self.image.options.punch_junk && self.image.volume.can_punch() {
-            let punched = punch_from(self.image, limit, u64::MAX, &mut self.pacer).await;
+            let bytes = self.pacer.a_second(SPARSE_BATCH_BYTES);
+            let punched = punch_from(self.image, from, bytes, &mut self.pacer).await;
             if let Err(e) = &punched {
                 self.image.background_error("giving space back to the host", e);
             }
@@ -443,6 +456,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 part.sort_unstable_by_key(|m| m.dst);
             }
             let moved = part.len() as u64;
+            let from = part.iter().map(|m| m.src.0).min().unwrap_or(limit);
             let ended = self.carry_out(Batch::new(part), &mut holes, progress).await;
             self.pacer.repay().await;
             match ended? {
@@ -451,7 +465,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             }
             if in_parts && !broken(Mutation::TruncateBeforeDurable) {
                 image.cut_tail().await?;
-                self.give_back(limit).await;
+                self.give_back(from).await;
             }
         }
         // Also those for which no hole was left.

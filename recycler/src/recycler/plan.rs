@@ -23,7 +23,7 @@ pub(crate) fn floor(states: &States, empty_blocks: u64) -> u64 {
     states.end.saturating_sub(states.unused_len()).saturating_sub(empty_blocks)
 }
 
-/// The clusters from `from` on that are in use, or about to be.
+/// The clusters from `from` on that are in use; not those that somebody was given and has not linked yet.
 pub(crate) fn in_use(states: &States, from: u64) -> ClusterSet {
     let mut used = ClusterSet::default();
     used.insert_range(from..states.end);

@@ -50,8 +50,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
             if waiting.is_empty() {
                 break;
             }
-            self.progress.file_size = image.file_size();
-            if !progress(self.progress) {
+            if !progress(self.searching()) {
                 return Ok(false);
             }
             self.yield_turn().await?;
@@ -70,6 +69,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                     break;
                 }
                 self.settle().await?;
+                image.cut_junk(floor).await?;
             }
         }
         if emptied {

@@ -33,8 +33,11 @@ impl<D: BlockDevice> Compaction<'_, D> {
                 .filter(|s| s.iter().any(|s| matches!(s.place, Place::Table(_)) == tables))
                 .collect();
             // In the guest's order into ascending holes, batch by batch.
-            let batch = self.batch_size(self.takes_space());
+            let is_sparse = self.takes_space();
+            let batch = self.batch_size(is_sparse);
             for sources in sources.chunks_mut(batch) {
+                // They are in descending order until here.
+                let from = sources.last().and_then(|s| s.first()).map_or(plan.limit, |s| s.cluster.0);
                 sources.sort_by_key(|s| s.first().map(|s| s.place));
                 self.progress.file_size = image.file_size();
                 if !progress(self.progress) {
@@ -51,6 +54,7 @@ impl<D: BlockDevice> Compaction<'_, D> {
                     Ended::NoHoles => return Ok(true),
                     Ended::Cancelled => return Ok(false),
                 }
+                self.cut_batch(plan.limit, is_sparse.then_some(from)).await?;
             }
         }
         Ok(true)

@@ -311,3 +311,47 @@ async fn a_snapshots_l2_table_has_one_index() {
     compact(&image, &mut |_| true).await.unwrap();
     made.verify(image, |_| true, (file.refcount_table(), file.cluster(file.refcount_table()))).await;
 }
+
+/// The disk's L1 table moves, and a snapshot names the place where it was: nobody else gets that.
+#[tokio::test(start_paused = true)]
+async fn what_a_snapshot_takes_for_its_l2_table_stays_when_the_table_moves() {
+    let made = Made::new(true).await;
+    let image = made.open().await;
+    for c in (0..WRITTEN).filter(|c| c / 4 % 2 == 0) {
+        image.discard(c * CLUSTER, CLUSTER).await.unwrap();
+    }
+    image.close().await.unwrap();
+    drop(image);
+    let mut file = made.anatomy();
+    let table = file.move_to_end(file.l1(), 2, 40);
+    file.set(file.snapshot_l1() + 8, table);
+    fs::write(&made.path, &file.0).unwrap();
+    let image = made.open().await;
+    compact(&image, &mut |_| true).await.unwrap();
+    assert_ne!(made.anatomy().l1(), table, "the table was not moved");
+    made.verify(image, |c| c / 4 % 2 == 1, (table, file.cluster(table))).await;
+}
+
+/// The disk claims the L2 table of a snapshot for itself alone. Another snapshot that is made, or not, takes nothing from the first.
+#[tokio::test(start_paused = true)]
+async fn a_new_snapshot_takes_no_table_from_an_old_one() {
+    let made = Made::new(true).await;
+    let mut file = made.anatomy();
+    let table = file.word(file.snapshot_l1()) & OFFSET;
+    file.set(file.l1(), table | COPIED);
+    // So that the new snapshot gets a table of its own, without the flag.
+    file.set(table, file.word(table) | COPIED);
+    fs::write(&made.path, &file.0).unwrap();
+    let image = made.open().await;
+    let _ = image.create_snapshot("two").await;
+    for _ in 0..2 {
+        image.flush().await.unwrap();
+    }
+    for c in 0..WRITTEN {
+        image.write((LATER + c) * CLUSTER, IoBuf::new(&contents(c))).await.unwrap();
+    }
+    image.close().await.unwrap();
+    let after = made.anatomy();
+    assert!(after.cluster(table) == file.cluster(table), "the table was overwritten");
+    assert!(after.count(table) > 0, "the table is not counted any more");
+}

@@ -116,3 +116,27 @@ async fn a_search_ends_when_it_is_cancelled_or_the_image_closed() {
         }
     }
 }
+
+/// After what was to move has moved, tables are searched once more.
+#[tokio::test(start_paused = true)]
+async fn what_was_moved_is_cut_off_though_the_next_search_is_cancelled() {
+    let (_dir, image) = large().await;
+    for table in (0..TABLES).step_by(2) {
+        image.discard(table * PER_TABLE, CLUSTER).await.unwrap();
+    }
+    let (mut planned, mut then) = (0, 0);
+    let ended = compact(&image, &mut |p| {
+        let searches = p.total == p.done + 1;
+        let again = searches && planned > 0 && p.done == planned;
+        if !searches {
+            planned = p.total;
+        }
+        then = p.file_size;
+        !again
+    })
+    .await;
+    assert!(matches!(ended, Err(Error::Cancelled)), "{ended:?}");
+    let after = image.stats().file_size;
+    assert!(after + TABLES / 16 * CLUSTER < then, "{then} bytes when it was cancelled, {after} after");
+    image.close().await.unwrap();
+}

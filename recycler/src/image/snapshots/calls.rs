@@ -202,7 +202,7 @@ impl<D: BlockDevice> Image<D> {
         if self.meta.external {
             return Err(Error::unsupported("internal snapshots of an image with an external data file"));
         }
-        let turn = self.recycler_turn().await?;
+        let turn = self.recycler_turn_soon().await?;
         self.leave_room().await;
         Ok(turn)
     }
@@ -286,7 +286,7 @@ impl<D: BlockDevice> Image<D> {
         let mut used = counts.free.intersection(&self.meta.tables.lock());
         used.remove_all(&change.gone.tables);
         used.add_all(&counts.free.intersection(others));
-        used.add_all(&counts.free.intersection(&self.snapshots.lock().disputed));
+        used.add_all(&counts.free.intersection(&self.disputed.lock()));
         let states = self.clusters.lock();
         // What is free already is counted for whoever is going to be given it.
         let free = counts.free.runs().find(|run| states.any_free(run));

@@ -353,7 +353,7 @@ impl<D: BlockDevice> Image<D> {
         }
         // ...and what was a snapshot's, or the disk's, alone.
         tables.remove_all(&change.gone.tables.intersection(&counts.free));
-        snapshots.disputed.remove_all(&counts.free);
+        let old = self.undisputed(old);
         tables.remove_all(&old);
         states.unlinked.clusters.add_all(&old);
         states.unlinked.clusters.add_all(&counts.free);
