@@ -189,8 +189,8 @@ impl States {
     }
 
     /// Takes the lowest Junk from cluster `from` on whose space can be given back out of Junk, at most `max` clusters: it is in
-    /// Roots until it is put back, so that nobody takes it meanwhile. What lies between in Junk goes with it: two holes with a hole between them
-    /// are one.
+    /// Roots until it is put back, so that nobody takes it meanwhile. What lies between in Junk goes with it: two holes with a hole
+    /// between them are one.
     pub(crate) fn take_occupied(&mut self, from: u64, max: u64) -> ClusterSet {
         let occupied = self.occupied.intersection(&self.junk);
         let mut taken = ClusterSet::default();

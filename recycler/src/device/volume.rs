@@ -180,9 +180,13 @@ impl<D: BlockDevice> Volume<D> {
             let source = std::io::Error::from_raw_os_error(libc::ENOSPC);
             return Err(Error::Io { action: "extending past the end of the device", offset: length, source });
         }
-        self.device.truncate(length).await.map_err(Error::io("changing the length", length))?;
-        self.length.store(length, Ordering::Release);
-        Ok(())
+        let done = self.device.truncate(length).await.map_err(Error::io("changing the length", length));
+        // One that failed may have been done all the same: nobody may look for what is not there any more.
+        let now = if done.is_ok() { Ok(length) } else { self.device.length().await };
+        if let Ok(now) = now {
+            self.length.store(now, Ordering::Release);
+        }
+        done
     }
 
     /// Whether space can be given back, as far as is known.

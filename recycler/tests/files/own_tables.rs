@@ -225,18 +225,24 @@ async fn a_compaction_leaves_tables_where_they_are() {
     }
 }
 
-/// A table that is moved leaves a place that is about to be free: though an entry names it, it is not freed once more.
-#[tokio::test(start_paused = true)]
-async fn where_a_table_was_nothing_is_freed_twice() {
-    let made = Made::new(false).await;
+/// An L1 table of two clusters stands at the end of the file, which has holes for it.
+async fn with_l1_to_move(snapshot: bool) -> (Made, Anatomy) {
+    let made = Made::new(snapshot).await;
     let image = made.open().await;
     for c in (0..WRITTEN).filter(|c| c / 4 % 2 == 0) {
         image.discard(c * CLUSTER, CLUSTER).await.unwrap();
     }
     image.close().await.unwrap();
-    drop(image);
     let mut file = made.anatomy();
-    let table = file.move_to_end(file.l1(), 2, 40);
+    file.move_to_end(file.l1(), 2, 40);
+    (made, file)
+}
+
+/// A table that is moved leaves a place that is about to be free: though an entry names it, it is not freed once more.
+#[tokio::test(start_paused = true)]
+async fn where_a_table_was_nothing_is_freed_twice() {
+    let (made, mut file) = with_l1_to_move(false).await;
+    let table = file.l1();
     let entry = file.entry(table, DAMAGED);
     file.set(entry, table | COPIED);
     fs::write(&made.path, &file.0).unwrap();
@@ -315,15 +321,8 @@ async fn a_snapshots_l2_table_has_one_index() {
 /// The disk's L1 table moves, and a snapshot names the place where it was: nobody else gets that.
 #[tokio::test(start_paused = true)]
 async fn what_a_snapshot_takes_for_its_l2_table_stays_when_the_table_moves() {
-    let made = Made::new(true).await;
-    let image = made.open().await;
-    for c in (0..WRITTEN).filter(|c| c / 4 % 2 == 0) {
-        image.discard(c * CLUSTER, CLUSTER).await.unwrap();
-    }
-    image.close().await.unwrap();
-    drop(image);
-    let mut file = made.anatomy();
-    let table = file.move_to_end(file.l1(), 2, 40);
+    let (made, mut file) = with_l1_to_move(true).await;
+    let table = file.l1();
     file.set(file.snapshot_l1() + 8, table);
     fs::write(&made.path, &file.0).unwrap();
     let image = made.open().await;

@@ -178,6 +178,14 @@ fn every_operation_fails_over_a_backing_file() {
     every_operation("2048-byte clusters over two backing files", Config { image, ..config });
 }
 
+/// A truncation is done, and reported as failed; then a compaction copies what another one has moved away and cut off.
+#[test]
+fn a_truncation_that_fails_may_have_been_done() {
+    if let Err(failure) = random_fault(120_518_646_744_221_502, None) {
+        panic!("{failure}");
+    }
+}
+
 #[test]
 fn random_histories_with_faults() {
     let (mut histories, mut faults, mut crash_images) = (0, 0, 0);
